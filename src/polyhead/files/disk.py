@@ -1,0 +1,93 @@
+"""The disk, for every file format: private memory maps, and files written whole or not at all."""
+
+import contextlib
+import mmap
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import FileError
+
+
+def map_file(path: Path) -> mmap.mmap:
+    """Map a file copy-on-write: read when touched, never altered by writing to a tensor.
+
+    Errors: FileError for what is missing, no regular file, empty, or unreadable.
+    """
+    try:
+        with path.open("rb") as file:
+            if not path.is_file():
+                raise FileError(f"{path}: not a regular file; name a model file or a directory")
+            if os.fstat(file.fileno()).st_size == 0:
+                raise FileError(f"{path}: the file is empty (0 bytes); fetch it again")
+            if os.name == "nt":
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # Without NORESERVE Linux refuses private maps larger than memory.
+            flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0)
+            return mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise FileError(f"{path}: a directory, where a file was expected") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: cannot be read ({error}); check its permissions") from None
+
+
+def view_bytes(buffer: mmap.mmap, start: int, size: int) -> Tensor:
+    """Bytes [start, start + size) of a map as a uint8 tensor [size] that shares its memory."""
+    if size == 0:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=size, offset=start)
+
+
+def view_as(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Read a uint8 tensor [n] as `dtype`; copied first where its address is not aligned."""
+    if data.data_ptr() % dtype.itemsize:
+        data = data.clone()
+    return data.view(dtype)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order; no copy where it lies so already."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path` that takes its place when the block ends well.
+
+    It is on disk for good then; after an error nothing is left. Errors: FileError from the system.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise FileError(
+            f"{path}: cannot be written ({error}); check space and permissions"
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames inside a directory survive a power cut; does nothing on Windows."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
