@@ -1,0 +1,17 @@
+"""The few exceptions a user meets. Each message is one line: what was wrong, its value, what to do."""
+
+
+class PolyheadError(ValueError):
+    """Anything a user can mend; the command line prints it as one line and exits with code 2."""
+
+
+class ConfigError(PolyheadError):
+    """A setting that cannot be, or that nothing here reads although it would change the numbers."""
+
+
+class FileError(PolyheadError):
+    """A file that is missing, truncated, lying about its contents, or in the way."""
+
+
+class DataError(PolyheadError):
+    """Texts, ids or labels that cannot be used as they are."""

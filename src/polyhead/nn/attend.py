@@ -1,0 +1,59 @@
+"""Attention over projected queries, keys and values: the definition, and the fused path."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.nn.mask import EVERYTHING, Lowered
+
+
+def weights(
+    q: Tensor, k: Tensor, mask: Lowered = EVERYTHING, bias: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Softmax of the scaled, biased and masked scores (Vaswani et al. 2017, equation 1).
+
+    q `[B, H, Q, D]`, k `[B, G, K, D]` with H a multiple of G, bias `[B|1, H|1, Q, K]`; returns
+    `[B, H, Q, K]` in q's dtype. A query that may see nothing gets zeros.
+    """
+    k = expand_heads(k, q.shape[1])
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if bias is not None:
+        scores = scores + bias
+    allowed = mask.boolean(q.shape[2], k.shape[2], q.device)
+    if allowed is None:
+        return scores.softmax(-1).to(q.dtype)
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).masked_fill(~allowed, 0.0).to(q.dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Lowered = EVERYTHING,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`weights(...) @ v` by torch's fused kernel; `[B, H, Q, D]`, equal to the definition."""
+    fused_mask = mask.dense
+    if bias is not None:
+        allowed = mask.boolean(q.shape[2], k.shape[2], q.device)
+        fused_mask = bias if allowed is None else bias.masked_fill(~allowed, float("-inf"))
+        fused_mask = fused_mask.to(q.dtype)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=fused_mask,
+        dropout_p=dropout,
+        is_causal=mask.is_causal and bias is None,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def expand_heads(x: Tensor, num_heads: int) -> Tensor:
+    """Repeat `[B, G, K, D]` so that every query head has a key/value head: `[B, H, K, D]`."""
+    groups = x.shape[1]
+    return x if groups == num_heads else x.repeat_interleave(num_heads // groups, dim=1)

@@ -1,0 +1,175 @@
+"""Multi-head attention: self or cross, with one, some or all key/value heads."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.nn.attend import attend, expand_heads, weights
+from polyhead.nn.cache import Cache, Caches, CrossCache
+from polyhead.nn.mask import EVERYTHING, Lowered, Mask
+from polyhead.nn.position import Position
+
+Probe = Callable[[Tensor], Tensor | None]
+"""Takes the weights `[B, H, Q, K]`; what it returns, if anything, is used in their place."""
+
+
+class MultiHeadAttention(nn.Module):
+    """Attention by heads (Vaswani et al. 2017, section 3.2.2).
+
+    num_kv_heads: fewer key/value heads than query heads (GQA; 1 is MQA). None: as many.
+    head_dim:     None: d_model / num_heads. kv_dim: width of the memory, None: d_model.
+    scale:        on the scores, None: head_dim ** -0.5.
+    qk_norm:      makes the norm of queries and of keys from (heads, head_dim); it sees
+                  `[B, T, heads, head_dim]`.
+    dropout:      on the weights, while training.
+
+    What owns no parameter is an argument of the call. `probes` see the weights from outside;
+    only a layer that has some computes them.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        kv_dim: int | None = None,
+        bias: bool = True,
+        out_bias: bool | None = None,
+        scale: float | None = None,
+        qk_norm: Callable[[int, int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}"
+            )
+        if head_dim is None:
+            if d_model % num_heads:
+                raise ValueError(
+                    f"d_model {d_model} does not divide into {num_heads} heads; name a head_dim"
+                )
+            head_dim = d_model // num_heads
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.dropout = dropout
+        source = d_model if kv_dim is None else kv_dim
+        self.q = nn.Linear(d_model, num_heads * head_dim, bias=bias)
+        self.k = nn.Linear(source, num_kv_heads * head_dim, bias=bias)
+        self.v = nn.Linear(source, num_kv_heads * head_dim, bias=bias)
+        self.out = nn.Linear(
+            num_heads * head_dim, d_model, bias=bias if out_bias is None else out_bias
+        )
+        self.q_norm = qk_norm(num_heads, head_dim) if qk_norm else nn.Identity()
+        self.k_norm = qk_norm(num_kv_heads, head_dim) if qk_norm else nn.Identity()
+        self.probes: list[Probe] = []
+
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        mask: Mask | Lowered | None = None,
+        position: Position | None = None,
+        at: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """`[B, T, E]` to `[B, T, E]`.
+
+        memory `[B, K, kv_dim]` makes it cross-attention. `at` `[B|1, T]` are the positions of
+        x, None: those after what the cache holds. A `Lowered` mask is taken as it is; a `Mask`
+        is placed over the cache first.
+        """
+        if at is None:
+            return self._alone(x, memory, mask, position, cache)
+        q = self.q_norm(self._heads(self.q(x))).transpose(1, 2)
+        if position is not None:
+            q = position.rotate(q, at)
+        k, v, keys_at = self._keys(x, memory, position, at, cache)
+
+        if mask is None:
+            mask = EVERYTHING
+        elif isinstance(mask, Mask):
+            if cache is not None and memory is None:
+                mask = cache.place(mask, at)
+            mask = mask.lower(q.shape[2], k.shape[2], q.device)
+        bias = None if position is None else position.bias(q, k, at, keys_at, self)
+
+        if self.probes or (position is not None and position.has_values):
+            heads = self._explicit(q, k, v, mask, bias, position, at, keys_at)
+        else:
+            heads = attend(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+    def _alone(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        mask: Mask | Lowered | None,
+        position: Position | None,
+        cache: Cache | None,
+    ) -> Tensor:
+        """A call without positions: count them from the cache, which then advances by itself."""
+        if cache is None or isinstance(cache, CrossCache):
+            at = torch.arange(x.shape[1], device=x.device)[None]
+            return self(x, memory, mask, position, at, cache)
+        caches = Caches([cache])
+        y = self(x, memory, mask, position, caches.begin(x.shape[1]), cache)
+        caches.end()
+        return y
+
+    def _keys(
+        self,
+        x: Tensor,
+        memory: Tensor | None,
+        position: Position | None,
+        at: Tensor,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values to attend to, and the keys' positions."""
+        if isinstance(cache, CrossCache):
+            k, v = cache.held or cache.keep(*self._project(x if memory is None else memory))
+            return k, v, torch.arange(k.shape[2], device=x.device)[None]
+        k, v = self._project(x if memory is None else memory)
+        keys_at = at if memory is None else torch.arange(k.shape[2], device=x.device)[None]
+        late = position is not None and position.rotates_late
+        if position is not None and not late:
+            k = position.rotate(k, keys_at)
+        if cache is not None:
+            keys_at = cache.keys_at(at)
+            k, v = cache.append(k, v, at)
+        if position is not None and late:
+            k = position.rotate(k, keys_at)
+        return k, v, keys_at
+
+    def _project(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.k_norm(self._heads(self.k(source))).transpose(1, 2)
+        return k, self._heads(self.v(source)).transpose(1, 2)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def _explicit(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        bias: Tensor | None,
+        position: Position | None,
+        at: Tensor,
+        keys_at: Tensor,
+    ) -> Tensor:
+        seen = weights(q, k, mask, bias, self.scale)
+        for probe in self.probes:
+            replaced = probe(seen)
+            seen = seen if replaced is None else replaced
+        if self.training and self.dropout:
+            seen = nn.functional.dropout(seen, self.dropout)
+        heads = seen @ expand_heads(v, self.num_heads)
+        if position is not None and position.has_values:
+            heads = heads + position.values(seen, at, keys_at)
+        return heads

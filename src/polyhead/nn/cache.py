@@ -1,0 +1,249 @@
+"""Key/value caches: one a layer, passed in by the caller, each owning its offset.
+
+Rows of a batch may differ in length. `at` `[B, T]` holds the position of every new token, -1 on
+padding, which is never kept. Row `b` holds positions `0 .. lengths[b] - 1`.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from polyhead.nn.mask import Mask
+
+
+class Cache:
+    """What attention asks of a cache. Keys and values are `[B, G, T, D]`."""
+
+    lengths: Tensor  # [B] int64, tokens held; `Caches` shares one tensor among the layers
+    uniform: int | None = None  # the length of all rows, where the host knows it
+
+    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the new keys and values; return all that may be attended to."""
+        raise NotImplementedError
+
+    def keys_at(self, at: Tensor) -> Tensor:
+        """Positions `[B|1, K]` of what `append` returns for `at`, -1 where a slot is empty."""
+        raise NotImplementedError
+
+    def place(self, mask: Mask, at: Tensor) -> Mask:
+        """The mask for new tokens `at` over what `append` returns."""
+        offset = self.lengths if self.uniform is None else self.uniform
+        return mask.placed(offset)
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of `length`; raises ValueError where there is none."""
+
+    def check_truncation(self) -> None:
+        """Raise ValueError where going back to fewer tokens would not leave them as they were."""
+
+
+class StaticCache(Cache):
+    """Buffers of `max_len` positions, allocated once: a decode step has fixed shapes."""
+
+    def __init__(
+        self, batch: int, num_kv_heads: int, head_dim: int, max_len: int, like: Tensor
+    ) -> None:
+        self.max_len = max_len
+        # One slot more than is read: padding has position -1, which is that slot.
+        shape = (batch, num_kv_heads, max_len + 1, head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+
+    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        _write(self.k, self.v, k, v, at)
+        return self.k[:, :, :-1], self.v[:, :, :-1]
+
+    def keys_at(self, at: Tensor) -> Tensor:
+        return torch.arange(self.max_len, device=at.device)[None]
+
+    def reserve(self, length: int) -> None:
+        if length > self.max_len:
+            raise ValueError(f"{length} tokens do not fit a static cache of {self.max_len}")
+
+
+class GrowingCache(Cache):
+    """Buffers that double when they are full; what is returned is as long as the longest row."""
+
+    def __init__(self, batch: int, num_kv_heads: int, head_dim: int, like: Tensor) -> None:
+        self.k = like.new_zeros(batch, num_kv_heads, 1, head_dim)
+        self.v = like.new_zeros(batch, num_kv_heads, 1, head_dim)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.longest = 0
+
+    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        if self.uniform is None or self.longest - self.uniform != k.shape[2]:
+            _write(self.k, self.v, k, v, at)
+        else:
+            self.k[:, :, self.uniform : self.longest] = k
+            self.v[:, :, self.uniform : self.longest] = v
+        return self.k[:, :, : self.longest], self.v[:, :, : self.longest]
+
+    def keys_at(self, at: Tensor) -> Tensor:
+        return torch.arange(self.longest, device=at.device)[None]
+
+    def reserve(self, length: int) -> None:
+        self.longest = length
+        capacity = self.k.shape[2] - 1
+        if length > capacity:
+            self.k, self.v = (_grown(x, max(length, 2 * capacity)) for x in (self.k, self.v))
+
+
+class RollingCache(Cache):
+    """A ring of the last `window` positions, for layers that see no further back."""
+
+    def __init__(
+        self, batch: int, num_kv_heads: int, head_dim: int, window: int, like: Tensor
+    ) -> None:
+        self.window = window
+        shape = (batch, num_kv_heads, window + 1, head_dim)
+        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
+        self.wrapped = False
+
+    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        last = at.max(1, keepdim=True).values
+        slots = torch.where((at >= 0) & (at > last - self.window), at % self.window, -1)
+        if at.shape[1] == 1:
+            _write(self.k, self.v, k, v, slots)
+            return self.k[:, :, :-1], self.v[:, :, :-1]
+        # Several tokens: the first of them sees what the last of them will overwrite.
+        seen_k = torch.cat([self.k[:, :, :-1], k], dim=2)
+        seen_v = torch.cat([self.v[:, :, :-1], v], dim=2)
+        _write(self.k, self.v, k, v, slots)
+        return seen_k, seen_v
+
+    def keys_at(self, at: Tensor) -> Tensor:
+        before = self.lengths[:, None] - 1
+        if at.shape[1] == 1:
+            return self._ring(torch.maximum(before, at))
+        return torch.cat([self._ring(before), at], dim=1)
+
+    def place(self, mask: Mask, at: Tensor) -> Mask:
+        return mask.placed(self.lengths, self.keys_at(at))
+
+    def reserve(self, length: int) -> None:
+        self.wrapped = self.wrapped or length > self.window
+
+    def check_truncation(self) -> None:
+        if self.wrapped:
+            raise ValueError(
+                f"a rolling cache of {self.window} has forgotten what truncation would need; "
+                "start again from the prompt"
+            )
+
+    def _ring(self, last: Tensor) -> Tensor:
+        """Positions `[B, window]` of the slots when `last` `[B, 1]` is the newest position."""
+        slots = torch.arange(self.window, device=last.device)
+        positions = last - (last - slots) % self.window
+        return positions.clamp(min=-1)
+
+
+class CrossCache(Cache):
+    """Keys and values of a memory that does not change: projected once, read at every step."""
+
+    held: tuple[Tensor, Tensor] | None = None
+
+    def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Hold these; returns them."""
+        self.held = (k, v)
+        return self.held
+
+
+class Caches(Sequence[Cache]):
+    """The caches of a model's layers, advancing together.
+
+    `lengths` `[B]` int64 is one tensor shared by all layers and changed in place.
+    `cross` holds the cross-attention caches of an encoder-decoder, one a layer.
+    """
+
+    def __init__(self, layers: Sequence[Cache], cross: Sequence[CrossCache] = ()) -> None:
+        self.layers = list(layers)
+        self.cross = list(cross)
+        self.lengths = self.layers[0].lengths
+        self.is_static = any(isinstance(layer, StaticCache) for layer in layers)
+        # Host-side lengths let a growing cache choose its shapes without asking the device.
+        self._rows: list[int] = self.lengths.tolist()
+        for layer in self.layers:
+            layer.lengths = self.lengths
+        self._know()
+
+    def __getitem__(self, index: int) -> Cache:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[Cache]:
+        return iter(self.layers)
+
+    def begin(self, num_tokens: int, keep: Tensor | None = None) -> Tensor:
+        """Positions `[B, T]` of the next tokens, -1 where `keep` is false; makes room for them.
+
+        keep `[B, T]` must be padded on the right; otherwise ValueError.
+        """
+        self._counts: Tensor | int = num_tokens
+        steps = torch.arange(num_tokens, device=self.lengths.device)
+        at = self.lengths[:, None] + steps
+        if keep is not None:
+            self._counts = keep.sum(1)
+            if not torch.equal(keep, steps < self._counts[:, None]):
+                raise ValueError("pad on the right: with a cache, a row's tokens come first")
+            at = torch.where(keep, at, -1)
+        if not torch.compiler.is_compiling():
+            self._reserve()
+        return at
+
+    def end(self) -> None:
+        """Count the tokens that `begin` placed as held."""
+        self.lengths.add_(self._counts)
+        if not torch.compiler.is_compiling():
+            self._rows = self._after()
+            self._know()
+
+    def truncate(self, lengths: Tensor | Sequence[int]) -> None:
+        """Go back to `lengths` `[B]` tokens a row; what comes next overwrites the rest."""
+        wanted = torch.as_tensor(lengths, device=self.lengths.device)
+        self._rows = self.lengths.tolist()
+        kept = wanted.tolist()
+        if any(new > old or new < 0 for new, old in zip(kept, self._rows, strict=True)):
+            raise ValueError(f"cannot truncate rows of {self._rows} tokens to {kept}")
+        if kept != self._rows:
+            for layer in self.layers:
+                layer.check_truncation()
+        self.lengths.copy_(wanted)
+        self._rows = kept
+        self._know()
+
+    def sync(self) -> None:
+        """Learn the lengths from the device, after compiled or recorded steps changed them."""
+        self._rows = self.lengths.tolist()
+        self._know()
+
+    def _reserve(self) -> None:
+        longest = max(self._after())
+        for layer in self.layers:
+            layer.reserve(longest)
+
+    def _after(self) -> list[int]:
+        """The rows' lengths once the tokens that `begin` placed are held."""
+        counts = self._counts
+        added = [counts] * len(self._rows) if isinstance(counts, int) else counts.tolist()
+        return [row + count for row, count in zip(self._rows, added, strict=True)]
+
+    def _know(self) -> None:
+        even = not self.is_static and len(set(self._rows)) == 1
+        for layer in self.layers:
+            layer.uniform = self._rows[0] if even else None
+
+
+def _write(k_into: Tensor, v_into: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
+    rows = torch.arange(len(at), device=at.device)[:, None]
+    k_into[rows, :, at] = k.transpose(1, 2)
+    v_into[rows, :, at] = v.transpose(1, 2)
+
+
+def _grown(x: Tensor, capacity: int) -> Tensor:
+    wider = x.new_zeros(*x.shape[:2], capacity + 1, x.shape[3])
+    wider[:, :, : x.shape[2] - 1] = x[:, :, :-1]
+    return wider

@@ -1,0 +1,42 @@
+"""Token embeddings."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class TokenEmbedding(nn.Module):
+    """A vector for each token id, times `scale`: `[B, T]` to `[B, T, E]`.
+
+    An id outside `[0, vocab_size)` raises ValueError on the CPU, where looking costs nothing.
+    """
+
+    def __init__(self, vocab_size: int, d_model: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.scale = scale
+        self.weight = nn.Parameter(torch.empty(vocab_size, d_model).normal_(std=0.02))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check(input_ids)
+        x = F.embedding(input_ids, self.weight)
+        return x if self.scale == 1.0 else x * self.scale
+
+    def _check(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(
+                f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
+                "pass integers of shape [batch, tokens]"
+            )
+        if input_ids.shape[1] == 0:
+            raise ValueError("input_ids hold no tokens; pass at least one a row")
+        low, high = (int(end) for end in input_ids.aminmax())
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"token id {low if low < 0 else high} is outside the vocabulary of "
+                f"{self.vocab_size}; does the tokenizer belong to this model?"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.vocab_size}, {self.weight.shape[1]}, scale={self.scale}"

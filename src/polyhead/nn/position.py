@@ -1,0 +1,271 @@
+"""Positions: what turns queries and keys, and what adds to the scores.
+
+Everything called relative position fits two seams, `rotate` and `bias`. `at` `[B|1, T]` holds the
+positions of the queries and `keys_at` `[B|1, K]` those of the keys. Whoever owns a table passes the
+part to attention; `prepare` computes once a forward what depends on positions alone.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyhead.nn.rope_scaling import Scaling, Unscaled
+
+if TYPE_CHECKING:
+    from polyhead.nn.attention import MultiHeadAttention
+
+
+class Position(nn.Module):
+    """A position that does nothing; the others override what they need."""
+
+    rotates_late = False  # keys are cached as they are and rotated when read
+    has_values = False  # adds to what the weights sum, so the weights must be at hand
+
+    def prepare(self, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> "Position":
+        """The same position with all that depends on `at` and `keys_at` computed, for `dtype`."""
+        return self
+
+    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
+        """Queries or keys `[B, H, T, D]`, turned by their positions."""
+        return x
+
+    def bias(
+        self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: "MultiHeadAttention"
+    ) -> Tensor | None:
+        """What is added to the scaled scores, `[B|1, H|1, Q, K]`."""
+        return None
+
+    def values(self, weights: Tensor, at: Tensor, keys_at: Tensor) -> Tensor:
+        """What is added to the weighted values, `[B, H, Q, D]`; asked for if `has_values`."""
+        raise NotImplementedError
+
+
+class Rotary(Position):
+    """Rotation of query and key halves by position (Su et al. 2021), half-split as in `LLaMA`.
+
+    base is theta; scaling stretches the frequencies. Angles are computed in fp32.
+    """
+
+    def __init__(
+        self, head_dim: int, base: float = 10000.0, scaling: Scaling | None = None
+    ) -> None:
+        super().__init__()
+        if head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}; rotary positions need an even number")
+        self.head_dim = head_dim
+        self.base = base
+        self.scaling: Scaling = scaling or Unscaled()
+        self._plain = self.scaling.frequencies(head_dim, base, 0)
+
+    def prepare(self, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> Position:
+        cos, sin = self.angles(at)
+        return Rotation(cos.to(dtype), sin.to(dtype))
+
+    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
+        return Rotation(*self.angles(at)).rotate(x, at)
+
+    def angles(self, at: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[B|1, 1, T, D]` of positions `[B|1, T]`, fp32."""
+        return self._angles(at, self._plain)
+
+    def _angles(self, at: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+        turns = at[:, None, :, None].float() * frequencies.to(at.device)
+        turns = torch.cat([turns, turns], dim=-1)
+        return turns.cos() * self.scaling.magnitude, turns.sin() * self.scaling.magnitude
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, base={self.base}, scaling={self.scaling}"
+
+
+class DynamicRotary(Rotary):
+    """Rotary whose frequencies depend on how far the text reaches.
+
+    A longer text turns every key anew, so keys are cached unrotated: decoding then equals one
+    forward over the whole, which rotating before caching cannot.
+    """
+
+    rotates_late = True
+
+    def prepare(self, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> Position:
+        frequencies = self._frequencies(at)
+        return LateRotation(self._angles(at, frequencies), self._angles(keys_at, frequencies), at)
+
+    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
+        return Rotation(*self._angles(at, self._frequencies(at))).rotate(x, at)
+
+    def _frequencies(self, at: Tensor) -> Tensor:
+        """Each row's own, so that a row does not depend on its batch: `[B|1, 1, 1, D / 2]`."""
+        lengths: list[int] = (at.max(1).values + 1).tolist()
+        rows = [self.scaling.frequencies(self.head_dim, self.base, length) for length in lengths]
+        return torch.stack(rows)[:, None, None]
+
+
+class Rotation(Position):
+    """Rotary angles of one forward."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        super().__init__()
+        self.cos, self.sin = cos, sin
+
+    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class LateRotation(Position):
+    """Rotary angles of one forward, for the queries and for all the keys that are read."""
+
+    rotates_late = True
+
+    def __init__(
+        self, queries: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], at: Tensor
+    ) -> None:
+        super().__init__()
+        self.queries, self.keys, self.at = Rotation(*queries), Rotation(*keys), at
+
+    def rotate(self, x: Tensor, at: Tensor) -> Tensor:
+        return (self.queries if at is self.at else self.keys).rotate(x, at)
+
+
+class PreparedBias(Position):
+    """A bias of one forward."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def bias(
+        self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: "MultiHeadAttention"
+    ) -> Tensor:
+        return self.table.to(q.dtype)
+
+
+class Alibi(Position):
+    """A slope for each head times the distance (Press et al. 2022)."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+
+    def prepare(self, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> Position:
+        return PreparedBias(self.table(at, keys_at).to(dtype))
+
+    def bias(
+        self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: "MultiHeadAttention"
+    ) -> Tensor:
+        return self.table(at, keys_at).to(q.dtype)
+
+    def table(self, at: Tensor, keys_at: Tensor) -> Tensor:
+        """`-slope |q - k|`, `[B|1, H, Q, K]` fp32."""
+        distance = (at[:, :, None] - keys_at[:, None, :]).abs()
+        slopes = alibi_slopes(self.num_heads).to(at.device)
+        return -slopes[:, None, None] * distance[:, None].float()
+
+
+def alibi_slopes(num_heads: int) -> Tensor:
+    """Powers of `2^(-8/n)`; heads beyond a power of two take every second step of twice as many."""
+    whole = 2 ** (num_heads.bit_length() - 1)
+    slopes = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
+    slopes += [2 ** (-4 * (2 * i + 1) / whole) for i in range(num_heads - whole)]
+    return torch.tensor(slopes)
+
+
+class T5Bias(Position):
+    """A learned bias for each head and bucket of key - query (Raffel et al. 2020, section 2.1)."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        bidirectional: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+        self.table = nn.Embedding(num_buckets, num_heads)
+
+    def prepare(self, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> Position:
+        return PreparedBias(self.biases(at, keys_at).to(dtype))
+
+    def bias(
+        self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: "MultiHeadAttention"
+    ) -> Tensor:
+        return self.biases(at, keys_at).to(q.dtype)
+
+    def biases(self, at: Tensor, keys_at: Tensor) -> Tensor:
+        """`[B|1, H, Q, K]`."""
+        return self.table(self.buckets(keys_at[:, None, :] - at[:, :, None])).permute(0, 3, 1, 2)
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """Buckets of key - query: exact when near, logarithmic up to `max_distance`."""
+        buckets, offset = self.num_buckets, torch.zeros_like(distance)
+        if self.bidirectional:
+            buckets //= 2
+            offset = (distance > 0).long() * buckets
+            distance = distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = buckets // 2
+        ratio = math.log(self.max_distance / exact)
+        far = (distance.clamp(min=1).float() / exact).log() / ratio * (buckets - exact)
+        far = (exact + far.long()).clamp(max=buckets - 1)
+        return offset + torch.where(distance < exact, distance, far)
+
+
+class Shaw(Position):
+    """Learned vectors for clipped distances, added to keys and to values (Shaw et al. 2018)."""
+
+    has_values = True
+
+    def __init__(self, head_dim: int, max_distance: int) -> None:
+        super().__init__()
+        self.max_distance = max_distance
+        self.keys = nn.Embedding(2 * max_distance + 1, head_dim)
+        self.for_values = nn.Embedding(2 * max_distance + 1, head_dim)
+
+    def bias(
+        self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: "MultiHeadAttention"
+    ) -> Tensor:
+        by_distance = q @ self.keys.weight.T * attention.scale  # [B, H, Q, 2m+1]
+        index = self._index(at, keys_at)[:, None].expand(*q.shape[:3], -1)
+        return by_distance.gather(-1, index)
+
+    def values(self, weights: Tensor, at: Tensor, keys_at: Tensor) -> Tensor:
+        index = self._index(at, keys_at)[:, None].expand_as(weights)
+        by_distance = weights.new_zeros(*weights.shape[:3], 2 * self.max_distance + 1)
+        by_distance = by_distance.scatter_add(-1, index, weights)
+        return by_distance @ self.for_values.weight
+
+    def _index(self, at: Tensor, keys_at: Tensor) -> Tensor:
+        distance = keys_at[:, None, :] - at[:, :, None]
+        return distance.clamp(-self.max_distance, self.max_distance) + self.max_distance
+
+
+class LearnedPositions(nn.Module):
+    """An embedding for each absolute position, added to the tokens': `[B|1, T, E]`."""
+
+    def __init__(self, max_seq_len: int, d_model: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_seq_len, d_model).normal_(std=0.02))
+
+    def forward(self, at: Tensor) -> Tensor:
+        return F.embedding(at.clamp(min=0), self.weight)
+
+
+class SinusoidalPositions(nn.Module):
+    """Sines and cosines, interleaved (Vaswani et al. 2017, section 3.5): `[B|1, T, E]` fp32."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.d_model = d_model
+
+    def forward(self, at: Tensor) -> Tensor:
+        half = torch.arange(0, self.d_model, 2, device=at.device)
+        turns = at[..., None].float() * (10000.0 ** (-half.float() / self.d_model))
+        return torch.stack([turns.sin(), turns.cos()], dim=-1).flatten(-2)[..., : self.d_model]
