@@ -1,0 +1,1 @@
+"""From logits to text: transforms, draws, batches that decode together, and chat."""

@@ -1,0 +1,87 @@
+import subprocess
+import sys
+
+import pytest
+
+from polyhead.errors import ConfigError
+from polyhead.generate.config import GenerationConfig
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 2.5),
+        ("max_new_tokens", True),
+        ("min_new_tokens", -1),
+        ("min_new_tokens", 257),
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "1"),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", None),
+        ("stop", ("",)),
+        ("stop", (3,)),
+        ("stop_token_ids", (-1,)),
+        ("seed", -1),
+        ("logprobs", -1),
+    ],
+)
+def test_impossible_values_are_named_in_one_line(field, value):
+    with pytest.raises(ConfigError, match=field) as caught:
+        GenerationConfig(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_single_stop_string_and_a_list_become_tuples():
+    assert GenerationConfig(stop="\n").stop == ("\n",)
+    assert GenerationConfig(stop=["a", "b"]).stop == ("a", "b")
+    assert GenerationConfig(stop_token_ids=2).stop_token_ids == (2,)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [7, 8]},
+            {"temperature": 0.6, "top_p": 0.9, "stop_token_ids": (7, 8)},
+        ),
+        ({"eos_token_id": 2, "pad_token_id": 0}, {"temperature": 0.0, "stop_token_ids": (2,)}),
+        ({"do_sample": True, "top_k": None, "num_beams": 1, "typical_p": 1.0}, {}),
+        ({"do_sample": True, "stop_strings": "END", "top_k": 50}, {"stop": ("END",), "top_k": 50}),
+    ],
+)
+def test_generation_config_json_is_read(raw, expected):
+    assert GenerationConfig.from_hf(raw) == GenerationConfig(**expected)
+
+
+def test_changes_win_over_the_file():
+    config = GenerationConfig.from_hf({"do_sample": True, "top_k": 5}, top_k=2, max_new_tokens=3)
+    assert (config.top_k, config.max_new_tokens, config.temperature) == (2, 3, 1.0)
+
+
+@pytest.mark.parametrize("raw", [{"num_beams": 4}, {"no_repeat_ngram_size": 3}, {"top_h": 0.4}])
+def test_settings_that_would_change_the_text_are_refused(raw):
+    with pytest.raises(ConfigError, match=next(iter(raw))):
+        GenerationConfig.from_hf(raw)
+
+
+def test_temperatures_near_zero_are_greedy():
+    assert GenerationConfig(temperature=0).greedy
+    assert GenerationConfig(temperature=1e-30).greedy
+    assert not GenerationConfig(temperature=0.01).greedy
+
+
+def test_the_config_needs_no_torch():
+    code = "import sys, polyhead.generate.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
