@@ -4,7 +4,7 @@ import contextlib
 import mmap
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,11 +57,11 @@ def view_as(data: Tensor, dtype: torch.dtype) -> Tensor:
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order; no copy where it lies so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path) -> Generator[BinaryIO]:
     """Open a temporary file beside `path` that takes its place when the block ends well.
 
     It is on disk for good then; after an error nothing is left. Errors: FileError from the system.

@@ -65,12 +65,45 @@ class Entry:
     size: int
 
 
+VALUE_NAMES = {
+    "uint8": 0,
+    "int8": 1,
+    "uint16": 2,
+    "int16": 3,
+    "uint32": 4,
+    "int32": 5,
+    "float32": 6,
+    "bool": BOOL,
+    "string": STRING,
+    "uint64": 10,
+    "int64": 11,
+    "float64": 12,
+}
+
+
 @dataclass(frozen=True)
 class ValueType:
-    """The type a metadata value was stored as; `item` is the type of an array's elements."""
+    """The type a metadata value is stored as; `item` is the type of an array's elements."""
 
     code: int
     item: "ValueType | None" = None
+
+
+@dataclass(frozen=True)
+class Typed:
+    """A metadata value with the type it is to be stored as."""
+
+    value: Any
+    type: ValueType
+
+
+@dataclass(frozen=True)
+class RawTensor:
+    """A tensor as it lies in a file: blocks of `kind` (ggml's name), uint8, and the torch shape."""
+
+    kind: str
+    shape: tuple[int, ...]
+    data: Tensor
 
 
 class GgufFile(Mapping[str, Tensor]):
@@ -117,6 +150,14 @@ class GgufFile(Mapping[str, Tensor]):
         """The tensor's bytes uint8 [rows..., bytes of a row], a view of the memory map."""
         entry = self.entries[name]
         return view_bytes(self._map, entry.start, entry.size).view(*entry.shape[:-1], -1)
+
+    def stored(self, name: str) -> RawTensor:
+        """The tensor with its type, for `write_gguf` to pass through unchanged."""
+        return RawTensor(self.type_of(name), self.shape(name), self.raw(name))
+
+    def typed_metadata(self) -> dict[str, Typed]:
+        """The metadata with the stored types, for `write_gguf` to write as it was."""
+        return {key: Typed(value, self.types[key]) for key, value in self.metadata.items()}
 
     def tensor(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
         """The tensor in `dtype`; None leaves plain types as stored and makes quantised ones fp32.
@@ -233,9 +274,9 @@ class _Reader:
             return self.bools(key, 1)[0], ValueType(code)
         if code == STRING:
             return self.string(_short(key)), ValueType(code)
-        if code == ARRAY:
-            return self.array(key, depth + 1)
-        self.fail(f"{_short(key)} has the unknown value type {code}; fetch it again")
+        if code != ARRAY:
+            self.fail(f"{_short(key)} has the unknown value type {code}; fetch it again")
+        return self.array(key, depth + 1)
 
     def array(self, key: str, depth: int) -> tuple[list[Any], ValueType]:
         if depth > MAX_ARRAY_DEPTH:
