@@ -1,0 +1,1 @@
+"""Training: one loop, objectives as functions, data whose order is arithmetic."""

@@ -1,0 +1,177 @@
+"""Every setting of a training run, in one value that flags, TOML and checkpoints share.
+
+Nothing here imports torch or numpy, so that `polyhead train --help` stays quick.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from polyhead.errors import ConfigError, FileError
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+TrainDtype = Literal["float32", "bfloat16"]
+
+# What may differ when a run is taken up again: nothing here touches the numbers. `steps` is judged
+# by itself, by the learning rates it leads to (checkpoint.py).
+FREE_ON_RESUME = (
+    *("steps", "validate_every", "validate_batches", "checkpoint_every", "keep", "log_every"),
+    *("out", "cache", "device", "sample_every", "sample_prompt", "sample_tokens"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of one run. A step sees `batch_size * accumulate` windows of `context` tokens."""
+
+    steps: int = 1000
+    """Optimizer steps in the whole run."""
+    batch_size: int = 16
+    """Windows a forward pass sees at once."""
+    context: int = 256
+    """Tokens a window predicts; at most the model's max_seq_len."""
+    accumulate: int = 1
+    """Forward passes whose gradients make one step, divided by the tokens of the whole step."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    min_lr: float | None = None
+    """Learning rate at the end of the run (cosine, linear, wsd); a tenth of `lr` when not given."""
+    warmup: int = 100
+    """Steps over which the learning rate rises from nothing to `lr`; in a run that is not longer
+    than that, a tenth of the run."""
+    schedule: Schedule = "cosine"
+    """Course of the learning rate after the warm-up; wsd stays at `lr`, then falls linearly."""
+    decay: float = 0.2
+    """Share of the steps over which wsd falls."""
+    weight_decay: float = 0.1
+    """Decoupled decay of every weight of two or more dimensions (norms and biases have none)."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's averages of the gradient and of its square."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip: float = 1.0
+    """Largest norm of a step's gradient; 0 leaves it as it is."""
+    dtype: TrainDtype = "float32"
+    """Type of weights and gradients; bfloat16 keeps float32 masters and moments beside them."""
+    seed: int = 0
+    """Order of the data and dropout."""
+    held_out: float = 0.05
+    """Share of the tokens, the last ones, kept for validation when no validation text is given."""
+    validate_every: int = 250
+    """Steps between validations (also at every checkpoint and at the end); 0 for the end alone."""
+    validate_batches: int = 16
+    """Batches a validation reads, spread evenly over the held-out text; 0 reads all of it."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints (there is always one at the end); 0 for the end alone."""
+    keep: int = 2
+    """Newest checkpoints kept; the best by validation loss is kept besides."""
+    log_every: int = 10
+    """Steps between lines of the log."""
+    sample_every: int = 0
+    """Steps between samples written by the model; 0 writes none."""
+    sample_prompt: str = ""
+    """What a sample begins with."""
+    sample_tokens: int = 64
+    """Tokens of a sample."""
+    out: str = "runs/train"
+    """Run directory: config.toml, log.jsonl, checkpoints/."""
+    cache: str | None = None
+    """Folder for tokenised corpora; `tokens` in the run directory when not given."""
+    device: str | None = None
+    """Where to train (cpu, cuda, cuda:1); a GPU is taken when there is one."""
+
+    def __post_init__(self) -> None:
+        for name, low in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= low):
+                raise ConfigError(f"{name} is {value}: it must be a number of at least {low}")
+        for name, kind in (("schedule", Schedule), ("dtype", TrainDtype)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: choose one of {known}")
+        if not self.lr > 0:
+            raise ConfigError(f"lr is {self.lr}: it must be above 0")
+        if self.min_lr is not None and self.min_lr > self.lr:
+            raise ConfigError(f"min_lr is {self.min_lr}: it must not exceed lr, which is {self.lr}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas is {self.betas}: two numbers from 0 up to, not including, 1")
+        for name in ("held_out", "decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: a share from 0 to below 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, as JSON and TOML hold it."""
+        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "the settings") -> Self:
+        """Build from plain values; unknown names and wrong types are a ConfigError at `where`."""
+        hints = get_type_hints(cls)
+        if unknown := sorted(set(values) - set(hints)):
+            raise ConfigError(
+                f"{where}: unknown setting {unknown[0]!r}; known are {', '.join(hints)}"
+            )
+        typed = {
+            name: _as(hints[name], value, f"{where}: {name}") for name, value in values.items()
+        }
+        return cls(**typed)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a TOML file of fields; a field that is missing has its default."""
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise FileError(f"cannot read {path}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise FileError(f"{path} is not TOML: {error}") from None
+        return cls.from_dict(values, str(path))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write every field as TOML; a field that is None is left out."""
+        given = {name: value for name, value in self.to_dict().items() if value is not None}
+        text = "".join(f"{name} = {_toml(value)}\n" for name, value in given.items())
+        Path(path).write_text(text, encoding="utf-8")
+
+
+_LOWEST: dict[str, float] = {
+    **dict.fromkeys(("steps", "batch_size", "context", "accumulate", "keep", "log_every"), 1),
+    **dict.fromkeys(("lr", "min_lr", "warmup", "weight_decay", "eps", "clip", "seed"), 0),
+    **dict.fromkeys(("validate_every", "validate_batches", "checkpoint_every"), 0),
+    **dict.fromkeys(("sample_every", "sample_tokens"), 0),
+}
+
+
+def _as(kind: Any, value: Any, where: str) -> Any:
+    """`value` as a field of type `kind`, or ConfigError."""
+    if get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        raise ConfigError(f"{where} is {value!r}: choose one of {', '.join(get_args(kind))}")
+    if get_origin(kind) is tuple:
+        if isinstance(value, list | tuple):
+            return tuple(_as(float, item, where) for item in value)
+    elif kind in (float, float | None):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif kind is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+    elif isinstance(value, str) or (value is None and kind == str | None):
+        return value
+    name = getattr(kind, "__name__", str(kind))
+    raise ConfigError(f"{where} is {value!r}: it must be a {name}")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
+    # A JSON string is a TOML string but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,278 @@
+"""Corpora as memory-mapped tokens, made once and kept.
+
+Sources: a list of strings, a text file, a .jsonl file (field `text`), or a folder of .txt and
+.jsonl files. Tokens are kept as `tokens.bin` (uint16, or uint32 for a vocabulary above 65536)
+beside `header.json`, in a folder named by the hash of the contents and of the tokenizer.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyhead.errors import DataError, FileError
+
+Source = str | os.PathLike[str] | Sequence[str]
+Progress = Callable[[int, int], None]
+"""Called with (characters done, characters in all; 0 where that is not known)."""
+
+PIECE = 1 << 20  # characters tokenised at once
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Header:
+    """What `header.json` says of `tokens.bin`. `text_bytes` counts the text in UTF-8."""
+
+    format: int
+    dtype: str
+    tokens: int
+    text_bytes: int
+    documents: int
+    vocab_size: int
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A stretch of a corpus: ids (memory-mapped, read-only) and how many bytes they stand for."""
+
+    ids: np.ndarray
+    text_bytes: int
+    digest: str
+
+    @property
+    def bytes_per_token(self) -> float:
+        """How much text a token stands for, on average."""
+        return self.text_bytes / max(1, len(self.ids))
+
+    def split(self, held_out: int, tokenizer: Any) -> tuple["Tokens", "Tokens"]:
+        """All but the last `held_out` tokens, and those."""
+        at = len(self.ids) - held_out
+        tail = _text_bytes(self.ids[at:], tokenizer)
+        return (
+            Tokens(self.ids[:at], max(0, self.text_bytes - tail), f"{self.digest}[:{at}]"),
+            Tokens(self.ids[at:], tail, f"{self.digest}[{at}:]"),
+        )
+
+
+def load_tokens(
+    source: Source,
+    tokenizer: Any,
+    cache: Path,
+    *,
+    vocab_size: int,
+    progress: Progress | None = None,
+) -> Tokens:
+    """Tokens of a corpus, from `cache` if they are there, else made and kept there.
+
+    Documents end with the tokenizer's `eos_id`, where it has one. An empty corpus and ids of
+    `vocab_size` or more raise DataError.
+    """
+    digest = _digest(source, tokenizer)
+    folder = Path(cache) / digest[:32]
+    if not (folder / "header.json").exists():
+        _write(folder, source, tokenizer, digest, vocab_size, progress)
+    path = folder / "tokens.bin"
+    try:
+        header = Header(**json.loads((folder / "header.json").read_text()))
+        whole = path.stat().st_size == header.tokens * np.dtype(header.dtype).itemsize
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole or header.digest != digest:
+        raise FileError(f"{folder} does not hold the tokens its header speaks of: remove it")
+    ids = np.memmap(path, dtype=header.dtype, mode="r", shape=(header.tokens,))
+    if header.vocab_size > vocab_size:
+        check_ids(ids, vocab_size)
+    return Tokens(ids, header.text_bytes, digest)
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """DataError unless every id is below `vocab_size`."""
+    highest = int(ids.max(initial=0))
+    if highest >= vocab_size:
+        raise DataError(
+            f"the tokenizer gave id {highest} but the model has a vocabulary of {vocab_size}: "
+            "use the model's own tokenizer, or a model with a larger vocab_size"
+        )
+
+
+def documents(source: Source) -> Iterator[str]:
+    """The documents of a source, whole, one after the other."""
+    text: list[str] = []
+    for piece, ends in _pieces(source):
+        text.append(piece)
+        if ends:
+            yield "".join(text)
+            text.clear()
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    tokenizer: Any,
+    digest: str,
+    vocab_size: int,
+    progress: Progress | None,
+) -> None:
+    """Tokenise piece by piece into a temporary folder, then rename it to `folder`."""
+    temp = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    shutil.rmtree(temp, ignore_errors=True)
+    dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+    tokens = text_bytes = count = done = 0
+    in_memory = _in_memory(source)
+    total = sum(map(len, source) if in_memory else (p.stat().st_size for p in files(source)))
+    try:
+        temp.mkdir(parents=True)
+        with open(temp / "tokens.bin", "wb") as out:
+            for piece, ends in _pieces(source):
+                ids = tokenizer.encode(piece, add_special_tokens=False)
+                if ends and tokenizer.eos_id is not None:
+                    ids = [*ids, tokenizer.eos_id]
+                array = np.asarray(ids, dtype=np.int64)
+                check_ids(array, vocab_size)
+                out.write(array.astype(dtype).tobytes())
+                size = len(piece.encode())
+                tokens, text_bytes, count = tokens + len(ids), text_bytes + size, count + ends
+                done += len(piece) if in_memory else size
+                if progress:
+                    progress(min(done, total), total)
+            _sync(out)
+        if text_bytes == 0:
+            raise DataError(f"the corpus is empty ({_name(source)}): give it text to learn from")
+        header = Header(_FORMAT, dtype.name, tokens, text_bytes, count, vocab_size, digest)
+        with open(temp / "header.json", "w") as out:
+            json.dump(asdict(header), out)
+            _sync(out)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temp, folder)
+    except OSError as error:
+        raise FileError(f"cannot keep tokens in {folder}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _in_memory(source: Source) -> bool:
+    return not isinstance(source, str | os.PathLike)
+
+
+def _name(source: Source) -> str:
+    return f"{len(source)} texts" if _in_memory(source) else str(source)
+
+
+def files(source: str | os.PathLike[str]) -> list[Path]:
+    """The files a path stands for: itself, or every .txt and .jsonl below it, sorted."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"no such file or folder: {path} (texts themselves are given as a list)")
+    found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
+    if not found:
+        raise DataError(f"no .txt or .jsonl file in {path}: put the corpus there")
+    return found
+
+
+def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
+    """(text, does a document end here), of about PIECE characters at most."""
+    if _in_memory(source):
+        for index, text in enumerate(source):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise DataError(f"text {index} is a {kind}: a corpus is a list of str")
+            yield from _cut([text])
+        return
+    for path in files(source):
+        yield from _jsonl(path) if path.suffix == ".jsonl" else _text(path)
+
+
+def _text(path: Path) -> Iterator[tuple[str, bool]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            yield from _cut(iter(lambda: file.read(PIECE), ""))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason}): convert it first") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, bool]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                text = None
+            if not isinstance(text, str):
+                where = f"{path}, line {number}"
+                raise DataError(f"{where}: a JSON object with a string `text` is needed")
+            yield from _cut([text])
+
+
+def _cut(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """One document in pieces, cut where the usual tokenizers would cut as well: after a line."""
+    rest = ""
+    for part in parts:
+        rest += part
+        while len(rest) > 2 * PIECE:
+            at = _line_end(rest, PIECE)
+            yield rest[:at], False
+            rest = rest[at:]
+    if rest:
+        yield rest, True
+
+
+def _line_end(text: str, least: int) -> int:
+    """Index after the first lone newline at or after `least`, or where the last piece fits."""
+    at = text.find("\n", least)
+    while 0 < at < len(text) - 1:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at + 1
+        at = text.find("\n", at + 1)
+    return 2 * least
+
+
+def _digest(source: Source, tokenizer: Any) -> str:
+    """SHA-256 of what the tokens depend on."""
+    digest = hashlib.sha256(f"{_FORMAT} {PIECE} {tokenizer_digest(tokenizer)}".encode())
+    if _in_memory(source):
+        for text in source:
+            if isinstance(text, str):
+                raw = text.encode("utf-8", "surrogatepass")
+                digest.update(f"{len(raw)} ".encode() + raw)
+        return digest.hexdigest()
+    for path in files(source):
+        digest.update(f"{path.suffix} {path.stat().st_size} ".encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """What tells tokenizers apart: all they know, as JSON, and how documents end."""
+    inner = getattr(tokenizer, "backend", None) or getattr(tokenizer, "inner", tokenizer)
+    known = inner.to_str() if hasattr(inner, "to_str") else repr(tokenizer)
+    return hashlib.sha256(f"{known} {tokenizer.eos_id}".encode("utf-8", "replace")).hexdigest()
+
+
+def _text_bytes(ids: np.ndarray, tokenizer: Any) -> int:
+    """Bytes of UTF-8 that ids stand for, special tokens not counted."""
+    size = 0
+    for start in range(0, len(ids), 1 << 16):
+        part = ids[start : start + (1 << 16)].tolist()
+        size += len(tokenizer.decode(part, skip_special_tokens=True).encode("utf-8", "replace"))
+    return size

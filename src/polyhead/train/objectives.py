@@ -1,0 +1,151 @@
+"""Objectives: functions `(model, batch) -> Loss`. B batch, T tokens, E width, V vocabulary."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
+
+IGNORE = -100
+# Below this many logits a chunk, one product for all rows is fastest, and small beside a block's
+# activations; above it the rows go through in chunks of about this many logits.
+CHUNK_LOGITS = 1 << 24
+# Weights of the routers' losses where the model's config names none (Fedus et al. 2021; Zoph et
+# al. 2022).
+BALANCE, ROUTER_Z = 0.01, 0.001
+
+
+@dataclass(frozen=True)
+class LanguageBatch:
+    """Tokens and what follows each: `input_ids`, `labels` [B, T]; labels of -100 do not count."""
+
+    input_ids: Tensor
+    labels: Tensor
+    attention_mask: Any = None
+    position_ids: Tensor | None = None
+
+    def tokens(self) -> int:
+        """How many labels count."""
+        return int((self.labels != IGNORE).sum())
+
+    def to(self, device: torch.device) -> "LanguageBatch":
+        """The same batch on another device."""
+        moved = {
+            name: value.to(device) if hasattr(value, "to") else value
+            for name, value in vars(self).items()
+        }
+        return LanguageBatch(**moved)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an objective found. `total` is a sum over `tokens`, so that sums of batches stay right.
+
+    `parts` holds the terms of `total` by name, without gradient, sums as well.
+    """
+
+    total: Tensor
+    tokens: int
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Objective = Callable[[nn.Module, Any], Loss]
+
+
+def causal_lm(model: nn.Module, batch: LanguageBatch) -> Loss:
+    """Cross-entropy of the next token, and the routers' losses where the model has experts."""
+    # What a batch does not need is not passed, so that a backbone need not know of it.
+    extras = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    extras = {name: value for name, value in extras.items() if value is not None}
+    with routing(model) as logits:
+        hidden = model.backbone(batch.input_ids, **extras)
+    nll = head_cross_entropy(model.head, hidden, batch.labels)
+    tokens = batch.tokens()
+    parts = {"loss": nll, **_router_losses(model, logits, batch, tokens)}
+    total = torch.stack(list(parts.values())).sum() if len(parts) > 1 else nll
+    return Loss(total, tokens, {name: part.detach() for name, part in parts.items()})
+
+
+def _router_losses(
+    model: nn.Module, logits: list[Tensor], batch: LanguageBatch, tokens: int
+) -> dict[str, Tensor]:
+    """Load balance and z loss as sums over `tokens`; nothing for a model without experts."""
+    if not (logits and model.training):
+        return {}
+    top_k = next(m.top_k for m in model.modules() if isinstance(m, MixtureOfExperts))
+    mask = batch.attention_mask
+    keep = mask.flatten().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    balance = getattr(model.config, "router_aux_loss_coef", None)
+    return {
+        "balance": load_balance_loss(logits, top_k, keep)
+        * ((BALANCE if balance is None else balance) * tokens),
+        "router_z": z_loss(logits, keep) * (ROUTER_Z * tokens),
+    }
+
+
+def head_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Sum over labels of -log p, in fp32, of the head's logits for `hidden` [B, T, E].
+
+    Never holds all logits of a large vocabulary: rows go through in chunks, and each chunk's
+    gradient is taken while its logits are there, so nothing is computed twice (Liger Kernel, 2024).
+    torch 2.13's F.linear_cross_entropy does the same, but sums in bf16 and is slower on a CPU.
+    """
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    weight, bias, scale = head.weight, getattr(head, "bias", None), getattr(head, "scale", 1.0)
+    if hidden.shape[0] * weight.shape[0] <= CHUNK_LOGITS:
+        logits = head(hidden).float()
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    if scale != 1.0:
+        hidden, bias = hidden * scale, None if bias is None else bias * scale
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of -log softmax(x wᵀ + b)[label], gradients made chunk by chunk on the way forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
+        wants = [tensor is not None and tensor.requires_grad for tensor in (x, w, b)]
+        dx = torch.empty_like(x) if wants[0] else None
+        dw = torch.zeros_like(w, dtype=torch.float32) if wants[1] else None
+        db = torch.zeros_like(b, dtype=torch.float32) if wants[2] else None
+        total = x.new_zeros((), dtype=torch.float32)
+        rows = max(1, CHUNK_LOGITS // w.shape[0])
+        for start in range(0, x.shape[0], rows):
+            part, target = x[start : start + rows], labels[start : start + rows]
+            counts = target != IGNORE
+            target = target.clamp_min(0)[:, None]
+            logp = F.linear(part, w, b).float()
+            logp -= logp.logsumexp(-1, keepdim=True)
+            total -= (logp.gather(-1, target)[:, 0] * counts).sum()
+            if not any(wants):
+                continue
+            dlogits = logp.exp_()
+            dlogits.scatter_add_(-1, target, torch.full_like(dlogits[:, :1], -1.0))
+            dlogits *= counts[:, None]
+            if db is not None:
+                db += dlogits.sum(0)
+            dlogits = dlogits.to(x.dtype)
+            if dx is not None:
+                torch.mm(dlogits, w, out=dx[start : start + rows])
+            if dw is not None and x.dtype == torch.float32:
+                dw.addmm_(dlogits.T, part)
+            elif dw is not None:
+                dw += dlogits.T @ part
+        ctx.save_for_backward(dx, dw, db)
+        ctx.dtypes = w.dtype, b.dtype if b is not None else None
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, db = ctx.saved_tensors
+        return (
+            None if dx is None else (dx * scale).to(dx.dtype),
+            None if dw is None else (dw * scale).to(ctx.dtypes[0]),
+            None if db is None else (db * scale).to(ctx.dtypes[1]),
+            None,
+        )
