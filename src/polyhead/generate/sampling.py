@@ -14,7 +14,7 @@ from torch import Tensor
 
 from polyhead.generate.config import GenerationConfig
 
-_SHORTLIST = 256
+_SHORTLIST = 128
 _DRAWS_AHEAD = 64
 _ROUNDING = 5e-7  # of a probability that comes from float32 logits
 
@@ -82,7 +82,8 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
     uniform `[B]` in [0, 1) picks it: the first index whose cumulative probability exceeds it.
     """
-    cumulative = logits.softmax(1, dtype=_exact(logits.device)).cumsum(1)
+    likely = logits.softmax(1, dtype=torch.float32)
+    cumulative = likely.cumsum(1, dtype=_exact(logits.device))
     total = cumulative[:, -1:]
     target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(total * 0))
     index = torch.searchsorted(cumulative, target, right=True)[:, 0]
@@ -90,10 +91,10 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _log_total(logits: Tensor) -> Tensor:
-    """Log-sum-exp `[B, 1]` of logits `[B, V]`, summed in double precision."""
+    """Log-sum-exp `[B, 1]` of logits `[B, V]`, from softmax, which is the faster kernel."""
     best = logits.amax(1, keepdim=True)
-    exact = _exact(logits.device)
-    return best.to(exact) + (logits - best).exp().sum(1, keepdim=True, dtype=exact).log()
+    likeliest = logits.softmax(1, dtype=torch.float32).amax(1, keepdim=True)
+    return best.to(_exact(logits.device)) - likeliest.to(_exact(logits.device)).log()
 
 
 def _exact(device: torch.device) -> torch.dtype:
@@ -171,8 +172,7 @@ class Sampler:
             some = _pick(scores, self.whole) / _pick(self.temperature, self.whole)[:, None]
             ids[self.whole] = draw(some, _pick(uniform, self.whole))
         if len(self.narrow):
-            some = _pick(scores, self.narrow) / _pick(self.temperature, self.narrow)[:, None]
-            ids[self.narrow] = self._draw_narrow(some, _pick(uniform, self.narrow))
+            ids[self.narrow] = self._draw_narrow(scores, uniform)
 
     def _draw_narrow(self, scores: Tensor, uniform: Tensor) -> Tensor:
         """Draw after top-k, top-p and min-p, without sorting the vocabulary where a few suffice.
@@ -182,24 +182,24 @@ class Sampler:
         Tokens stand in the order of their ids, so that the length of the list changes no draw.
         """
         chosen = torch.zeros_like(uniform, dtype=torch.long)
-        rows = self.narrow
-        left = torch.arange(len(rows), device=rows.device)
-        total = None
-        for width in (*self.widths, scores.shape[1]):
-            if width * 4 > scores.shape[1]:
-                chosen[left] = draw(self.filters(_pick(scores, left), rows[left]), uniform[left])
+        rows, vocab = self.narrow, scores.shape[1]
+        for width in (*self.widths, vocab):
+            some, temperature = _pick(scores, rows), _pick(self.temperature, rows)[:, None]
+            total = _log_total(some / temperature) if self.filters.need_total else None
+            if width * 4 > vocab:
+                kept = self.filters(some / temperature, rows, total)
+                chosen[rows] = draw(kept, _pick(uniform, rows))
                 break
-            total = _log_total(scores) if total is None else total
-            largest, ids = _pick(scores, left).topk(width, dim=1)
+            largest, ids = some.topk(width, dim=1)
             ids, order = ids.sort(dim=1)
-            kept = self.filters(largest.gather(1, order), rows[left], total[left])
-            enough = torch.where(kept == -torch.inf, torch.inf, kept).amin(1) > largest[:, -1]
-            choice = draw(kept, uniform[left])
-            chosen[left] = ids.gather(1, choice[:, None])[:, 0]
-            left = left[~enough]
-            if not len(left):
+            largest = largest / temperature
+            kept = self.filters(largest.gather(1, order), rows, total)
+            chosen[rows] = ids.gather(1, draw(kept, _pick(uniform, rows))[:, None])[:, 0]
+            last = kept.masked_fill(kept == -torch.inf, torch.inf).amin(1)
+            rows = rows[last <= largest[:, -1]]
+            if not len(rows):
                 break
-        return chosen
+        return chosen[self.narrow]
 
     def _uniform(self) -> Tensor:
         column = self.drawn % _DRAWS_AHEAD
@@ -220,20 +220,21 @@ class _Filters:
 
     def __init__(self, k: Tensor, p: Tensor, min_p: Tensor) -> None:
         self.k, self.p, self.min_p = k, p, min_p
-        self.wanted = bool((k > 0).any()), bool((p < 1).any()), bool((min_p > 0).any())
+        self.by_k, self.by_p = bool((k > 0).any()), bool((p < 1).any())
+        self.by_min_p = bool((min_p > 0).any())
+        self.need_total = bool(((p < 1) & (k == 0)).any())
 
     def __call__(self, logits: Tensor, rows: Tensor, log_total: Tensor | None = None) -> Tensor:
         """logits `[b, N]` of `rows` `[b]`; log_total `[b, 1]` where they are the largest N only."""
-        by_k, by_p, by_min_p = self.wanted
-        k = self.k[rows]
-        if by_k:
+        k = _pick(self.k, rows)
+        if self.by_k:
             logits = keep_top_k(logits, k)
-        if by_p:
-            if log_total is not None:
+        if self.by_p:
+            if log_total is not None and self.by_k:
                 log_total = torch.where((k > 0)[:, None], _log_total(logits), log_total)
-            logits = keep_top_p(logits, self.p[rows], log_total)
-        if by_min_p:
-            logits = keep_min_p(logits, self.min_p[rows])
+            logits = keep_top_p(logits, _pick(self.p, rows), log_total)
+        if self.by_min_p:
+            logits = keep_min_p(logits, _pick(self.min_p, rows))
         return logits
 
 
@@ -267,7 +268,7 @@ def _widths(top_ks: Sequence[int]) -> tuple[int, ...]:
     # A few more than k, since ties with the k-th stay too.
     first = _SHORTLIST if min(top_ks) == 0 else 0
     first = max(first, max(top_ks) + 32)
-    return first, first * 16
+    return first, first * 8, first * 32
 
 
 def _history(prompts: Sequence[Sequence[int]], length: int, device: torch.device) -> Tensor:
