@@ -138,7 +138,9 @@ class TrainConfig:
         """Write every field as TOML; a field that is None is left out."""
         given = {name: value for name, value in self.to_dict().items() if value is not None}
         text = "".join(f"{name} = {_toml(value)}\n" for name, value in given.items())
-        Path(path).write_text(text, encoding="utf-8")
+        temp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
+        temp.write_text(text, encoding="utf-8")
+        temp.replace(path)
 
 
 _LOWEST: dict[str, float] = {

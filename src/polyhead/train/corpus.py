@@ -131,16 +131,17 @@ def _write(
     try:
         temp.mkdir(parents=True)
         with open(temp / "tokens.bin", "wb") as out:
-            for piece, ends in _pieces(source):
-                ids = tokenizer.encode(piece, add_special_tokens=False)
-                if ends and tokenizer.eos_id is not None:
-                    ids = [*ids, tokenizer.eos_id]
-                array = np.asarray(ids, dtype=np.int64)
-                check_ids(array, vocab_size)
-                out.write(array.astype(dtype).tobytes())
-                size = len(piece.encode())
-                tokens, text_bytes, count = tokens + len(ids), text_bytes + size, count + ends
-                done += len(piece) if in_memory else size
+            for pieces in _groups(_pieces(source)):
+                texts = [text for text, _ in pieces]
+                rows = tokenizer.encode_batch(texts, add_special_tokens=False)
+                for row, (text, ends) in zip(rows, pieces, strict=True):
+                    ids = [*row, tokenizer.eos_id] if ends and tokenizer.eos_id is not None else row
+                    array = np.asarray(ids, dtype=np.int64)
+                    check_ids(array, vocab_size)
+                    out.write(array.astype(dtype).tobytes())
+                    size = len(text.encode())
+                    tokens, text_bytes, count = tokens + len(ids), text_bytes + size, count + ends
+                    done += len(text) if in_memory else size
                 if progress:
                     progress(min(done, total), total)
             _sync(out)
@@ -195,6 +196,20 @@ def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
         return
     for path in files(source):
         yield from _jsonl(path) if path.suffix == ".jsonl" else _text(path)
+
+
+def _groups(pieces: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces together until they make PIECE characters: tokenizers are faster on many at once."""
+    group: list[tuple[str, bool]] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece[0])
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _text(path: Path) -> Iterator[tuple[str, bool]]:
@@ -264,9 +279,8 @@ def _digest(source: Source, tokenizer: Any) -> str:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """What tells tokenizers apart: all they know, as JSON, and how documents end."""
-    inner = getattr(tokenizer, "backend", None) or getattr(tokenizer, "inner", tokenizer)
-    known = inner.to_str() if hasattr(inner, "to_str") else repr(tokenizer)
-    return hashlib.sha256(f"{known} {tokenizer.eos_id}".encode("utf-8", "replace")).hexdigest()
+    known = f"{tokenizer.backend.to_str()} {tokenizer.eos_id}"
+    return hashlib.sha256(known.encode("utf-8", "replace")).hexdigest()
 
 
 def _text_bytes(ids: np.ndarray, tokenizer: Any) -> int:

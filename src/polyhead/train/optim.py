@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from polyhead.errors import DataError
+from polyhead.errors import PolyheadError
 from polyhead.train.config import TrainConfig
 
 
@@ -63,17 +63,6 @@ class MasterAdamW:
         """Add the gradients of a backward pass to the masters' and free them (no-op in float32)."""
         if not self.separate:
             return
-        with torch.no_grad():
-            fresh = [m for m, p in zip(self.masters, self.params, strict=True) if m.grad is None]
-            if len(fresh) == len(self.masters) and all(p.grad is not None for p in self.params):
-                for master, param in zip(self.masters, self.params, strict=True):
-                    master.grad = param.grad.float()
-            else:
-                self._add()
-        for param in self.params:
-            param.grad = None
-
-    def _add(self) -> None:
         for master, param in zip(self.masters, self.params, strict=True):
             if param.grad is None:
                 continue
@@ -81,18 +70,24 @@ class MasterAdamW:
                 master.grad = param.grad.float()
             else:
                 master.grad += param.grad
+            param.grad = None
+
+    def discard(self) -> None:
+        """Free every gradient, unused."""
+        for tensor in (*self.params, *self.masters):
+            tensor.grad = None
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
         """Clip, update, and clear the gradients; the norm before clipping.
 
-        A norm that is not finite raises DataError and leaves every weight as it is.
+        A norm that is not finite raises PolyheadError and leaves every weight as it is.
         """
         grads = [m.grad for m in self.masters if m.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         value = float(norm)
         if not math.isfinite(value):
-            raise DataError(f"the gradient's norm is {value}: lower lr, or check the data")
+            raise PolyheadError(f"the gradient's norm is {value}: lower lr, or check the data")
         if self.clip and value > self.clip:
             torch._foreach_mul_(grads, self.clip / value)
         for group in self.adamw.param_groups:

@@ -1,0 +1,261 @@
+"""Checkpoints of a run: whole or not there, verified, and enough to go on bit for bit.
+
+    RUN/checkpoints/step-00000500/   config.json, model.safetensors, tokenizer.json …: a model
+                                     directory that `polyhead.load` takes
+        trainer/model.safetensors    masters, moments, the rest of the model's state, RNG states
+        trainer/state.json           step, settings, corpus, sums of the log
+        manifest.json                size and SHA-256 of every file
+    RUN/checkpoints/latest           the name of the newest
+
+A checkpoint is written into `.tmp-…`, flushed to disk, given its manifest, renamed; only then does
+`latest` name it, and only when it has been read back are older ones removed.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from polyhead.errors import ConfigError, FileError
+from polyhead.files.disk import atomic_file, sync_directory
+from polyhead.files.safetensors import open_checkpoint, write_checkpoint
+from polyhead.train.config import FREE_ON_RESUME, TrainConfig
+from polyhead.train.optim import MasterAdamW, learning_rate
+
+_TRAINER, _MANIFEST, _FORMAT = "trainer", "manifest.json", 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: what `trainer/state.json` holds, but for the RNG states."""
+
+    step: int
+    config: TrainConfig
+    corpus: str
+    valid_loss: float | None = None
+    sums: Mapping[str, float] | None = None
+
+
+def save(
+    run: Path, model: nn.Module, tokenizer: Any, optimizer: MasterAdamW, progress: Progress
+) -> Path:
+    """Write the checkpoint of `progress.step`, make it the latest, and prune the others."""
+    folder = run / "checkpoints"
+    final = folder / f"step-{progress.step:08d}"
+    temp = folder / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
+        model.save(temp, force=True)
+        tokenizer.save(temp, force=True)
+        write_checkpoint(temp / _TRAINER, _tensors(model, optimizer))
+        (temp / _TRAINER / "state.json").write_text(json.dumps(_state(progress)))
+        _sync_files(temp)
+        with atomic_file(temp / _MANIFEST) as file:
+            file.write(json.dumps({"format": _FORMAT, "files": _hashes(temp)}, indent=1).encode())
+        if final.exists():  # an undone write after `latest` was turned back, or a rerun
+            shutil.rmtree(final)
+        temp.rename(final)
+        sync_directory(folder)
+        with atomic_file(folder / "latest") as file:
+            file.write(final.name.encode())
+    except OSError as error:
+        raise FileError(
+            f"{final}: cannot be written ({error}); check space and permissions"
+        ) from None
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+    verify(final)
+    _prune(folder, progress.config.keep)
+    return final
+
+
+def latest(run: Path) -> Path | None:
+    """The newest checkpoint of a run, None where there is none."""
+    folder = run / "checkpoints"
+    with contextlib.suppress(OSError):
+        named = folder / (folder / "latest").read_text().strip()
+        if (named / _MANIFEST).exists():
+            return named
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def best(run: Path) -> Path | None:
+    """The kept checkpoint of lowest validation loss, None where none was validated."""
+    losses = {path: _valid_loss(path) for path in _all(run / "checkpoints")}
+    known = {path: loss for path, loss in losses.items() if loss is not None}
+    return min(known, key=lambda path: known[path]) if known else None
+
+
+def clean(run: Path) -> None:
+    """Remove what a killed writer left."""
+    for path in (run / "checkpoints").glob(".*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def verify(checkpoint: Path) -> None:
+    """FileError unless every file is as the manifest says."""
+    try:
+        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        found = _hashes(checkpoint)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise FileError(f"{checkpoint}: no checkpoint (its manifest cannot be read)") from None
+    for name, entry in files.items():
+        if found.get(name) != entry:
+            fault = "was altered" if name in found else "is missing"
+            raise FileError(f"{checkpoint}: {name} {fault}: remove this checkpoint, use an older")
+
+
+def restore(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: MasterAdamW,
+    config: TrainConfig,
+    corpus: str,
+) -> Progress:
+    """Verify, check that it belongs to this model, settings and corpus, and take it all up."""
+    verify(checkpoint)
+    state = json.loads((checkpoint / _TRAINER / "state.json").read_text())
+    tensors = open_checkpoint(checkpoint / _TRAINER)
+    _check_model(checkpoint, tensors, _tensors(model, optimizer, moments=False))
+    old = TrainConfig.from_dict(state["config"], str(checkpoint))
+    _check_config(checkpoint, old, config, state["step"])
+    if state["corpus"] != corpus:
+        raise ConfigError(f"{checkpoint} was trained on another corpus or tokenizer: use that one")
+    optimizer.load(tensors)
+    rest = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    with torch.no_grad():
+        own = model.state_dict()
+        for name, value in rest.items():
+            own[name].copy_(value)
+    _set_rng(state["rng"], tensors)
+    return Progress(state["step"], old, corpus, state["valid_loss"], state["sums"])
+
+
+def _tensors(
+    model: nn.Module, optimizer: MasterAdamW, *, moments: bool = True
+) -> dict[str, Tensor]:
+    """Everything a run needs to go on; without moments, what tells one model from another."""
+    state = optimizer.state()
+    if not moments:
+        return {name: tensor for name, tensor in state.items() if name.startswith("master.")}
+    # Tied names of a trained tensor lead to the same memory: the master covers them all.
+    trained = {p.data_ptr() for p in optimizer.params}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in trained:
+            state[f"model.{name}"] = tensor
+    state["rng.torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        for index, rng in enumerate(torch.cuda.get_rng_state_all()):
+            state[f"rng.cuda.{index}"] = rng
+    return state
+
+
+def _state(progress: Progress) -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "format": _FORMAT,
+        "step": progress.step,
+        "config": progress.config.to_dict(),
+        "corpus": progress.corpus,
+        "valid_loss": progress.valid_loss,
+        "sums": dict(progress.sums or {}),
+        "rng": {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]},
+    }
+
+
+def _set_rng(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
+    torch.set_rng_state(tensors["rng.torch"].clone())
+    for index in range(torch.cuda.device_count()):
+        if f"rng.cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"].clone(), index)
+
+
+def _check_model(checkpoint: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    names = sorted(name for name in saved if name.startswith("master."))
+    for name in sorted({*names, *own}):
+        theirs = list(saved[name].shape) if name in saved else "nothing"
+        ours = list(own[name].shape) if name in own else "nothing"
+        if theirs != ours:
+            raise ConfigError(
+                f"{checkpoint} holds another model: {name.removeprefix('master.')} is {theirs} "
+                f"there and {ours} here; build the model it was trained with"
+            )
+
+
+def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: int) -> None:
+    was, now = old.to_dict(), new.to_dict()
+    for name in was:
+        if name not in FREE_ON_RESUME and was[name] != now[name]:
+            raise ConfigError(
+                f"{checkpoint} was trained with {name} = {was[name]}, not {now[name]}: "
+                "resume with its settings (config.toml), or start a new run"
+            )
+    if step > new.steps:
+        raise ConfigError(f"{checkpoint} has {step} steps behind it, more than {new.steps} in all")
+    if any(learning_rate(i, old) != learning_rate(i, new) for i in range(step)):
+        raise ConfigError(
+            f"{checkpoint}: with steps = {new.steps} instead of {old.steps} its first {step} steps "
+            "would have had other learning rates: use schedule constant or wsd for open ends"
+        )
+
+
+def _sync_files(folder: Path) -> None:
+    """Flush every file and folder below `folder` to disk."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_dir():
+            sync_directory(path)
+        else:
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file below `folder` but the manifest."""
+    entries = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        entries[path.relative_to(folder).as_posix()] = {
+            "size": path.stat().st_size,
+            "sha256": digest,
+        }
+    return entries
+
+
+def _all(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{_MANIFEST}"))
+
+
+def _valid_loss(checkpoint: Path) -> float | None:
+    try:
+        return json.loads((checkpoint / _TRAINER / "state.json").read_text())["valid_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _prune(folder: Path, keep: int) -> None:
+    """Remove all but the `keep` newest and the best."""
+    kept = {*_all(folder)[-keep:], best(folder.parent)}
+    for path in _all(folder):
+        if path not in kept:
+            # Renamed first, so that a kill half-way leaves no broken checkpoint behind.
+            gone = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)

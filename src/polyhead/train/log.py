@@ -1,0 +1,130 @@
+"""What a run tells: `log.jsonl` in its directory, and a view on standard error."""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyhead.files.disk import atomic_file
+
+TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+"""Fields of a log line that a resumed run need not repeat."""
+
+
+class Log:
+    """JSON lines, one an event, each with its `step`; appended and flushed as they come."""
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        self.path = path
+        if path.exists():
+            _truncate(path, step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Flush to disk, so that no checkpoint is ahead of its log."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop what was written after `step`: a resumed run will write it again."""
+    kept = [record for record in read_log(path) if record["step"] <= step]
+    with atomic_file(path) as file:
+        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most this process has held, on the GPU where it trains on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class View:
+    """Progress on standard error: a live bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self.steps, self.first, self.began = steps, step, time.monotonic()
+        self.console = Console(stderr=True, quiet=quiet, highlight=False)
+        self.live = self.console.is_terminal and not quiet
+        self.bar = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=self.console,
+            disable=not self.live,
+        )
+        self.task = self.bar.add_task("training", total=steps, completed=step, figures="")
+        self.valid = ""
+
+    def __enter__(self) -> "View":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, step: int, loss: float, bits_per_byte: float, speed: float) -> None:
+        """Move the bar; cheap enough for every step."""
+        if self.live:
+            figures = self._figures(step, loss, bits_per_byte, speed)
+            self.bar.update(self.task, completed=step, figures=figures)
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Say what the log says."""
+        step = record["step"]
+        if "sample" in record:
+            self.say(f"step {step}  sample: {record['sample']}")
+        elif "valid_loss" in record:
+            self.valid = f"  held out {record['valid_bits_per_byte']:.3f}"
+            self.say(
+                f"step {step}  held-out loss {record['valid_loss']:.4f}  "
+                f"{record['valid_bits_per_byte']:.4f} bits per byte"
+            )
+        elif "loss" in record and not self.live:
+            speed = record["tokens_per_second"]
+            figures = self._figures(step, record["loss"], record["bits_per_byte"], speed)
+            self.say(f"step {step}/{self.steps}  {figures}")
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _figures(self, step: int, loss: float, bits_per_byte: float, speed: float) -> str:
+        done = max(1, step - self.first)
+        left = (time.monotonic() - self.began) / done * (self.steps - step)
+        minutes, seconds = divmod(round(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        return (
+            f"loss {loss:.4f}  {bits_per_byte:.3f} bits per byte{self.valid if self.live else ''}  "
+            f"{speed:,.0f} tokens/s  {clock} left"
+        )
