@@ -61,8 +61,9 @@ def save(
         write_checkpoint(temp / _TRAINER, _tensors(model, optimizer))
         (temp / _TRAINER / "state.json").write_text(json.dumps(_state(progress)))
         _sync_files(temp)
+        manifest = json.dumps({"format": _FORMAT, "files": _hashes(temp)}, indent=1)
         with atomic_file(temp / _MANIFEST) as file:
-            file.write(json.dumps({"format": _FORMAT, "files": _hashes(temp)}, indent=1).encode())
+            file.write(manifest.encode())
         if final.exists():  # an undone write after `latest` was turned back, or a rerun
             shutil.rmtree(final)
         temp.rename(final)
