@@ -3,6 +3,7 @@
 The same texts in the same order give the same vocabulary, on every run.
 """
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -213,7 +214,33 @@ def _train_unigram(
         show_progress=False,
     )
     backend.train_from_iterator(corpus, trainer)
-    return backend
+    return _settled(backend, len(tokens))
+
+
+def _settled(backend: Backend, specials: int) -> Backend:
+    """The trained pieces with settled scores, ordered by score and then by spelling.
+
+    Two things change from run to run: the last digits of the scores (floats added up in another
+    order), and which of the characters that had lost their score gets which step above the lowest.
+    So scores are kept in steps of 2^-12, which also tokenizer.json keeps exactly and which add up
+    exactly, and those characters all get the lowest.
+    """
+    described = json.loads(backend.to_str())
+    vocab = described["model"]["vocab"]
+    low = min(score for _, score in vocab)
+    settled = [
+        (piece, low if len(piece) == 1 and _is_step(score - low) else score)
+        for piece, score in vocab[specials:]
+    ]
+    rounded = [(piece, round(score * 4096) / 4096) for piece, score in settled]
+    learned = sorted(rounded, key=lambda entry: (-entry[1], entry[0]))
+    described["model"]["vocab"] = [*vocab[:specials], *learned]
+    return Backend.from_str(json.dumps(described))
+
+
+def _is_step(above: float) -> bool:
+    """The trainer puts back characters it had dropped, each 0.0001 above the one before."""
+    return abs(above / 1e-4 - round(above / 1e-4)) < 1e-6
 
 
 _RECIPES: dict[str, Callable[..., Backend]] = {
