@@ -159,23 +159,28 @@ class GgufFile(Mapping[str, Tensor]):
         """The metadata with the stored types, for `write_gguf` to write as it was."""
         return {key: Typed(value, self.types[key]) for key, value in self.metadata.items()}
 
-    def tensor(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+    def tensor(
+        self, name: str, dtype: torch.dtype | None = torch.float32, part: int | None = None
+    ) -> Tensor:
         """The tensor in `dtype`; None leaves plain types as stored and makes quantised ones fp32.
 
-        What needs no change is a view of the map. Errors: FileError for types not read here.
+        part: only this index of the outermost size (one expert of a stack). What needs no change is
+        a view of the map. Errors: FileError for types not read here.
         """
         entry = self.entries[name]
-        if not can_dequantize(entry.kind):
+        kind, shape = entry.kind, entry.shape if part is None else entry.shape[1:]
+        if not can_dequantize(kind):
             raise FileError(
-                f"{self.path}: tensor {_short(name)} is {entry.kind.name}, which is not read here; "
+                f"{self.path}: tensor {_short(name)} is {kind.name}, which is not read here; "
                 "take a file in F16, BF16, Q8_0, Q4_0 to Q5_1, or Q4_K to Q6_K"
             )
-        data = view_bytes(self._map, entry.start, entry.size)
-        if entry.kind.dtype is not None:
-            values = view_as(data, entry.kind.dtype)
-            return values.to(dtype or values.dtype).view(entry.shape)
+        size = entry.size if part is None else entry.size // entry.shape[0]
+        data = view_bytes(self._map, entry.start + size * (part or 0), size)
+        if kind.dtype is not None:
+            values = view_as(data, kind.dtype)
+            return values.to(dtype or values.dtype).view(shape)
         blocks = view_as(data, torch.float16).view(torch.uint8)
-        return dequantize(blocks, entry.kind, dtype or torch.float32).view(entry.shape)
+        return dequantize(blocks, kind, dtype or torch.float32).view(shape)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)

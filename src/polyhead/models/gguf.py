@@ -1,0 +1,249 @@
+"""GGUF files as Hugging Face checkpoints: a config.json, and tensors under Hugging Face's names."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ConfigError, FileError
+from polyhead.files.gguf import GgufFile, RawTensor, open_gguf
+from polyhead.files.gguf_blocks import BY_NAME
+from polyhead.files.gguf_write import write_gguf
+from polyhead.models.gguf_config import (
+    config_from_metadata,
+    family_of_config,
+    family_of_metadata,
+    metadata_from_config,
+)
+from polyhead.models.gguf_families import Family
+from polyhead.models.gguf_names import Name
+
+ROPE_FREQS = "rope_freqs.weight"
+# llama.cpp keeps these in fp32 whatever the rest is, besides all vectors.
+ALWAYS_FLOAT = (".ffn_gate_inp.weight", "position_embd.weight")
+# Buffers of old checkpoints that hold no weights.
+BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.h, llama_ftype
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a Hugging Face tensor lies: a tensor of the file, or one expert of a stack."""
+
+    name: str
+    row: Name
+    part: int | None = None
+
+
+class HfTensors(Mapping[str, Tensor]):
+    """A GGUF file's tensors under Hugging Face's names, each made when it is asked for.
+
+    Floats keep their type; quantised tensors become fp32. Errors: ConfigError for a tensor that the
+    architecture's table does not know.
+    """
+
+    def __init__(self, gguf: GgufFile, family: Family, config: Mapping[str, Any]) -> None:
+        self.gguf = gguf
+        self.config = config
+        self._places: dict[str, Place] = {}
+        for name in gguf.names:
+            if name == ROPE_FREQS:
+                continue
+            row, found = _match(family, name, "gguf")
+            if row is None:
+                raise ConfigError(
+                    f"{gguf.path}: tensor {name!r} is unknown in {family.arch}; not read here"
+                )
+            if "{e}" in row.hf:
+                for e in range(gguf.shape(name)[0]):
+                    self._places[row.hf.format(**found, e=e)] = Place(name, row, e)
+            else:
+                self._places[row.hf.format(**found)] = Place(name, row)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensor(name)
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor in `dtype`; None keeps floats as stored and makes quantised ones fp32."""
+        place = self._places[name]
+        values = self.gguf.tensor(place.name, dtype, place.part)
+        return place.row.change.to_hf(values, self.config) if place.row.change else values
+
+    def stored(self, name: str) -> RawTensor | None:
+        """The tensor's blocks, rows in Hugging Face's order; None where no row order gives it.
+
+        That is for plain floats, and for what the two worlds do not keep by rows.
+        """
+        place = self._places[name]
+        raw, change = self.gguf.stored(place.name), place.row.change
+        if BY_NAME[raw.kind].dtype is not None or (change and not change.on_rows):
+            return None
+        data = raw.data if place.part is None else raw.data[place.part]
+        shape = raw.shape if place.part is None else raw.shape[1:]
+        return RawTensor(raw.kind, shape, change.to_hf(data, self.config) if change else data)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+
+class GgufTensors(Mapping[str, Tensor | RawTensor]):
+    """A Hugging Face checkpoint's tensors under GGUF's names, each made when it is asked for.
+
+    Errors: ConfigError for a tensor that GGUF has no name for, and for one that is missing.
+    """
+
+    def __init__(
+        self, family: Family, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> None:
+        self.config = config
+        self.tensors = tensors
+        self._sources: dict[str, tuple[Name, dict[int, str]]] = {}
+        for name in tensors:
+            if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and _is_tied(config, tensors)):
+                continue
+            row, found = _match_hf(family, name)
+            expert = found.pop("e", 0)
+            parts = self._sources.setdefault(row.gguf.format(**found), (row, {}))[1]
+            parts[expert] = name
+        self._check_complete(family)
+
+    def _check_complete(self, family: Family) -> None:
+        layers = self.config[family.keys["block_count"]]
+        experts = self.config.get("num_experts", self.config.get("num_local_experts", 1))
+        for row in family.names:
+            for i in range(layers if "{i}" in row.gguf else 1):
+                parts = self._sources.get(row.gguf.format(i=i), (row, {}))[1]
+                wanted = range(experts if "{e}" in row.hf else 1)
+                lacking = [e for e in wanted if e not in parts]
+                if lacking and not (row.optional and not parts):
+                    name = row.hf.format(i=i, e=lacking[0])
+                    raise ConfigError(f"the checkpoint lacks {name}, which {family.arch} needs")
+
+    def __getitem__(self, name: str) -> Tensor | RawTensor:
+        row, parts = self._sources[name]
+        tensor = self.tensors[parts[0]]
+        if "{e}" in row.hf:
+            tensor = torch.stack([self.tensors[parts[e]] for e in sorted(parts)])
+        tensor = row.change.to_gguf(tensor, self.config) if row.change else tensor
+        always = tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT)
+        return tensor.float() if always else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def read(path: str | Path) -> tuple[dict[str, Any], HfTensors, GgufFile]:
+    """A GGUF file as (config.json, tensors by Hugging Face's names, the file itself).
+
+    Errors: FileError for a broken file, ConfigError for an architecture or a setting not read here.
+    """
+    file = open_gguf(path)
+    shapes = {name: file.shape(name) for name in file.names}
+    try:
+        freqs = file.tensor(ROPE_FREQS) if ROPE_FREQS in file else None
+        config = config_from_metadata(file.metadata, shapes, freqs)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config, HfTensors(file, family_of_metadata(file.metadata), config), file
+
+
+def write(
+    path: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    tokenizer: Mapping[str, Any] | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """Write a Hugging Face checkpoint as GGUF: floats keep their type, but vectors become fp32.
+
+    tokenizer: metadata `tokenizer.*`, from `tokenizer_metadata` or another GGUF file; its token ids
+    stand before the config's. Errors: ConfigError for what GGUF cannot say, FileError from writing.
+    """
+    family = family_of_config(config)
+    metadata, freqs = metadata_from_config(config)
+    names = GgufTensors(family, config, tensors)
+    kinds = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 0}
+    for name in names:
+        tensor = names[name]
+        if isinstance(tensor, RawTensor) or tensor.dtype not in kinds:
+            raise FileError(f"{path}: {name} is not fp32, fp16 or bf16; convert it first")
+        kinds[tensor.dtype] += tensor.numel() if tensor.dim() > 1 else 0
+    metadata["general.type"] = "model"
+    metadata["general.file_type"] = FILE_TYPES[max(kinds, key=lambda dtype: kinds[dtype])]
+    metadata["general.quantization_version"] = 2
+    for key, value in (tokenizer or {}).items():
+        if key.startswith("tokenizer."):
+            metadata[key] = value
+    extra = {} if freqs is None else {ROPE_FREQS: freqs}
+    write_gguf(path, metadata, _Joined(names, extra), force=force)
+
+
+class _Joined(Mapping[str, Tensor | RawTensor]):
+    """Two mappings as one, still lazy."""
+
+    def __init__(
+        self, first: Mapping[str, Tensor | RawTensor], second: Mapping[str, Tensor]
+    ) -> None:
+        self._first, self._second = first, second
+
+    def __getitem__(self, name: str) -> Tensor | RawTensor:
+        return self._first[name] if name in self._first else self._second[name]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._first
+        yield from self._second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+
+def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the head repeats the embedding; GGUF says so by leaving it out."""
+    family = family_of_config(config)
+    if not config.get("tie_word_embeddings", family.model_type == "gpt2"):
+        return False
+    embedding = next(row.hf for row in family.names if row.gguf == "token_embd.weight")
+    if embedding in tensors and not torch.equal(tensors[embedding], tensors["lm_head.weight"]):
+        raise ConfigError(
+            "tie_word_embeddings is true, yet lm_head.weight differs from the embedding; "
+            "set it to false"
+        )
+    return True
+
+
+def _match_hf(family: Family, name: str) -> tuple[Name, dict[str, int]]:
+    """The row of a Hugging Face name, with or without the prefix a model with a head has."""
+    prefix = "transformer." if family.model_type == "gpt2" else "model."
+    for candidate in (name, prefix + name):
+        row, found = _match(family, candidate, "hf")
+        if row is not None:
+            return row, found
+    raise ConfigError(f"tensor {name!r} has no name in GGUF's {family.arch}; save as safetensors")
+
+
+def _match(family: Family, name: str, side: str) -> tuple[Name | None, dict[str, int]]:
+    for row in family.names:
+        match = _pattern(getattr(row, side)).fullmatch(name)
+        if match:
+            return row, {key: int(value) for key, value in match.groupdict().items()}
+    return None, {}
+
+
+@cache
+def _pattern(text: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>0|[1-9]\\d{0,5})", re.escape(text)))
