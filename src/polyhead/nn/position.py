@@ -83,8 +83,9 @@ class Rotary(Position):
 class DynamicRotary(Rotary):
     """Rotary whose frequencies depend on how far the text reaches.
 
-    A longer text turns every key anew, so keys are cached unrotated: decoding then equals one
-    forward over the whole, which rotating before caching cannot.
+    A longer text turns every key anew, so keys are cached unrotated and all turn alike. Past the
+    trained length a token's answer depends on the length at which it was computed, so decoding
+    equals one forward over the whole only up to there.
     """
 
     rotates_late = True

@@ -27,7 +27,9 @@ class Scaling(Protocol):
 
 def plain_frequencies(dim: int, base: float) -> Tensor:
     """`base^(-2i/dim)` (Su et al. 2021, section 3.2.2)."""
-    return 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    # Always real numbers, also while a model is laid out on the meta device.
+    even = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu")
+    return 1.0 / base ** (even.float() / dim)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ class Yarn:
         low, high = max(low, 0), min(high, dim - 1)
         # Equal ends would divide by zero.
         width = high - low if high != low else 0.001
-        ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
         plain = plain_frequencies(dim, base)
+        ramp = ((torch.arange(len(plain), device=plain.device) - low) / width).clamp(0, 1)
         return plain / self.factor * ramp + plain * (1 - ramp)
 
     def _turning(self, turns: float, dim: int, base: float) -> float:

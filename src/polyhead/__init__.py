@@ -1,0 +1,40 @@
+"""Every transformer from one small set of readable parts."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Names are fetched when first used, so that `import polyhead` and `polyhead --help` cost little.
+_HOMES = {
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "FileError": "errors",
+    "GenerationConfig": "generate.config",
+    "Mask": "nn.mask",
+    "PolyheadError": "errors",
+    "TextGenerator": "generate.generator",
+    "TrainConfig": "train.config",
+    "Trainer": "train.loop",
+    "build": "models.model",
+    "capture": "explain.capture",
+    "embed": "tasks.embed",
+    "families": "models.registry",
+    "load": "models.load",
+    "perplexity": "tasks.perplexity",
+    "tokenizer": "models.load",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'polyhead' has no attribute {name!r}")
+    value = getattr(import_module(f"polyhead.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

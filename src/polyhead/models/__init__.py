@@ -1,0 +1,1 @@
+"""Every family, one file each, made of the parts in `polyhead.nn`."""

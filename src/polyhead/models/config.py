@@ -1,0 +1,215 @@
+"""Configurations: frozen values with the papers' names, read from and written to `config.json`.
+
+Each field says where it stands in a Hugging Face `config.json`. A key that could change the
+numbers and that nothing reads is refused; the rest is kept and written back.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Self, TypeVar
+
+from polyhead.errors import ConfigError
+
+JSON = Mapping[str, Any]
+
+HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    classifier_dropout cross_attention_hidden_size custom_pipelines decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    id2label initializer_factor is_decoder is_encoder_decoder label2id length_penalty license
+    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
+    num_return_sequences output_attentions output_hidden_states output_router_logits
+    output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate router_jitter_noise sep_token_id
+    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
+    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
+    unsloth_version use_bfloat16 use_cache unk_token_id pretraining_tp
+    """.split()
+)
+"""Keys that say nothing about the numbers of a forward."""
+
+
+def hf(
+    *keys: str,
+    default: Any = MISSING,
+    read: Callable[[Any], Any] = lambda value: value,
+    write: Callable[[Any], Any] = lambda value: value,
+) -> Any:
+    """A field that stands under the first of `keys` present in `config.json`; dots go inside.
+
+    A fresh config is written under the first key. `read` and `write` translate the value.
+    """
+    return field(default=default, metadata={"keys": keys, "read": read, "write": write})
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a `model_type` says beyond its family's config.
+
+    absent:   values of `config.json` keys that the file leaves out.
+    implied:  fields that the type fixes and `config.json` does not say.
+    harmless: further keys that change nothing.
+    """
+
+    model_type: str
+    architecture: str
+    absent: JSON = field(default_factory=dict[str, Any])
+    implied: JSON = field(default_factory=dict[str, Any])
+    harmless: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What all families' configurations share."""
+
+    model_type: str = ""
+    source: JSON = field(default_factory=dict[str, Any], repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type in (int, "int") and (
+                isinstance(value, bool) or not isinstance(value, int)
+            ):
+                raise ConfigError(f"{item.name} is {value!r}; it must be a whole number")
+            if item.name in _SIZES and isinstance(value, int) and value < 1:
+                raise ConfigError(f"{item.name} is {value}; it must be 1 or more")
+
+    @classmethod
+    def rows(cls) -> tuple[Row, ...]:
+        """The model types of this family."""
+        raise NotImplementedError
+
+    @classmethod
+    def row(cls, model_type: str) -> Row:
+        """The row of one model type."""
+        return next(row for row in cls.rows() if row.model_type == model_type)
+
+    @classmethod
+    def fresh(cls, model_type: str, **values: Any) -> Self:
+        """A config of this type from field values; unknown fields and impossible ones raise."""
+        row = cls.row(model_type)
+        known = {item.name for item in fields(cls)} - {"source", "model_type"}
+        for name in values.keys() - known:
+            raise ConfigError(
+                f"{model_type} has no field {name!r}; it has {', '.join(sorted(known))}"
+            )
+        for name, value in row.implied.items():
+            if values.setdefault(name, value) != value:
+                raise ConfigError(f"{name} is {value!r} in {model_type}, not {values[name]!r}")
+        missing = [
+            item.name
+            for item in fields(cls)
+            if item.default is MISSING and item.name in known and item.name not in values
+        ]
+        if missing:
+            raise ConfigError(f"{model_type} needs a value for {', '.join(missing)}")
+        return cls(model_type=model_type, **values)
+
+
+_SIZES = frozenset(
+    "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_seq_len".split()
+)
+
+C = TypeVar("C", bound=Config)
+
+
+def from_hf(cls: type[C], data: JSON) -> C:
+    """Read a `config.json`; raises ConfigError for what is missing or what nothing would read."""
+    row = cls.row(data["model_type"])
+    values = dict(row.implied)
+    read: set[str] = set()
+    for item in _mapped(cls):
+        if item.name in row.implied:
+            continue
+        read.update(key.split(".")[0] for key in item.metadata["keys"])
+        key, value = _look_up(data, row.absent, item)
+        if key is not None:
+            values[item.name] = item.metadata["read"](value)
+        elif item.default is MISSING:
+            raise ConfigError(f"config.json has no {item.metadata['keys'][0]!r}; it is needed")
+    _refuse_unread(data, read | row.harmless | HARMLESS)
+    return cls(model_type=row.model_type, source=dict(data), **values)
+
+
+def to_hf(config: Config) -> dict[str, Any]:
+    """The `config.json` of a config: what was read comes back as it was, the rest is written."""
+    row = config.row(config.model_type)
+    data: dict[str, Any] = {"model_type": row.model_type, "architectures": [row.architecture]}
+    data.update(config.source)
+    for item in _mapped(type(config)):
+        if item.name in row.implied:
+            continue
+        value = getattr(config, item.name)
+        key, found = _look_up(config.source, row.absent, item)
+        implicit = item.default if key is None else item.metadata["read"](found)
+        if value != implicit:
+            written = None if value is None else item.metadata["write"](value)
+            _put(data, key or item.metadata["keys"][0], written)
+        elif not config.source and value is not None:
+            _put(data, key or item.metadata["keys"][0], item.metadata["write"](value))
+    return data
+
+
+def _mapped(cls: type[Config]) -> list[Field[Any]]:
+    return [item for item in fields(cls) if "keys" in item.metadata]
+
+
+def _look_up(data: JSON, absent: JSON, item: Field[Any]) -> tuple[str | None, Any]:
+    """The field's first key that the file has, or that its type gives a value, and that value."""
+    for source in (data, absent):
+        for key in item.metadata["keys"]:
+            here: Any = source
+            for part in key.split("."):
+                if not isinstance(here, Mapping) or part not in here:
+                    break
+                here = here[part]
+            else:
+                return key, here
+    return None, None
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for part in path:
+        inner = data.get(part)
+        data[part] = dict(inner) if isinstance(inner, Mapping) else {}
+        data = data[part]
+    data[last] = value
+
+
+def _refuse_unread(data: JSON, read: frozenset[str] | set[str]) -> None:
+    for key, value in data.items():
+        # What is switched off, or left to a default, changes nothing.
+        if key not in read and value is not None and value is not False:
+            raise ConfigError(
+                f"config.json has {key!r}: {value!r}, which Polyhead does not read and which may "
+                "change the numbers; remove it if you know that it does not"
+            )
+
+
+ACTIVATION_NAMES = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu2": "relu2",
+}
+
+
+def read_activation(name: str) -> str:
+    """Hugging Face's name of an activation to ours."""
+    if name not in ACTIVATION_NAMES:
+        raise ConfigError(f"activation {name!r} is not one of {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[name]
+
+
+def write_activation(name: str) -> str:
+    """Our name of an activation to Hugging Face's."""
+    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == name)

@@ -1,0 +1,37 @@
+"""Weights of a model that starts fresh."""
+
+import math
+
+import torch
+from torch import nn
+
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.feedforward import FeedForward, GatedFeedForward
+from polyhead.nn.moe import Experts
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, num_layers: int, std: float = 0.02) -> None:
+    """Normal with `std`, biases zero; what adds to the residual, std / sqrt(2 layers).
+
+    (Radford et al. 2019, section 2.3.) Norms, and tables that start otherwise, stay as made.
+    """
+    residual = std / math.sqrt(2 * num_layers)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.gate, std=std)
+            nn.init.normal_(module.up, std=std)
+    # After the walk above, which meets these layers too.
+    for module in model.modules():
+        if isinstance(module, MultiHeadAttention):
+            nn.init.normal_(module.out.weight, std=residual)
+        elif isinstance(module, FeedForward | GatedFeedForward):
+            nn.init.normal_(module.down.weight, std=residual)
+        elif isinstance(module, Experts):
+            nn.init.normal_(module.down, std=residual)

@@ -1,0 +1,162 @@
+"""Checkpoint names: rows read in both directions, theirs to ours and ours to theirs."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Size, Tensor
+
+from polyhead.errors import FileError
+
+Indices = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A tensor of theirs and what it is here. `{i}` stands for a number.
+
+    ours:      one name, or several that theirs holds one after the other (q, k, v).
+    transpose: theirs is `[in, out]`.
+    stack:     theirs come one for each value of this index; ours stacks them in dimension 0.
+    reshape:   the same numbers in another shape.
+    """
+
+    theirs: str
+    ours: str | tuple[str, ...]
+    transpose: bool = False
+    stack: str | None = None
+    reshape: bool = False
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A tensor of theirs that holds nothing: a buffer, a mask. It is not written back."""
+
+    theirs: str
+
+
+@dataclass(frozen=True)
+class Tied:
+    """A tensor of theirs that repeats another; read if it stands there, never written."""
+
+    theirs: str
+    same_as: str
+
+
+Rules = Sequence[Rule | Dropped | Tied]
+
+
+def to_ours(
+    rules: Rules, theirs: Mapping[str, Tensor], shapes: Mapping[str, Size]
+) -> dict[str, Tensor]:
+    """Their tensors under our names; views where they can be.
+
+    shapes: what the model wants, by our names. A tensor that no rule knows, one that is missing
+    and one of another shape raise FileError.
+    """
+    found: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    surplus: list[str] = []
+    for name in theirs:
+        rule, indices = _matching(rules, name)
+        if rule is None:
+            surplus.append(name)
+        elif isinstance(rule, Rule):
+            for ours, tensor in _split(rule, indices, theirs[name], shapes):
+                if rule.stack:
+                    stacks.setdefault(ours, {})[indices[rule.stack]] = tensor
+                else:
+                    found[ours] = tensor.view(shapes[ours]) if rule.reshape else tensor
+    for ours, parts in stacks.items():
+        found[ours] = torch.stack([parts[e] for e in sorted(parts)])
+    _complain(
+        "holds", [*surplus, *(found.keys() - shapes.keys())], "that this model has no place for"
+    )
+    _complain("lacks", list(shapes.keys() - found.keys()), "that this model needs")
+    for name, tensor in found.items():
+        if tensor.shape != shapes[name]:
+            raise FileError(
+                f"{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(shapes[name])} "
+                "by its config.json; the two do not belong together"
+            )
+    return found
+
+
+def to_theirs(rules: Rules, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors under their names, in contiguous memory of their layout."""
+    made: dict[str, Tensor] = {}
+    written: set[str] = set()
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            continue
+        parts = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
+        for first in list(ours):
+            indices = _match(parts[0], first)
+            if indices is None:
+                continue
+            names = [part.format(**indices) for part in parts]
+            written.update(names)
+            made.update(_joined(rule, indices, [ours[name] for name in names]))
+    forgotten = ours.keys() - written
+    assert not forgotten, f"no rule writes {sorted(forgotten)}"
+    return made
+
+
+def _split(
+    rule: Rule, indices: Indices, tensor: Tensor, shapes: Mapping[str, Size]
+) -> Iterator[tuple[str, Tensor]]:
+    if rule.transpose:
+        tensor = tensor.T
+    if isinstance(rule.ours, str):
+        yield rule.ours.format(**_without(indices, rule.stack)), tensor
+        return
+    names = [part.format(**indices) for part in rule.ours]
+    sizes = [shapes[name][0] for name in names if name in shapes]
+    if len(sizes) < len(names) or sum(sizes) != len(tensor):
+        raise FileError(
+            f"{rule.theirs.format(**indices)} has {len(tensor)} rows and its config.json asks "
+            f"for {' + '.join(map(str, sizes))}; the two do not belong together"
+        )
+    yield from zip(names, tensor.split(sizes), strict=True)
+
+
+def _joined(rule: Rule, indices: Indices, parts: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
+    if rule.stack:
+        for number, tensor in enumerate(parts[0].unbind()):
+            yield rule.theirs.format(**indices, **{rule.stack: number}), tensor.contiguous()
+        return
+    tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if rule.reshape:
+        tensor = tensor.flatten()
+    yield rule.theirs.format(**indices), (tensor.T if rule.transpose else tensor).contiguous()
+
+
+def _matching(rules: Rules, name: str) -> tuple[Rule | Dropped | Tied | None, Indices]:
+    for rule in rules:
+        indices = _match(rule.theirs, name)
+        if indices is not None:
+            return rule, indices
+    return None, {}
+
+
+def _match(pattern: str, name: str) -> Indices | None:
+    """The numbers that `{i}` and the like stand for, or None where the name does not fit."""
+    found = _compiled(pattern).fullmatch(name)
+    return None if found is None else {key: int(value) for key, value in found.groupdict().items()}
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(pattern)))
+
+
+def _without(indices: Indices, key: str | None) -> Indices:
+    return {name: number for name, number in indices.items() if name != key}
+
+
+def _complain(verb: str, names: list[str], why: str) -> None:
+    if names:
+        some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+        raise FileError(f"the checkpoint {verb} {len(names)} tensor(s) {why}: {some}")

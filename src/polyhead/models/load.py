@@ -1,0 +1,113 @@
+"""From a path or a name to a model and its tokenizer: Hugging Face directories and GGUF files."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ConfigError, FileError
+from polyhead.files.hub import resolve
+from polyhead.files.safetensors import open_checkpoint
+from polyhead.models import gguf
+from polyhead.models.config import from_hf
+from polyhead.models.model import HEADS, TaskModel, from_tensors
+from polyhead.models.registry import family_of
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+
+def load(
+    name: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    head: str | None = None,
+    revision: str | None = None,
+) -> TaskModel:
+    """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
+
+    dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
+    GGUF's packed blocks become float32. device: None is the CPU. head: "lm" or "none"; None takes
+    it from the checkpoint's `architectures`. The model is in evaluation mode.
+
+    Raises ConfigError for what a config says that cannot be, FileError for broken files.
+    """
+    path = resolve(str(name), revision)
+    data, tensors = read_checkpoint(path)
+    config = from_hf(family_of(_model_type(data, path)).config, data)
+    model = from_tensors(config, tensors, _head(head, data), _dtype(dtype, data, path))
+    model.generation = read_json(path / "generation_config.json") if path.is_dir() else {}
+    return model if device is None else model.to(device)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
+    """A checkpoint's `config.json` and its tensors by Hugging Face's names, read when asked."""
+    if path.suffix == ".gguf":
+        config, tensors, _ = gguf.read(path)
+        return config, tensors
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").exists():
+        raise FileError(f"{folder} has no config.json; name a model directory or a .gguf file")
+    return read_json(folder / "config.json"), open_checkpoint(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty where there is no file."""
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"{path} is not JSON: {error}; fetch it again") from None
+    if not isinstance(data, dict):
+        raise FileError(f"{path} holds a {type(data).__name__}, not an object; fetch it again")
+    return data  # pyright: ignore[reportUnknownVariableType]
+
+
+def _model_type(data: Mapping[str, Any], path: Path) -> str:
+    if not isinstance(data.get("model_type"), str):
+        raise ConfigError(f"{path} says no model_type in its config.json; it is needed")
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method", "unknown")
+        raise ConfigError(
+            f"{path} is quantised ({method}); load the original checkpoint or a GGUF file"
+        )
+    return data["model_type"]
+
+
+def _head(asked: str | None, data: Mapping[str, Any]) -> str:
+    if asked is not None:
+        if asked not in HEADS:
+            raise ConfigError(f"head {asked!r} is not one of {', '.join(HEADS)}")
+        return asked
+    architecture = (data.get("architectures") or ["ForCausalLM"])[0]
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return "lm"
+    if architecture.endswith("Model"):
+        return "none"
+    raise ConfigError(
+        f"architecture {architecture!r} has a head that is not supported; "
+        f"load it with head= one of {', '.join(HEADS)}"
+    )
+
+
+def _dtype(
+    asked: torch.dtype | str | None, data: Mapping[str, Any], path: Path
+) -> torch.dtype | None:
+    if isinstance(asked, str):
+        if asked not in DTYPES:
+            raise ConfigError(f"dtype {asked!r} is not one of {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    if asked is not None:
+        return asked
+    if path.suffix == ".gguf":
+        return torch.float32
+    said = str(data.get("dtype") or data.get("torch_dtype") or "float32").removeprefix("torch.")
+    return torch.bfloat16 if said == "bfloat16" else torch.float32
