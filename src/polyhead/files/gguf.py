@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import FileError
-from polyhead.files.disk import map_file, view_as, view_bytes
+from polyhead.files.disk import map_file
 from polyhead.files.gguf_blocks import TYPES, BlockType, can_dequantize, dequantize
+from polyhead.files.views import view_as, view_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from polyhead.errors import FileError
-from polyhead.files.disk import atomic_file, tensor_bytes
+from polyhead.files.disk import atomic_file
 from polyhead.files.gguf import (
     ARRAY,
     BOOL,
@@ -28,6 +28,7 @@ from polyhead.files.gguf import (
     ValueType,
 )
 from polyhead.files.gguf_blocks import BY_NAME, TYPES, BlockType
+from polyhead.files.views import tensor_bytes
 
 VERSION = 3
 MAX_NAME_BYTES = 63  # ggml keeps names in 64 bytes with a closing zero

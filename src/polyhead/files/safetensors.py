@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import FileError
-from polyhead.files.disk import atomic_file, map_file, tensor_bytes, view_as, view_bytes
+from polyhead.files.disk import atomic_file, map_file
+from polyhead.files.views import tensor_bytes, view_as, view_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
