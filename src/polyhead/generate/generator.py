@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
+from polyhead.generate.prefix import PrefixCache
 from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.sampling import Sampler, row_seeds
@@ -87,19 +88,33 @@ class TextGenerator:
         results = [row.result() for row in rows]
         return results[0] if single else results
 
-    def stream(self, prompt: Prompt, config: GenerationConfig | None = None) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        prefix: PrefixCache | None = None,
+    ) -> Stream:
         """Pieces of the text as they become certain; joined, they are what `generate` gives.
 
-        The generator's return value is the whole `Generation`. Errors as for `generate`.
+        The generator's return value is the whole `Generation`. prefix: computes only what it does
+        not hold already, and leaves there what this call adds. Errors as for `generate`.
         """
         (row,) = self._rows([prompt], config)
-        return self._stream(row)
+        return self._stream(row, prefix)
 
-    def _stream(self, row: "_Row", caches: Caches | None = None) -> Stream:
-        with _evaluating(self.model):
-            for (piece,) in self._decode([row], caches):
-                if piece:
-                    yield piece
+    def _stream(self, row: "_Row", prefix: PrefixCache | None) -> Stream:
+        caches = None
+        if prefix is not None:
+            caches = prefix.take(row.prompt) or self._make_caches(1, None)
+        try:
+            with _evaluating(self.model):
+                for (piece,) in self._decode([row], caches):
+                    if piece:
+                        yield piece
+        finally:
+            if prefix is not None and caches is not None:
+                prefix.put(caches, row.prompt + row.ids)
         return row.result()
 
     def _rows(
@@ -152,7 +167,9 @@ class TextGenerator:
         )
         # The mode is entered anew at each step: between two steps the caller's own code runs.
         with torch.inference_mode():
-            caches = caches or self._caches(rows, steps)
+            if caches is None:
+                most = max(len(row.prompt) for row in rows) + steps
+                caches = self._make_caches(len(rows), most if self.static else None)
             logits = self._prefill(rows, caches)
         while True:
             with torch.inference_mode():
@@ -169,12 +186,13 @@ class TextGenerator:
                     _start_over(caches, ended)
                 logits = self._step(drawn.clamp(min=0)[:, None], caches)
 
-    def _caches(self, rows: list["_Row"], steps: int) -> Caches:
-        most = max(len(row.prompt) for row in rows) + steps
-        # Rounded up, so that a compiled step serves prompts of many lengths.
-        most = -(-most // _STATIC_STEP) * _STATIC_STEP
+    def _make_caches(self, batch: int, most: int | None) -> Caches:
+        """Static for at least `most` tokens a row, or growing."""
+        if most is not None:
+            # Rounded up, so that one compiled step serves texts of many lengths.
+            most = -(-most // _STATIC_STEP) * _STATIC_STEP
         make = cast(Callable[[int, int | None], Caches], self.model.backbone.make_caches)
-        return make(len(rows), most if self.static else None)
+        return make(batch, most)
 
     def _prefill(self, rows: list["_Row"], caches: Caches) -> Tensor:
         """Logits `[B, V]` after each prompt, of which the caches may hold the start already."""

@@ -17,7 +17,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list
     An empty prompt starts from the bos token, or, as GPT-2 does, from eos. Errors: DataError for
     an empty prompt where there is neither, and for ids that the model has no row for.
     """
-    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else _whole_numbers(prompt)
+    ids = _opened(prompt, tokenizer) if isinstance(prompt, str) else _whole_numbers(prompt)
     if not ids:
         first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         if first is None:
@@ -54,6 +54,16 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> None:
                 f"token id {token_id} is outside the model's vocabulary of {vocab_size}; "
                 "use the tokenizer that belongs to this model"
             )
+
+
+def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
+    """With the special tokens that begin a text, without one that would end it."""
+    ids = tokenizer.encode(text)
+    if ids and ids[-1] == tokenizer.eos_id:
+        bare = tokenizer.encode(text, add_special_tokens=False)
+        if bare[-1:] != ids[-1:]:
+            return ids[:-1]
+    return ids
 
 
 def _whole_numbers(prompt: Sequence[int]) -> list[int]:
