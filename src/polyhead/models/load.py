@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
+from polyhead.files.gguf import open_gguf
 from polyhead.files.hub import resolve
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.models import gguf
 from polyhead.models.config import from_hf
 from polyhead.models.model import HEADS, TaskModel, from_tensors
 from polyhead.models.registry import family_of
+from polyhead.text.tokenizer import Tokenizer
 
 DTYPES = {
     "float32": torch.float32,
@@ -45,6 +47,17 @@ def load(
     model = from_tensors(config, tensors, _head(head, data), _dtype(dtype, data, path))
     model.generation = read_json(path / "generation_config.json") if path.is_dir() else {}
     return model if device is None else model.to(device)
+
+
+def tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model directory, a GGUF file, a hub id or a named model.
+
+    Raises FileError where there is none or it cannot be read.
+    """
+    path = resolve(str(name), revision)
+    if path.suffix == ".gguf":
+        return Tokenizer.from_gguf(open_gguf(path).metadata)
+    return Tokenizer.load(path.parent if path.suffix == ".safetensors" else path)
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from polyhead.errors import ConfigError
-from polyhead.nn.position import DynamicRotary, Rotary
 from polyhead.nn.rope_scaling import DynamicNTK, Linear, Llama3, Scaling, Yarn, yarn_magnitude
+from polyhead.nn.rotary import DynamicRotary, Rotary
 
 KEYS = {
     "default": set[str](),
