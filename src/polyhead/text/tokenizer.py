@@ -8,7 +8,7 @@ from typing import Any, Self
 import tokenizers
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.text import chat, directory
+from polyhead.text import directory
 from polyhead.text.batch import Batch, collate
 from polyhead.text.from_gguf import read_gguf
 from polyhead.text.special import ROLES, SpecialTokens, TokenizerParts
@@ -45,7 +45,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, special_tokens: Mapping[str, str | None] | None = None) -> Self:
-        """From a directory in Hugging Face layout, a tokenizer.json, vocab.txt or SentencePiece file.
+        """From a Hugging Face directory, or a tokenizer.json, vocab.txt or SentencePiece file.
 
         `special_tokens` names roles that the files leave open, or changes them.
         Errors: FileError for what is missing or cannot be read.
@@ -233,6 +233,8 @@ class Tokenizer:
         found = [] if self.eos_id is None else [self.eos_id]
         found += self._stops
         if self.chat_template is not None:
+            from polyhead.text import chat  # Jinja is slow to import, and few need it
+
             specials = [
                 token.content
                 for token in self.backend.get_added_tokens_decoder().values()
@@ -268,6 +270,8 @@ class Tokenizer:
         Errors: DataError for messages the template refuses, FileError for a template that is
         broken, unsafe, or takes too long.
         """
+        from polyhead.text import chat
+
         return chat.render(
             chat.pick(self.chat_templates, template, bool(tools)),
             messages,
