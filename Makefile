@@ -1,0 +1,45 @@
+# Needs python3 (3.11 or newer) and make. Everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# More for a target's command, such as: make test ARGS="tests/nn -x"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: .venv bench-train clean demo format help lint test types
+
+.venv: $(STAMP) ## The virtual environment with everything in it
+
+# The stamp is written last, so an install that failed is tried again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	@echo "Installing into .venv (a few minutes the first time) ..."
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## Train a character GPT on text that is always there, and write with it
+	@$(BIN)/python -m polyhead.cli.demo $(ARGS)
+
+test: $(STAMP) ## All tests, two at a time
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: $(STAMP) ## Style: ruff check and ruff format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP) ## Mend what ruff can mend
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP) ## Types: pyright, strict on nn and models
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright $(ARGS)
+
+bench-train: $(STAMP) ## Training speed beside the ceiling of this machine
+	@$(BIN)/python benchmarks/train.py $(ARGS)
+
+clean: ## Remove what can be made again, but keep .venv and runs
+	@rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help: ## This list
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
