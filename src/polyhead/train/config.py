@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from polyhead.errors import ConfigError, FileError
@@ -153,6 +154,10 @@ _LOWEST: dict[str, float] = {
 
 def _as(kind: Any, value: Any, where: str) -> Any:
     """`value` as a field of type `kind`, or ConfigError."""
+    if get_origin(kind) is UnionType:
+        if value is None:
+            return None
+        kind = get_args(kind)[0]
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
@@ -160,16 +165,12 @@ def _as(kind: Any, value: Any, where: str) -> Any:
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple):
             return tuple(_as(float, item, where) for item in value)
-    elif kind in (float, float | None):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif kind is int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif isinstance(value, str) or (value is None and kind == str | None):
-        return value
-    name = getattr(kind, "__name__", str(kind))
-    raise ConfigError(f"{where} is {value!r}: it must be a {name}")
+        raise ConfigError(f"{where} is {value!r}: it must be a list of numbers")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(f"{where} is {value!r}: it must be of type {kind.__name__}")
+    return value
 
 
 def _toml(value: Any) -> str:

@@ -188,10 +188,7 @@ def files(source: str | os.PathLike[str]) -> list[Path]:
 def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
     """(text, does a document end here), of about PIECE characters at most."""
     if _in_memory(source):
-        for index, text in enumerate(source):
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise DataError(f"text {index} is a {kind}: a corpus is a list of str")
+        for text in source:
             yield from _cut([text])
         return
     for path in files(source):
@@ -264,10 +261,12 @@ def _digest(source: Source, tokenizer: Any) -> str:
     """SHA-256 of what the tokens depend on."""
     digest = hashlib.sha256(f"{_FORMAT} {PIECE} {tokenizer_digest(tokenizer)}".encode())
     if _in_memory(source):
-        for text in source:
-            if isinstance(text, str):
-                raw = text.encode("utf-8", "surrogatepass")
-                digest.update(f"{len(raw)} ".encode() + raw)
+        for index, text in enumerate(source):
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise DataError(f"text {index} is a {kind}: a corpus is a list of str")
+            raw = text.encode("utf-8", "surrogatepass")
+            digest.update(f"{len(raw)} ".encode() + raw)
         return digest.hexdigest()
     for path in files(source):
         digest.update(f"{path.suffix} {path.stat().st_size} ".encode())

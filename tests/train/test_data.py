@@ -1,0 +1,175 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyhead.errors import DataError, FileError
+from polyhead.train import corpus
+from polyhead.train.corpus import Tokens, load_tokens
+from polyhead.train.data import Windows
+
+from .conftest import text
+
+
+def stretch(count: int) -> Tokens:
+    return Tokens(np.arange(count, dtype=np.uint32), count, "digest")
+
+
+@given(st.integers(2, 600), st.integers(1, 40), st.integers(0, 2**40), st.integers(0, 2**31))
+@settings(max_examples=150, deadline=None)
+def test_every_window_comes_once_an_epoch(count, context, seed, epoch):
+    if count <= context:
+        return
+    windows = Windows(stretch(count), context, seed)
+    starts = windows.starts(epoch * len(windows), len(windows))
+    assert len(set(starts.tolist())) == len(windows)
+    assert starts.min() >= 0
+    assert starts.max() + context + 1 <= count
+    assert (np.diff(np.sort(starts)) == context).all()
+
+
+def test_the_order_is_arithmetic_across_epochs():
+    windows = Windows(stretch(1000), 16, seed=3)
+    whole = windows.starts(0, 5 * len(windows))
+    for at in (len(windows) - 1, len(windows), len(windows) + 1, 3 * len(windows) - 2):
+        assert windows.starts(at, 5).tolist() == whole[at : at + 5].tolist()
+    epochs = whole.reshape(5, -1)
+    assert len({tuple(np.argsort(epoch)) for epoch in epochs}) == 5
+    assert len({epoch.min() for epoch in epochs}) > 1, "the phase does not move"
+    assert Windows(stretch(1000), 16, seed=4).starts(0, 9).tolist() != whole[:9].tolist()
+
+
+def test_the_order_never_changes():
+    # Resuming an old run depends on these very numbers.
+    assert Windows(stretch(1000), 16, seed=0).starts(58, 6).tolist() == [
+        287,
+        399,
+        319,
+        606,
+        638,
+        254,
+    ]
+
+
+def test_labels_are_the_tokens_that_follow():
+    windows = Windows(stretch(100), 8, seed=0)
+    batch = windows.batch(2, 3)
+    assert batch.input_ids.shape == (3, 8)
+    assert (batch.labels == batch.input_ids + 1).all()
+    first = windows.starts(6, 3).tolist()
+    assert batch.input_ids[:, 0].tolist() == first
+
+
+def test_two_batches_of_four_hold_the_rows_of_one_of_eight():
+    windows = Windows(stretch(500), 8, seed=0)
+    rows = [row for i in (6, 7) for row in windows.batch(i, 4).input_ids.tolist()]
+    assert rows == windows.batch(3, 8).input_ids.tolist()
+
+
+def test_sources_agree(tmp_path, tokenizer):
+    texts = [text(5, 1), text(3, 2)]
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "a.txt").write_text(texts[0])
+    (tmp_path / "folder" / "deep" / "b.txt").write_text(texts[1])
+    lines = "".join(json.dumps({"text": t, "id": 1}) + "\n\n" for t in texts)
+    (tmp_path / "c.jsonl").write_text(lines)
+    sources = [texts, tmp_path / "folder", str(tmp_path / "c.jsonl")]
+    size = tokenizer.vocab_size
+    found = [load_tokens(s, tokenizer, tmp_path / "cache", vocab_size=size) for s in sources]
+    expected = []
+    for t in texts:
+        expected += tokenizer.encode(t, add_special_tokens=False)
+        expected += [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+    for tokens in found:
+        assert tokens.ids.tolist() == expected
+        assert tokens.text_bytes == sum(len(t.encode()) for t in texts)
+
+
+def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
+    size = tokenizer.vocab_size
+    first = load_tokens([text(9)], tokenizer, tmp_path, vocab_size=size)
+    monkeypatch.setattr(corpus, "_write", None)
+    again = load_tokens([text(9)], tokenizer, tmp_path, vocab_size=size)
+    assert isinstance(again.ids, np.memmap)
+    assert again.ids.tolist() == first.ids.tolist()
+    with pytest.raises(TypeError):
+        load_tokens([text(10)], tokenizer, tmp_path, vocab_size=size)
+
+
+def test_a_large_file_is_tokenised_in_pieces_as_if_whole(tmp_path, tokenizer, monkeypatch):
+    path = tmp_path / "large.txt"
+    path.write_text(text(300))
+    size = tokenizer.vocab_size
+    whole = load_tokens(path, tokenizer, tmp_path / "a", vocab_size=size)
+    monkeypatch.setattr(corpus, "PIECE", 256)
+    longest = []
+    encode = tokenizer.encode_batch
+
+    class Spy:
+        backend, eos_id = tokenizer.backend, tokenizer.eos_id
+
+        def encode_batch(self, texts, add_special_tokens):
+            longest.append(sum(map(len, texts)))
+            return encode(texts, add_special_tokens=add_special_tokens)
+
+    told = []
+    pieces = load_tokens(
+        path, Spy(), tmp_path / "b", vocab_size=size, progress=lambda *a: told.append(a)
+    )
+    assert pieces.ids.tolist() == whole.ids.tolist()
+    assert max(longest) < 4 * 256
+    assert told[-1] == (path.stat().st_size, path.stat().st_size)
+
+
+@pytest.mark.parametrize("cut", [b"", b"{", b'{"format": 1}'])
+def test_a_damaged_cache_is_refused(tmp_path, tokenizer, cut):
+    size = tokenizer.vocab_size
+    load_tokens([text(9)], tokenizer, tmp_path, vocab_size=size)
+    next(tmp_path.glob("*/header.json")).write_bytes(cut)
+    with pytest.raises(FileError, match="remove it"):
+        load_tokens([text(9)], tokenizer, tmp_path, vocab_size=size)
+
+
+def test_bad_corpora_say_what_to_do(tmp_path, tokenizer):
+    def load(source, vocab_size=tokenizer.vocab_size):
+        return load_tokens(source, tokenizer, tmp_path / "cache", vocab_size=vocab_size)
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 \xff")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"title": "b"}\n')
+    cases = [
+        ([], "empty"),
+        ([""], "empty"),
+        (["a", 3], "text 1 is a int"),
+        (tmp_path / "none.txt", "no such file"),
+        (tmp_path / "empty", "no .txt or .jsonl"),
+        (tmp_path / "latin.txt", "not UTF-8"),
+        (tmp_path / "bad.jsonl", "line 2"),
+    ]
+    for source, says in cases:
+        with pytest.raises(DataError) as error:
+            load(source)
+        assert says in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match="vocabulary of 3"):
+        load([text(3)], vocab_size=3)
+    load([text(4)])
+    with pytest.raises(DataError, match="vocabulary of 3"):
+        load([text(4)], vocab_size=3)
+    assert not list((tmp_path / "cache").glob(".tmp*"))
+
+
+def test_a_corpus_shorter_than_a_window_gives_figures():
+    with pytest.raises(DataError, match=r"8 tokens.*takes 9.*below 8"):
+        Windows(stretch(8), 8, seed=0)
+    assert Windows(stretch(9), 8, seed=0).batch(5, 2).labels[:, -1].tolist() == [8, 8]
+
+
+def test_a_split_knows_the_bytes_of_its_end(tmp_path, tokenizer):
+    tokens = load_tokens([text(30)], tokenizer, tmp_path, vocab_size=tokenizer.vocab_size)
+    train, held = tokens.split(100, tokenizer)
+    assert (len(held.ids), len(train.ids)) == (100, len(tokens.ids) - 100)
+    assert held.text_bytes == len(tokenizer.decode(held.ids.tolist()).encode())
+    assert train.text_bytes + held.text_bytes == tokens.text_bytes
