@@ -10,6 +10,8 @@ from polyhead.nn.cache import Cache, Caches, GrowingCache, RollingCache, StaticC
 from polyhead.nn.mask import Lowered, Mask, as_mask
 from polyhead.nn.position import Position
 
+CAUSAL = Mask(causal=True)
+
 
 @dataclass(frozen=True)
 class Placed:
@@ -29,11 +31,13 @@ def place(
     windows: Sequence[int | None],
     position: Position | None,
     dtype: torch.dtype,
+    base: Mask = CAUSAL,
 ) -> Placed:
     """Lower masks and prepare positions once a forward, for every kind of layer there is.
 
-    windows: each layer's, None where it sees all. Without a cache, positions count the tokens
-    that are not padding; with one, they go on from what each row holds.
+    windows: each layer's, None where it sees all. base: what every layer's mask is. Without a
+    cache, positions count the tokens that are not padding; with one, they go on from what each
+    row holds.
     """
     num_tokens, device = input_ids.shape[1], input_ids.device
     given = as_mask(attention_mask)
@@ -54,7 +58,7 @@ def place(
         kinds.append(kind)
         if kind in masks:
             continue
-        mask = given & Mask(causal=True, window=window)
+        mask = given & base & Mask(window=window)
         keys_at = at
         if cache is not None:
             mask, keys_at = cache.place(mask, at), cache.keys_at(at)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models import gpt2, llama, moe
+from polyhead.models import gpt2, llama, moe, transformer
 from polyhead.models.config import Config, Row
 from polyhead.models.keys import Rules
+from polyhead.models.transformer_parts import TransformerConfig
 from polyhead.nn.head import LanguageHead
 
 
@@ -45,6 +46,7 @@ FAMILIES = (
     Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.rules, gpt2.PREFIX),
     Family(llama.LlamaConfig, llama.Llama, llama.rules, llama.PREFIX),
     Family(moe.MoEConfig, moe.MoE, moe.rules, moe.PREFIX),
+    Family(TransformerConfig, transformer.Transformer, transformer.rules, transformer.PREFIX),
 )
 
 

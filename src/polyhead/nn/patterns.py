@@ -32,13 +32,13 @@ def big_bird(window: int, num_global: int, num_random: int, max_len: int, seed: 
     The first `num_global` positions see all and are seen by all; each query further sees
     positions less than `window` away and `num_random` fixed ones drawn from `seed`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(max_len, (max_len, num_random), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randint(max_len, (max_len, num_random), generator=generator, device="cpu")
 
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         local = (q - k).abs() < window
         everywhere = (q < num_global) | (k < num_global)
-        chosen = drawn.to(q.device)[q.clamp(max=max_len - 1)]
+        chosen = drawn.to(q.device)[q.clamp(0, max_len - 1)]
         return local | everywhere | (chosen == k.unsqueeze(-1)).any(-1)
 
     return Mask(allow=(allowed,))

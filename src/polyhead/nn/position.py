@@ -158,13 +158,23 @@ class Shaw(Position):
 
 
 class LearnedPositions(nn.Module):
-    """An embedding for each absolute position, added to the tokens': `[B|1, T, E]`."""
+    """An embedding for each absolute position, added to the tokens': `[B|1, T, E]`.
+
+    A position beyond the table raises ValueError on the CPU, where looking costs nothing.
+    """
 
     def __init__(self, max_seq_len: int, d_model: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(max_seq_len, d_model).normal_(std=0.02))
 
     def forward(self, at: Tensor) -> Tensor:
+        if at.device.type == "cpu" and not torch.compiler.is_compiling():
+            longest = int(at.max()) + 1
+            if longest > len(self.weight):
+                raise ValueError(
+                    f"{longest} tokens are more than this model's {len(self.weight)} positions; "
+                    "shorten the text"
+                )
         return F.embedding(at.clamp(min=0), self.weight)
 
 
