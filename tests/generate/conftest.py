@@ -8,11 +8,6 @@ from polyhead.generate.generator import TextGenerator
 from polyhead.nn.cache import Caches, GrowingCache, StaticCache
 from polyhead.text.tokenizer import Tokenizer
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 class _ScriptBackbone(nn.Module):
     """After position p comes token script[p + 1], whatever was said. Counts what it is fed."""

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
 from typing import cast, overload
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
+from polyhead.generate.mode import evaluating
 from polyhead.generate.prefix import PrefixCache
 from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.result import Generation, TokenLogprob
@@ -81,7 +81,7 @@ class TextGenerator:
         wanted = cast(Sequence[Prompt], [prompts] if single else prompts)
         rows = self._rows(wanted, config)
         by_length = sorted(rows, key=lambda row: len(row.prompt))
-        with _evaluating(self.model):
+        with evaluating(self.model):
             for start in range(0, len(rows), batch_size):
                 for _ in self._decode(by_length[start : start + batch_size]):
                     pass
@@ -108,7 +108,7 @@ class TextGenerator:
         if prefix is not None:
             caches = prefix.take(row.prompt) or self._make_caches(1, None)
         try:
-            with _evaluating(self.model):
+            with evaluating(self.model):
                 for (piece,) in self._decode([row], caches):
                     if piece:
                         yield piece
@@ -310,16 +310,3 @@ def _is_one(prompts: object) -> bool:
     if isinstance(prompts, str):
         return True
     return isinstance(prompts, Sequence) and len(prompts) > 0 and isinstance(prompts[0], int)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Dropout off; afterwards every module is as it was."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

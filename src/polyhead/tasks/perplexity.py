@@ -1,0 +1,144 @@
+"""How well a causal language model predicts a text.
+
+`N` tokens, `C` tokens of a window, `E` model width, `V` vocabulary.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyhead.errors import ConfigError, DataError
+from polyhead.generate.mode import evaluating
+from polyhead.generate.prompts import check_ids
+from polyhead.models.model import TaskModel
+from polyhead.text.tokenizer import Tokenizer
+
+_MOST_CONTEXT = 2048
+_MOST_LOGITS = 1 << 24  # numbers held at once: 64 MB in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """The mean surprise over a text; `float()` of it is the perplexity.
+
+    loss: nats a token. bits_per_byte compares models of different tokenizers. tokens, bytes: what
+    was scored.
+    """
+
+    perplexity: float
+    bits_per_byte: float
+    loss: float
+    tokens: int
+    bytes: int
+
+    @property
+    def bits_per_token(self) -> float:
+        """The loss to base 2."""
+        return self.loss / math.log(2)
+
+    def __float__(self) -> float:
+        return self.perplexity
+
+
+def perplexity(
+    model: TaskModel,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+) -> Perplexity:
+    """Score every token of `text` once, in windows of `context` tokens that start `stride` apart.
+
+    A token has at least `context - stride` tokens before it, except at the start of the text. The
+    first token is scored if the tokenizer begins texts with a bos token; otherwise nothing comes
+    before it, and neither it nor its bytes count.
+
+    context: None is the model's `max_seq_len`, at most 2048. stride: None is half of it.
+    batch_size: windows at once. Memory does not grow with the text beyond its ids.
+    Errors: DataError for a text without a token to score, ConfigError for an impossible window.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    if model.head is None:
+        raise ConfigError("the model has no language head; load it with head='lm'")
+    context, stride = _window(model, context, stride)
+    ids, num_bytes = _scorable(tokenizer, text)
+    check_ids(ids, getattr(model.config, "vocab_size"))  # noqa: B009
+    batches = _windows(torch.tensor(ids), context, stride, batch_size)
+    with evaluating(model), torch.inference_mode():
+        total = sum(_nats(model, windows, scored) for windows, scored in batches)
+    tokens = len(ids) - 1
+    loss = total / tokens
+    return Perplexity(
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=total / math.log(2) / num_bytes,
+        loss=loss,
+        tokens=tokens,
+        bytes=num_bytes,
+    )
+
+
+def _window(model: TaskModel, context: int | None, stride: int | None) -> tuple[int, int]:
+    most: int = getattr(model.config, "max_seq_len", None) or _MOST_CONTEXT
+    if context is None:
+        context = min(most, _MOST_CONTEXT)
+    if stride is None:
+        stride = max(context // 2, 1)
+    if not 2 <= context <= most:
+        raise ConfigError(f"context={context} must be from 2 to the model's {most} tokens")
+    if not 1 <= stride < context:
+        raise ConfigError(f"stride={stride} must be from 1 to context - 1 = {context - 1}")
+    return context, stride
+
+
+def _scorable(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
+    """Ids of which all but the first are scored, and how many bytes of text those are."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    num_bytes = len(text.encode())
+    if ids and tokenizer.bos_id is not None and tokenizer.encode(text)[0] == tokenizer.bos_id:
+        if ids[0] != tokenizer.bos_id:
+            ids = [tokenizer.bos_id, *ids]
+    elif ids:
+        num_bytes -= len(tokenizer.decode(ids[:1], skip_special_tokens=False).encode())
+    if len(ids) < 2 or num_bytes <= 0:
+        raise DataError(
+            f"a text of {len(text)} characters has no token to score; give a longer one"
+        )
+    return ids, num_bytes
+
+
+def _windows(
+    ids: Tensor, context: int, stride: int, batch_size: int
+) -> Iterator[tuple[Tensor, int]]:
+    """Batches of windows `[b, C]` and how many of each one's last tokens nobody scored before."""
+    first, last = ids[:context], max(-(-(len(ids) - context) // stride), 0)
+    yield first[None], len(first) - 1
+    full = [i * stride for i in range(1, last)]
+    for start in range(0, len(full), batch_size):
+        some = full[start : start + batch_size]
+        yield torch.stack([ids[begin : begin + context] for begin in some]), stride
+    if last:
+        # The last window may be shorter.
+        begin = last * stride
+        yield ids[begin:][None], len(ids) - (begin - stride + context)
+
+
+def _nats(model: TaskModel, windows: Tensor, scored: int) -> float:
+    """The summed surprise at the last `scored` tokens of each window `[b, C]`."""
+    windows = windows.to(model.device)
+    hidden = model.backbone(windows[:, :-1])[:, -scored:].flatten(0, 1)
+    targets = windows[:, -scored:].flatten()
+    head = cast(nn.Module, model.head)
+    total = 0.0
+    rows = max(_MOST_LOGITS // getattr(model.config, "vocab_size"), 1)  # noqa: B009
+    for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+        losses = F.cross_entropy(head(some).float(), wanted, reduction="none")
+        total += losses.double().sum().item()
+    return total

@@ -1,0 +1,66 @@
+import numpy as np
+import pytest
+import torch
+
+from polyhead.errors import ConfigError, DataError
+from polyhead.tasks.embed import embed
+
+TEXTS = [
+    "the lazy dog",
+    "hello",
+    "some more text. " * 9,
+    "wörld 日本",
+    "the quick brown fox; " * 3,
+    "x",
+]
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_a_batch_gives_what_each_text_gives_alone(model, tokenizer, batch_size):
+    together = embed(model, tokenizer, TEXTS, batch_size=batch_size)
+    assert together.shape == (len(TEXTS), 32)
+    for text, row in zip(TEXTS, together, strict=True):
+        alone = embed(model, tokenizer, text)
+        assert alone.shape == (32,)
+        assert torch.allclose(row, alone, atol=1e-5)
+
+
+def test_it_is_the_mean_of_the_hidden_states(model, tokenizer):
+    got = embed(model, tokenizer, TEXTS, normalize_embeddings=False)
+    for text, row in zip(TEXTS, got, strict=True):
+        ids = tokenizer.encode(text)[:48]
+        with torch.no_grad():
+            expected = model.backbone(torch.tensor([ids]))[0].mean(0)
+        assert torch.allclose(row, expected, atol=1e-5)
+
+
+def test_lengths_and_kinds(model, tokenizer):
+    assert torch.allclose(embed(model, tokenizer, TEXTS).norm(dim=1), torch.ones(len(TEXTS)))
+    array = embed(model, tokenizer, TEXTS, convert_to_tensor=False)
+    assert isinstance(array, np.ndarray)
+    assert array.dtype == np.float32
+    assert embed(model, tokenizer, []).shape == (0, 32)
+
+
+def test_batches_are_of_like_length_and_bounded(model, tokenizer):
+    seen = []
+    hook = model.backbone.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    try:
+        embed(model, tokenizer, ["the lazy dog " * n for n in (12, 1, 12, 1)] * 4, batch_size=2)
+    finally:
+        hook.remove()
+    assert all(rows * width <= 256 or rows == 1 for rows, width in seen)
+    assert len(seen) < 6
+    assert max(width for _, width in seen) > 3 * min(width for _, width in seen)
+
+
+def test_an_empty_text_needs_a_token_to_stand_for_it(model, with_bos, tokenizer):
+    assert embed(model, with_bos, ["", "hello"]).isfinite().all()
+    bare = type(tokenizer).train(["ab"], kind="bytes", special_tokens={"bos": None, "eos": None})
+    with pytest.raises(DataError, match="empty"):
+        embed(model, bare, ["hello", ""])
+
+
+def test_batch_size_is_checked(model, tokenizer):
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        embed(model, tokenizer, TEXTS, batch_size=0)
