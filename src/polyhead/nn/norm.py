@@ -24,8 +24,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         dims = tuple(range(-len(self.shape), 0))
-        wide = wide * torch.rsqrt(wide.square().mean(dims, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        # The length needs one pass over x where the mean of squares needs two.
+        length = torch.linalg.vector_norm(wide, dim=dims, keepdim=True)
+        scale = torch.rsqrt(length.square() / self.weight.numel() + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.shape}, eps={self.eps}"
