@@ -33,8 +33,8 @@ class Mask:
 
     causal:   a query sees no later position.
     window:   a query sees positions less than `window` away; the token itself counts.
-    keep:     `[B, K]` bool, false on padding.
-    segments: `[B, T]` integers; a query sees its own segment alone (packing, shifted windows).
+    keep:     `[B|1, K]` bool, false on padding.
+    segments: `[B|1, T]` integers; a query sees its own segment alone (packing, shifted windows).
     allow:    any further predicates over positions; all must hold.
     heads:    how many heads the predicates tell apart; 1 where they do not look at `h`.
     offset:   the position of query 0, a number or one for each row `[B]` (what a cache holds).
@@ -56,18 +56,17 @@ class Mask:
 
     def allows(self, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         """The definition: true where query `q` of row `b` and head `h` may see key slot `k`."""
-        offset = self.offset if isinstance(self.offset, int) else self.offset[b]
-        q_at = q + offset
-        k_at = k if self.keys is None else self.keys[b if len(self.keys) > 1 else 0 * b, k]
+        q_at = q + (self.offset if isinstance(self.offset, int) else _rows(self.offset, b))
+        k_at = k if self.keys is None else _rows(self.keys, b, k)
         seen = k_at >= 0
         if self.causal:
             seen = seen & (k_at <= q_at)
         if self.window is not None:
             seen = seen & ((q_at - k_at).abs() < self.window)
         if self.keep is not None:
-            seen = seen & self.keep[b, k]
+            seen = seen & _rows(self.keep, b, k)
         if self.segments is not None:
-            seen = seen & (self.segments[b, q] == self.segments[b, k])
+            seen = seen & _same_segment(self.segments)(b, h, q, k)
         for predicate in self.allow:
             seen = seen & predicate(b, h, q_at, k_at)
         return seen
@@ -171,9 +170,14 @@ class Mask:
 
 def _same_segment(segments: Tensor) -> Predicate:
     def same(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return segments[b, q] == segments[b, k]
+        return _rows(segments, b, q) == _rows(segments, b, k)
 
     return same
+
+
+def _rows(table: Tensor, b: Tensor, *indices: Tensor) -> Tensor:
+    """`table[b, ...]`, where a table of one row serves every row of the batch."""
+    return table[(b if len(table) > 1 else 0 * b, *indices)]
 
 
 def _least(one: int | None, other: int | None) -> int | None:
