@@ -55,15 +55,24 @@ def read_gguf(metadata: Mapping[str, Any]) -> TokenizerParts:
 
 
 def _vocabulary(metadata: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
-        raise FileError("tokenizer.ggml.tokens is missing or no list of strings")
-    types = metadata.get("tokenizer.ggml.token_type", [PieceType.NORMAL] * len(tokens))
+    tokens = _list(metadata, "tokens", str)
+    if not tokens:
+        raise FileError("tokenizer.ggml.tokens is missing or empty; the file has no vocabulary")
+    types = _list(metadata, "token_type", int) or [PieceType.NORMAL] * len(tokens)
     _check_length("token_type", types, tokens)
     return tokens, types
 
 
-def _check_length(name: str, values: Any, tokens: list[str]) -> None:
+def _list(metadata: Mapping[str, Any], name: str, kind: type | tuple[type, ...]) -> list[Any]:
+    """An array of the file as a list of one type; empty where it is missing."""
+    values = metadata.get(f"tokenizer.ggml.{name}", ())
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(values, (list, tuple)) or not all(isinstance(v, kind) for v in values):
+        raise FileError(f"tokenizer.ggml.{name} is no array of the right type")
+    return list(values)
+
+
+def _check_length(name: str, values: list[Any], tokens: list[str]) -> None:
     if len(values) != len(tokens):
         raise FileError(f"tokenizer.ggml.{name} has {len(values)} entries for {len(tokens)} tokens")
 
@@ -79,7 +88,7 @@ def _byte_level(
         )
     split = SPLITS[name]
     vocab = dict(zip(tokens, range(len(tokens)), strict=True))
-    merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", ())]
+    merges = [tuple(merge.split(" ")) for merge in _list(metadata, "merges", str)]
     try:
         core = models.BPE(vocab=vocab, merges=merges, ignore_merges=split.whole)
     except Exception as error:  # the library raises bare Exception
@@ -105,10 +114,10 @@ def _byte_level(
 def _sentencepiece(
     metadata: Mapping[str, Any], tokens: list[str], types: list[int], kind: str
 ) -> Backend:
-    scores = metadata.get("tokenizer.ggml.scores", ())
+    scores = _list(metadata, "scores", (int, float))
     _check_length("scores", scores, tokens)
     unk_id = _token_id(metadata, "tokenizer.ggml.unknown_token_id", tokens)
-    charsmap = metadata.get("tokenizer.ggml.precompiled_charsmap", b"")
+    charsmap = _list(metadata, "precompiled_charsmap", int)
     return build(
         PieceModel(
             kind=kind,
@@ -160,8 +169,8 @@ def _token_id(metadata: Mapping[str, Any], key: str, tokens: list[str]) -> int |
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:
     prefix = "tokenizer.chat_template"
-    found = {"default": metadata[prefix]} if prefix in metadata else {}
-    for name in metadata.get("tokenizer.chat_templates", ()):
-        if f"{prefix}.{name}" in metadata:
-            found[name] = metadata[f"{prefix}.{name}"]
-    return found
+    found = {"default": metadata.get(prefix)}
+    for key, template in metadata.items():
+        if key.startswith(f"{prefix}."):
+            found[key.removeprefix(f"{prefix}.")] = template
+    return {name: template for name, template in found.items() if isinstance(template, str)}

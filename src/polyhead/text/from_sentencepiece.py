@@ -172,6 +172,8 @@ def _parse(data: bytes, config: Mapping[str, Any]) -> tuple[PieceModel, SpecialT
             trainer = dict(_fields(_bytes(value)))
         elif number == 3:
             normalizer = dict(_fields(_bytes(value)))
+    if not pieces or not trainer or not normalizer:
+        raise _BadModelError("pieces, trainer or normalizer settings are missing; is it cut short?")
     kind = {1: "unigram", 2: "bpe"}.get(_number(trainer.get(3, 1)))
     if kind is None:
         raise _BadModelError("its type is neither unigram nor BPE")

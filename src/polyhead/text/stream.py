@@ -156,37 +156,20 @@ class _ByteFallback:
             return ["\ufffd"] * len(run)
 
 
-class _Strip:
-    """Characters cut from both ends: of every token, or, once fused, of the whole text."""
+class _Strip(_Each):
+    """Characters cut from the start: of every token, or, once fused, of the whole text."""
 
-    def __init__(self, content: str, start: int, stop: int, fused: bool):
-        self.content, self.start, self.stop, self.fused = content, start, stop, fused
-        self.left = start
-        self.held = ""
+    def __init__(self, content: str, most: int, fused: bool):
+        super().__init__()
+        self.content, self.most, self.fused = content, most, fused
 
-    def push(self, piece: str) -> list[str]:
-        if not self.fused:
-            return [self._right(self._left(piece, self.start)[0])]
-        piece, self.left = self._left(piece, self.left)
-        piece = self.held + piece
-        kept = len(self._right(piece))
-        self.held = piece[kept:]
-        return [piece[:kept]]
-
-    def _left(self, piece: str, most: int) -> tuple[str, int]:
+    def change(self, piece: str) -> str:
         cut = 0
-        while cut < min(most, len(piece)) and piece[cut] == self.content:
+        while cut < min(self.most, len(piece)) and piece[cut] == self.content:
             cut += 1
-        # a character that is not cut ends the cutting
-        return piece[cut:], 0 if cut < len(piece) else most - cut
-
-    def _right(self, piece: str) -> str:
-        for _ in range(self.stop):
-            piece = piece.removesuffix(self.content)
-        return piece
-
-    def flush(self) -> list[str]:
-        return []
+        if self.fused:  # a character that stays ends the cutting
+            self.most = 0 if cut < len(piece) else self.most - cut
+        return piece[cut:]
 
 
 class _Suffix:
@@ -261,8 +244,8 @@ def _stages(backend: tokenizers.Tokenizer) -> list[_Stage]:
 
 def _stage(rule: dict[str, Any], fused: bool) -> _Stage | None:
     kind = rule["type"]
-    if kind == "Strip":
-        return _Strip(rule["content"], rule["start"], rule["stop"], fused)
+    if kind == "Strip" and rule["stop"] == 0:
+        return _Strip(rule["content"], rule["start"], fused)
     if kind == "Replace" and "String" in rule["pattern"]:
         pattern = rule["pattern"]["String"]
         return _Replace(pattern, rule["content"]) if not fused or len(pattern) == 1 else None

@@ -4,13 +4,14 @@ The same texts in the same order give the same vocabulary, on every run.
 """
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from polyhead.errors import ConfigError, DataError
+from polyhead.errors import ConfigError, DataError, PolyheadError
 from polyhead.text.special import SpecialTokens, TokenizerParts, add_special, frame, frame_bert
 
 _CAUSAL = SpecialTokens(pad="<|pad|>", bos="<|endoftext|>", eos="<|endoftext|>")
@@ -49,7 +50,17 @@ def train_parts(
         raise ConfigError(f"kind {kind!r} needs an unk token for what it has not seen; name one")
     tokens = list(dict.fromkeys([*special.distinct(), *extra]))
     corpus = _Corpus([texts] if isinstance(texts, str) else texts)
-    backend = _RECIPES[kind](corpus, vocab_size, special, tokens, min_frequency, lowercase)
+    try:
+        backend = _RECIPES[kind](corpus, vocab_size, special, tokens, min_frequency, lowercase)
+    except PolyheadError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        corpus.check()
+        if "not large enough" not in str(error):
+            raise
+        raise ConfigError(
+            f"vocab_size {vocab_size} is too small for the alphabet of these texts; raise it"
+        ) from None
     corpus.check()
     add_special(backend, tokens)
     if vocab_size is not None and backend.get_vocab_size() > vocab_size:
@@ -179,18 +190,31 @@ def _train_wordpiece(
     min_frequency: int,
     lowercase: bool,
 ) -> Backend:
+    def trained(first: list[str], min_frequency: int) -> dict[str, int]:
+        backend.train_from_iterator(
+            texts,
+            trainers.WordPieceTrainer(
+                vocab_size=vocab_size or 8192,
+                min_frequency=min_frequency,
+                special_tokens=first,
+                show_progress=False,
+            ),
+        )
+        return backend.get_vocab()
+
     backend = Backend(models.WordPiece(unk_token=special.unk))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size or 8192,
-        min_frequency=min_frequency,
-        special_tokens=tokens,
-        show_progress=False,
-    )
-    backend.train_from_iterator(corpus, trainer)
-    return backend
+    # The trainer numbers "##a" in an order that changes from run to run, and breaks ties by number:
+    # a first round without merges finds the alphabet, and the second is given it in order.
+    texts = list(corpus)
+    alphabet = sorted(set(trained(tokens, sys.maxsize)) - set(tokens), key=lambda t: (len(t), t))
+    vocab = trained([*tokens, *alphabet], min_frequency)
+    settled = Backend(models.WordPiece(vocab=vocab, unk_token=special.unk))
+    settled.normalizer, settled.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    settled.decoder = backend.decoder
+    return settled
 
 
 def _train_unigram(
