@@ -37,6 +37,7 @@ class Mask:
     segments: `[B|1, T]` integers; a query sees its own segment alone (packing, shifted windows).
     allow:    any further predicates over positions; all must hold.
     heads:    how many heads the predicates tell apart; 1 where they do not look at `h`.
+    rows:     how many rows of the batch the predicates tell apart; 1 where they ignore `b`.
     offset:   the position of query 0, a number or one for each row `[B]` (what a cache holds).
     keys:     `[B|1, K]` the position of each key slot, -1 where it is empty; None means 0, 1, 2 ...
     """
@@ -47,6 +48,7 @@ class Mask:
     segments: Tensor | None = None
     allow: tuple[Predicate, ...] = ()
     heads: int = 1
+    rows: int = 1
     offset: int | Tensor = 0
     keys: Tensor | None = None
 
@@ -86,6 +88,7 @@ class Mask:
             segments=segments,
             allow=allow,
             heads=max(self.heads, other.heads),
+            rows=max(self.rows, other.rows),
             offset=_agreed_offset(self, other),
             keys=self.keys if other.keys is None else other.keys,
         )
@@ -98,7 +101,14 @@ class Mask:
         def either(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return self.allows(b, h, q, k) | other.allows(b, h, q, k)
 
-        return Mask(allow=(either,), heads=max(self.heads, other.heads))
+        heads, rows = max(self.heads, other.heads), max(self.batch, other.batch)
+        return Mask(allow=(either,), heads=heads, rows=rows)
+
+    @property
+    def batch(self) -> int:
+        """How many rows it tells apart; 1 where it says the same of all."""
+        owners = (self.keep, self.segments, self.keys, self.offset)
+        return max([self.rows, *(len(owner) for owner in owners if isinstance(owner, Tensor))])
 
     @property
     def is_placed(self) -> bool:
@@ -128,7 +138,7 @@ class Mask:
 
     def dense(self, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
         """The predicate as a boolean tensor, `[B|1, heads, Q, K]`."""
-        batch = self._batch()
+        batch = self.batch
         b = torch.arange(batch, device=device)[:, None, None, None]
         h = torch.arange(self.heads, device=device)[:, None, None]
         q = torch.arange(num_queries, device=device)[:, None]
@@ -162,10 +172,6 @@ class Mask:
         else:
             lengths = torch.tensor([num_tokens])
         return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
-
-    def _batch(self) -> int:
-        owners = [self.keep, self.segments, self.keys, self.offset]
-        return max((len(owner) for owner in owners if isinstance(owner, Tensor)), default=1)
 
 
 def _same_segment(segments: Tensor) -> Predicate:

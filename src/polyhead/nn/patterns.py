@@ -23,7 +23,7 @@ def prefix(lengths: Tensor) -> Mask:
     def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) | (k < lengths[b])
 
-    return Mask(allow=(allowed,))
+    return Mask(allow=(allowed,), rows=len(lengths))
 
 
 def big_bird(window: int, num_global: int, num_random: int, max_len: int, seed: int = 0) -> Mask:
