@@ -120,7 +120,7 @@ class GgufTensors(Mapping[str, Tensor | RawTensor]):
 
     def _check_complete(self, family: Family) -> None:
         layers = self.config[family.keys["block_count"]]
-        experts = self.config.get("num_experts", self.config.get("num_local_experts", 1))
+        experts = self.config.get("num_experts") or self.config.get("num_local_experts") or 1
         for row in family.names:
             for i in range(layers if "{i}" in row.gguf else 1):
                 parts = self._sources.get(row.gguf.format(i=i), (row, {}))[1]

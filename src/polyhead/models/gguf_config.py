@@ -16,6 +16,10 @@ SILENT = frozenset(
 )
 FLOATS = {"rms_norm_eps", "layer_norm_epsilon", "clip_qkv"}
 MOST = 2**31
+EXPERT_WIDTHS = {
+    "blk.0.ffn_up_exps.weight": "moe_intermediate_size",
+    "blk.0.ffn_up_shexp.weight": "shared_expert_intermediate_size",
+}
 TOKEN_IDS = {
     "tokenizer.ggml.bos_token_id": "bos_token_id",
     "tokenizer.ggml.eos_token_id": "eos_token_id",
@@ -74,7 +78,7 @@ def config_from_metadata(
     if family.model_type == "gpt2":
         config["n_ctx"] = config.get("n_positions")
     else:
-        _fill_decoder(config, given, shapes, freqs)
+        _fill_decoder(family, config, given, shapes, freqs)
     for key, name in TOKEN_IDS.items():
         if key in metadata:
             config[name] = metadata[key]
@@ -99,6 +103,8 @@ def metadata_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], Ten
                 "save it as safetensors"
             )
     settings = dict(config)
+    for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
+        settings.setdefault(name, config.get(other))  # transformers has both names for one thing
     freqs, rope = None, {}
     if family.model_type == "gpt2":
         settings["n_inner"] = settings.get("n_inner") or 4 * settings["n_embd"]
@@ -128,6 +134,7 @@ def metadata_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], Ten
 
 
 def _fill_decoder(
+    family: Family,
     config: dict[str, Any],
     given: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, ...]],
@@ -143,12 +150,9 @@ def _fill_decoder(
             raise ConfigError(
                 f"{key} = {given[key]} differs from the head width {width}; not read here"
             )
-    for part, key in (("", "moe_intermediate_size"), ("sh", "shared_expert_intermediate_size")):
-        name = f"blk.0.ffn_up_{part}exp{'' if part else 's'}.weight"
-        if name in shapes:
-            config.setdefault(key, shapes[name][-2])
-    if config["model_type"] in ("mixtral", "olmoe"):
-        del config["moe_intermediate_size"]
+    for name, width_key in EXPERT_WIDTHS.items():  # files of the first converters say neither
+        if name in shapes and width_key in family.keys.values():
+            config.setdefault(width_key, shapes[name][-2])
     if config["model_type"] in ("llama", "qwen3", "qwen3_moe", "olmoe"):
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
     if config["model_type"] == "llama":
