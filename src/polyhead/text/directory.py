@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -78,7 +79,9 @@ def _read_json(path: Path) -> TokenizerParts:
     text = _read_text(path)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception, or its panic, which is none
         raise FileError(f"{path} is no tokenizer.json: {_one_line(error)}") from None
     described = _top_level(text)
     pad = (described.get("padding") or {}).get("pad_token")
@@ -135,14 +138,28 @@ def _listed_tokens(
 ) -> list[tuple[int | None, tokenizers.AddedToken]]:
     """Tokens named beside the vocabulary, with the id they must get where one is stated."""
     found: list[tuple[int | None, tokenizers.AddedToken]] = []
-    for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+    for token_id, token in _mapping(config, "added_tokens_decoder").items():
+        if not str(token_id).isdecimal():
+            raise FileError(f"added_tokens_decoder of {_CONFIG} has the id {token_id!r}")
         found.append((int(token_id), _added_token(token)))
-    found += [(int(i), _added_token(token)) for token, i in added.items()]
+    for token, token_id in added.items():
+        if not isinstance(token_id, int):
+            raise FileError(f"added_tokens.json gives {token!r} the id {token_id!r}")
+        found.append((token_id, _added_token(token)))
     for key in ("additional_special_tokens", "extra_special_tokens"):
         tokens = config.get(key) or []
-        tokens = tokens.values() if isinstance(tokens, dict) else tokens
+        tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+        if not isinstance(tokens, list):
+            raise FileError(f"{key} of {_CONFIG} is {tokens!r}; a list of tokens is expected")
         found += [(None, _added_token(token, special=True)) for token in tokens]
     return sorted(found, key=lambda pair: (pair[0] is None, pair[0] or 0))
+
+
+def _mapping(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise FileError(f"{key} of {_CONFIG} is a {type(value).__name__}; an object is expected")
+    return value
 
 
 def _add_tokens(
@@ -184,20 +201,20 @@ def _added_token(token: Any, special: bool = False) -> tokenizers.AddedToken:
 
 def _templates(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """By name; the file wins over the configuration, which has one text or a list of named ones."""
-    found: dict[str, str] = {}
-    stated = config.get("chat_template")
+    stated = config.get("chat_template") or {}
     if isinstance(stated, str):
-        found["default"] = stated
-    elif isinstance(stated, dict):
-        found.update(stated)
+        stated = {"default": stated}
     elif isinstance(stated, list):
         try:
-            found.update({entry["name"]: entry["template"] for entry in stated})
+            stated = {entry["name"]: entry["template"] for entry in stated}
         except (TypeError, KeyError):
             raise FileError(
                 f"chat_template of {path / _CONFIG} is a list whose entries are not "
                 '{"name": ..., "template": ...}'
             ) from None
+    if not isinstance(stated, dict) or not all(isinstance(t, str) for t in stated.values()):
+        raise FileError(f"chat_template of {path / _CONFIG} is neither a text nor named texts")
+    found: dict[str, str] = dict(stated)
     if _has(path, "chat_template.jinja"):
         found["default"] = _read_text(path / "chat_template.jinja")
     for file in sorted(path.glob("additional_chat_templates/*.jinja")):
@@ -232,6 +249,8 @@ def write(path: Path, parts: TokenizerParts, force: bool) -> None:
         _SPECIAL: lambda file: _write_json(file, special),
     }
     for name, text in templates.items():
+        if not re.fullmatch(r"[\w-]+", name):
+            raise FileError(f"the chat template's name {name!r} is no file name; rename it")
         file_name = "chat_template" if name == "default" else f"additional_chat_templates/{name}"
         files[f"{file_name}.jinja"] = lambda file, text=text: file.write_text(
             text, encoding="utf-8", newline=""

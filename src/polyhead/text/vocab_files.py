@@ -83,8 +83,8 @@ def read_bpe(vocab_path: Path, merges_path: Path, config: Mapping[str, Any]) -> 
     add_special(backend, roles.distinct())
     if kind == "RobertaTokenizer" and roles.cls is not None and roles.sep is not None:
         backend.post_processor = processors.RobertaProcessing(
-            sep=(roles.sep, vocab[roles.sep]),
-            cls=(roles.cls, vocab[roles.cls]),
+            (roles.sep, vocab[roles.sep]),
+            (roles.cls, vocab[roles.cls]),
             add_prefix_space=prefix,
         )
     return TokenizerParts(backend=backend, special=roles)
