@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import FeedForward, GatedFeedForward
 from polyhead.nn.moe import Experts
 
@@ -14,7 +15,7 @@ from polyhead.nn.moe import Experts
 def initialize(model: nn.Module, num_layers: int, std: float = 0.02) -> None:
     """Normal with `std`, biases zero; what adds to the residual, std / sqrt(2 layers).
 
-    (Radford et al. 2019, section 2.3.) Norms, and tables that start otherwise, stay as made.
+    (Radford et al. 2019, section 2.3.) Norms stay as made.
     """
     residual = std / math.sqrt(2 * num_layers)
     for module in model.modules():
@@ -22,7 +23,7 @@ def initialize(model: nn.Module, num_layers: int, std: float = 0.02) -> None:
             nn.init.normal_(module.weight, std=std)
             if module.bias is not None:  # pyright: ignore[reportUnnecessaryComparison]
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, Table):
             nn.init.normal_(module.weight, std=std)
         elif isinstance(module, Experts):
             nn.init.normal_(module.gate, std=std)

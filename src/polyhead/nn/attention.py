@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from polyhead.nn.attend import attend, expand_heads, weights
 from polyhead.nn.cache import Cache, Caches, CrossCache
-from polyhead.nn.mask import EVERYTHING, Lowered, Mask
+from polyhead.nn.mask import Lowered, Mask
 from polyhead.nn.position import Position
 
 Probe = Callable[[Tensor], Tensor | None]
@@ -85,15 +85,17 @@ class MultiHeadAttention(nn.Module):
         """
         if at is None:
             return self._alone(x, memory, mask, position, cache)
+        if position is not None and position.rotates_late and cache is not None:
+            # Queries and all the keys that are read must turn alike.
+            position = position.prepare(at, cache.keys_at(at), x.dtype)
         q = self.q_norm(self._heads(self.q(x))).transpose(1, 2)
         if position is not None:
             q = position.rotate(q, at)
         k, v, keys_at = self._keys(x, memory, position, at, cache)
 
-        if mask is None:
-            mask = EVERYTHING
-        elif isinstance(mask, Mask):
-            if cache is not None and memory is None:
+        mask = Mask() if mask is None else mask
+        if isinstance(mask, Mask):
+            if cache is not None and not isinstance(cache, CrossCache):
                 mask = cache.place(mask, at)
             mask = mask.lower(q.shape[2], k.shape[2], q.device)
         bias = None if position is None else position.bias(q, k, at, keys_at, self)

@@ -23,13 +23,18 @@ class Cache:
         raise NotImplementedError
 
     def keys_at(self, at: Tensor) -> Tensor:
-        """Positions `[B|1, K]` of what `append` returns for `at`, -1 where a slot is empty."""
+        """Positions `[B|1, K]` of what `append` returns for `at`; empty slots may have any."""
         raise NotImplementedError
 
     def place(self, mask: Mask, at: Tensor) -> Mask:
         """The mask for new tokens `at` over what `append` returns."""
         offset = self.lengths if self.uniform is None else self.uniform
-        return mask.placed(offset)
+        if mask.causal or self.uniform is not None:
+            return mask.placed(offset)
+        # A mask that is not causal must be told how far each row reaches.
+        last = torch.maximum(self.lengths - 1, at.max(1).values)[:, None]
+        slots = self.keys_at(at)
+        return mask.placed(offset, torch.where(slots <= last, slots, -1))
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length`; raises ValueError where there is none."""
@@ -135,8 +140,7 @@ class RollingCache(Cache):
     def _ring(self, last: Tensor) -> Tensor:
         """Positions `[B, window]` of the slots when `last` `[B, 1]` is the newest position."""
         slots = torch.arange(self.window, device=last.device)
-        positions = last - (last - slots) % self.window
-        return positions.clamp(min=-1)
+        return (last - (last - slots) % self.window).clamp(min=-1)
 
 
 class CrossCache(Cache):
@@ -191,7 +195,9 @@ class Caches(Sequence[Cache]):
                 raise ValueError("pad on the right: with a cache, a row's tokens come first")
             at = torch.where(keep, at, -1)
         if not torch.compiler.is_compiling():
-            self._reserve()
+            longest = max(self._after())
+            for layer in self.layers:
+                layer.reserve(longest)
         return at
 
     def end(self) -> None:
@@ -203,27 +209,22 @@ class Caches(Sequence[Cache]):
 
     def truncate(self, lengths: Tensor | Sequence[int]) -> None:
         """Go back to `lengths` `[B]` tokens a row; what comes next overwrites the rest."""
-        wanted = torch.as_tensor(lengths, device=self.lengths.device)
-        self._rows = self.lengths.tolist()
-        kept = wanted.tolist()
+        self.sync()
+        kept: list[int] = torch.as_tensor(lengths).tolist()
         if any(new > old or new < 0 for new, old in zip(kept, self._rows, strict=True)):
             raise ValueError(f"cannot truncate rows of {self._rows} tokens to {kept}")
         if kept != self._rows:
             for layer in self.layers:
                 layer.check_truncation()
-        self.lengths.copy_(wanted)
-        self._rows = kept
-        self._know()
+        self.lengths.copy_(torch.tensor(kept))
+        self.sync()
 
     def sync(self) -> None:
         """Learn the lengths from the device, after compiled or recorded steps changed them."""
         self._rows = self.lengths.tolist()
-        self._know()
-
-    def _reserve(self) -> None:
-        longest = max(self._after())
         for layer in self.layers:
-            layer.reserve(longest)
+            layer.reserve(max(self._rows))
+        self._know()
 
     def _after(self) -> list[int]:
         """The rows' lengths once the tokens that `begin` placed are held."""

@@ -1,26 +1,41 @@
-"""Token embeddings."""
+"""Learned tables: a vector for each token, position or distance."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class TokenEmbedding(nn.Module):
+class Table(nn.Module):
+    """Rows of learned vectors `[rows, width]`, looked up by index; drawn with std 0.02."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        weight = torch.empty(num_rows, width)
+        # Drawing on the meta device would import torch's compiler: two seconds for nothing.
+        self.weight = nn.Parameter(weight if weight.is_meta else weight.normal_(std=0.02))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, {self.weight.shape[1]}"
+
+
+class TokenEmbedding(Table):
     """A vector for each token id, times `scale`: `[B, T]` to `[B, T, E]`.
 
     An id outside `[0, vocab_size)` raises ValueError on the CPU, where looking costs nothing.
     """
 
     def __init__(self, vocab_size: int, d_model: int, scale: float = 1.0) -> None:
-        super().__init__()
+        super().__init__(vocab_size, d_model)
         self.vocab_size = vocab_size
         self.scale = scale
-        self.weight = nn.Parameter(torch.empty(vocab_size, d_model).normal_(std=0.02))
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check(input_ids)
-        x = F.embedding(input_ids, self.weight)
+    def forward(self, index: Tensor) -> Tensor:
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check(index)
+        x = super().forward(index)
         return x if self.scale == 1.0 else x * self.scale
 
     def _check(self, input_ids: Tensor) -> None:
@@ -39,4 +54,4 @@ class TokenEmbedding(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"{self.vocab_size}, {self.weight.shape[1]}, scale={self.scale}"
+        return f"{super().extra_repr()}, scale={self.scale}"

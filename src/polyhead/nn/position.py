@@ -9,8 +9,9 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from polyhead.nn.embedding import Table
 
 if TYPE_CHECKING:
     from polyhead.nn.attention import MultiHeadAttention
@@ -98,7 +99,7 @@ class T5Bias(Position):
         self.num_buckets = num_buckets
         self.max_distance = max_distance
         self.bidirectional = bidirectional
-        self.table = nn.Embedding(num_buckets, num_heads)
+        self.table = Table(num_buckets, num_heads)
 
     def prepare(self, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> Position:
         return PreparedBias(self.biases(at, keys_at).to(dtype))
@@ -136,8 +137,8 @@ class Shaw(Position):
     def __init__(self, head_dim: int, max_distance: int) -> None:
         super().__init__()
         self.max_distance = max_distance
-        self.keys = nn.Embedding(2 * max_distance + 1, head_dim)
-        self.for_values = nn.Embedding(2 * max_distance + 1, head_dim)
+        self.keys = Table(2 * max_distance + 1, head_dim)
+        self.for_values = Table(2 * max_distance + 1, head_dim)
 
     def bias(
         self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: "MultiHeadAttention"
@@ -157,25 +158,21 @@ class Shaw(Position):
         return distance.clamp(-self.max_distance, self.max_distance) + self.max_distance
 
 
-class LearnedPositions(nn.Module):
+class LearnedPositions(Table):
     """An embedding for each absolute position, added to the tokens': `[B|1, T, E]`.
 
     A position beyond the table raises ValueError on the CPU, where looking costs nothing.
     """
 
-    def __init__(self, max_seq_len: int, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_seq_len, d_model).normal_(std=0.02))
-
-    def forward(self, at: Tensor) -> Tensor:
-        if at.device.type == "cpu" and not torch.compiler.is_compiling():
-            longest = int(at.max()) + 1
+    def forward(self, index: Tensor) -> Tensor:
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            longest = int(index.max()) + 1
             if longest > len(self.weight):
                 raise ValueError(
                     f"{longest} tokens are more than this model's {len(self.weight)} positions; "
                     "shorten the text"
                 )
-        return F.embedding(at.clamp(min=0), self.weight)
+        return super().forward(index.clamp(min=0))
 
 
 class SinusoidalPositions(nn.Module):
