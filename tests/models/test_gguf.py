@@ -1,6 +1,7 @@
 """GGUF and Hugging Face name the same numbers: there and back, by transformers and gguf too."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -350,3 +351,25 @@ def test_missing_unknown_and_contradicting_tensors_are_refused(tmp_path):
     write_gguf(tmp_path / "m.gguf", metadata, strange)
     with pytest.raises(ConfigError, match=r"blk\.0\.x"):
         ours.read(tmp_path / "m.gguf")
+
+
+def test_mutated_files_give_only_our_errors(tmp_path):
+    model = build("MixtralConfig", {"num_local_experts": 2, "num_hidden_layers": 1})
+    model.save_pretrained(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    weights = open_checkpoint(tmp_path / "hf")
+    ours.write(tmp_path / "m.gguf", config, weights, TOKENS)
+    whole = (tmp_path / "m.gguf").read_bytes()
+    dice, refused, head = random.Random(0), 0, whole.index(b"token_embd")
+    for _ in range(300):
+        broken = bytearray(whole)
+        for _ in range(dice.randint(1, 3)):
+            broken[dice.randrange(head + 1500)] = dice.choice((0, 1, 2, 255, dice.randrange(256)))
+        (tmp_path / "t.gguf").write_bytes(broken)
+        try:
+            _, tensors, _ = ours.read(tmp_path / "t.gguf")
+            for tensor in tensors.values():
+                tensor.sum()
+        except PolyheadError:
+            refused += 1
+    assert refused > 100
