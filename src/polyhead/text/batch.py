@@ -5,8 +5,10 @@ Legend: B rows, T tokens of the longest row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, compress
 from typing import NamedTuple
 
+import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
@@ -163,26 +165,33 @@ def _cut(row: _Row, spans: list[tuple[int, int]], kept: list[tuple[int, int]]) -
     keep = [True] * len(row.ids)
     for (start, end), (first, last) in zip(spans, kept, strict=True):
         keep[start:end] = [first <= i < last for i in range(end - start)]
-    return _Row(*([x for x, k in zip(column, keep, strict=True) if k] for column in row))
+    return _Row(
+        list(compress(row.ids, keep)),
+        list(compress(row.types, keep)),
+        list(compress(row.offsets, keep)),
+        list(compress(row.sequences, keep)),
+    )
 
 
 def _pad(rows: list[_Row], owners: list[int], pad_id: int, multiple: int) -> Batch:
-    longest = max(len(row.ids) for row in rows)
-    shape = (len(rows), -(-longest // multiple) * multiple)
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    token_type_ids = torch.zeros(shape, dtype=torch.int64)
-    sequence_ids = torch.full(shape, -1, dtype=torch.int64)
-    offsets = torch.zeros((*shape, 2), dtype=torch.int64)
-    for i, row in enumerate(rows):
-        n = len(row.ids)
-        if n == 0:
-            continue
-        input_ids[i, :n] = torch.tensor(row.ids)
-        attention_mask[i, :n] = 1
-        token_type_ids[i, :n] = torch.tensor(row.types)
-        sequence_ids[i, :n] = torch.tensor(row.sequences)
-        offsets[i, :n] = torch.tensor(row.offsets)
+    lengths = np.array([len(row.ids) for row in rows])
+    longest = int(lengths.max())
+    columns = np.arange(-(-longest // multiple) * multiple)
+    counts = columns < lengths[:, None]
+
+    def padded(name: str, fill: int, *inner: int) -> Tensor:
+        # one flat array for all rows: a tensor for each would cost more than the encoding
+        values = chain.from_iterable(getattr(row, name) for row in rows)
+        flat = np.fromiter(chain.from_iterable(values) if inner else values, np.int64)
+        whole = np.full((*counts.shape, *inner), fill, np.int64)
+        whole[counts] = flat.reshape(-1, *inner)
+        return torch.from_numpy(whole)
+
     return Batch(
-        input_ids, attention_mask, token_type_ids, offsets, sequence_ids, torch.tensor(owners)
+        input_ids=padded("ids", pad_id),
+        attention_mask=torch.from_numpy(counts.astype(np.int64)),
+        token_type_ids=padded("types", 0),
+        offsets=padded("offsets", 0, 2),
+        sequence_ids=padded("sequences", -1),
+        text_index=torch.tensor(owners),
     )

@@ -123,6 +123,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of one text. Special tokens written out in the text become their ids."""
+        check_text(text, "text 0")
+        if len(text) < 10_000:  # for a short text starting the threads costs more than offsets
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_batch(
@@ -241,7 +244,8 @@ class Tokenizer:
                 if token.special
             ]
             end = chat.end_of_turn(self.chat_template, self.named_special_tokens, specials)
-            found += [] if end is None else [self.backend.token_to_id(end)]
+            end_id = None if end is None else self.backend.token_to_id(end)
+            found += [] if end_id is None else [end_id]
         return tuple(dict.fromkeys(found))
 
     @property
