@@ -14,6 +14,7 @@ _HOMES = {
     "Mask": "nn.mask",
     "PolyheadError": "errors",
     "TextGenerator": "generate.generator",
+    "Tokenizer": "text.tokenizer",
     "TrainConfig": "train.config",
     "Trainer": "train.loop",
     "build": "models.model",

@@ -1,0 +1,48 @@
+"""Every example in the README and the docs runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from polyhead.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
+
+
+def blocks(language: str) -> list[object]:
+    """The fenced blocks of a language, each with the note that stands before it."""
+    found = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        for note, fence, body in BLOCK.findall(text):
+            line = text[: text.index(body)].count("\n")
+            if fence == language:
+                found.append(pytest.param(note, body, id=f"{path.name}:{line}"))
+    return found
+
+
+@pytest.mark.parametrize(("note", "body"), blocks("python"))
+def test_python(
+    note: str,
+    body: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if note == "needs: weights":
+        request.getfixturevalue("smollm2")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(body, "example", "exec"), {})
+
+
+@pytest.mark.parametrize(("note", "body"), blocks("console"))
+def test_commands(note: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = [shlex.split(line, comments=True) for line in body.splitlines()]
+    assert all(words[0] in ("polyhead", "make") for words in commands)
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        if note == "run":
+            assert main(words[1:]) == 0, words
