@@ -1,0 +1,123 @@
+"""The fused path equals the definition, for every mask, position and grouping of heads."""
+
+import pytest
+import torch
+from tests.nn.parts import MASKS, POSITIONS, B, D, E, H, T, randomized
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from polyhead.nn.attend import attend, expand_heads, weights
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.mask import EVERYTHING, Mask
+
+CLOSE = dict(atol=1e-5, rtol=0.0)
+masks = pytest.mark.parametrize("mask", MASKS)
+groupings = pytest.mark.parametrize("groups", [1, 2, 4], ids=["mqa", "gqa", "mha"])
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """One query at a time, over the keys it may see and no others; float64."""
+    q, k, v, bias = (x.double() for x in (q, k, v, bias))
+    y = torch.zeros_like(q)
+    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        group = h // (q.shape[1] // k.shape[1])
+        keys = seen[b, h, i].nonzero().flatten()
+        if len(keys):
+            scores = k[b, group, keys] @ q[b, h, i] * scale + bias[b, h, i, keys]
+            y[b, h, i] = scores.softmax(0) @ v[b, group, keys]
+    return y.float()
+
+
+@masks
+@groupings
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_both_equal_one_query_at_a_time(mask: str, groups: int, biased: bool) -> None:
+    q, k, v = torch.randn(B, H, T, D), torch.randn(B, groups, T, D), torch.randn(B, groups, T, D)
+    bias = torch.randn(1, H, T, T) if biased else None
+    lowered = MASKS[mask].lower(T, T, q.device)
+    seen = MASKS[mask].dense(T, T, q.device).expand(B, H, T, T)
+    whole = (torch.zeros(1, H, T, T) if bias is None else bias).expand(B, H, T, T)
+    expected = by_hand(q, k, v, seen, whole, 0.3)
+    explicit = weights(q, k, lowered, bias, 0.3) @ expand_heads(v, H)
+    assert_close(explicit, expected, **CLOSE)
+    assert_close(attend(q, k, v, lowered, bias, 0.3), expected, **CLOSE)
+
+
+@masks
+@pytest.mark.parametrize(
+    ("position", "groups"),
+    [(name, 2) for name in POSITIONS] + [(name, g) for name in ("none", "alibi") for g in (1, 4)],
+)
+def test_fused_equals_explicit_and_so_do_gradients(mask: str, position: str, groups: int) -> None:
+    """Through the layer: a probe that returns nothing makes it take the explicit path."""
+    layer = randomized(MultiHeadAttention(E, H, num_kv_heads=groups), 0.2)
+    part = POSITIONS[position]()
+    x = torch.randn(B, T, E)
+    answers: list[tuple[Tensor, list[Tensor]]] = []
+    leaves = [*layer.parameters(), *(part.parameters() if part is not None else [])]
+    for probes in ([], [lambda seen: None]):
+        layer.probes = probes
+        inputs = x.clone().requires_grad_()
+        y = layer(inputs, mask=MASKS[mask], position=part)
+        gradients = torch.autograd.grad(y.square().sum(), [inputs, *leaves], allow_unused=True)
+        answers.append((y.detach(), [g for g in gradients if g is not None]))
+    (fused, fused_gradients), (explicit, explicit_gradients) = answers
+    assert fused.isfinite().all()
+    assert_close(fused, explicit, **CLOSE)
+    # Gradients sum over everything, so their size sets the measure (a key's bias has none at all).
+    measure = max(1.0, *(gradient.abs().max().item() for gradient in explicit_gradients))
+    for one, other in zip(fused_gradients, explicit_gradients, strict=True):
+        assert one.isfinite().all()
+        assert_close(one, other, atol=1e-6 * measure, rtol=0.0)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("size", [(3, 10), (1, 7), (33, 65)], ids=str)
+def test_a_query_that_sees_nothing_gets_zeros(
+    biased: bool, dtype: torch.dtype, size: tuple[int, int]
+) -> None:
+    num_queries, num_keys = size
+    shapes = [(2, 2, num_queries, D), (2, 2, num_keys, D), (2, 2, num_keys, D)]
+    bias = torch.randn(1, 2, num_queries, num_keys) if biased else None
+    keep = torch.zeros(2, num_keys, dtype=torch.bool)
+    keep[1, :2] = True
+    mask = Mask(keep=keep).lower(num_queries, num_keys, torch.device("cpu"))
+    for path in (attend, lambda q, k, v, m, b, s: weights(q, k, m, b, s) @ v):
+        leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        y = path(*leaves, mask, bias, 0.5)
+        assert y[0].eq(0).all()
+        assert y[1].ne(0).any()
+        for gradient in torch.autograd.grad(y.float().sum(), leaves):
+            assert gradient.isfinite().all()
+            assert gradient[0].eq(0).all()
+
+
+def test_weights_are_shares() -> None:
+    q, k = torch.randn(2, 4, 5, D), torch.randn(2, 2, 7, D)
+    for mask in (EVERYTHING, Mask(window=3).lower(5, 7, q.device)):
+        shares = weights(q, k, mask)
+        assert shares.shape == (2, 4, 5, 7)
+        assert_close(shares.sum(-1), torch.ones(2, 4, 5))
+
+
+def test_a_layer_s_bias_may_ask_for_a_gradient_and_a_row_of_its_own() -> None:
+    q, k, v = torch.randn(3, B, H, T, D).unbind()
+    bias = torch.randn(B, 1, T, T, requires_grad=True)
+    mask = Mask(causal=True).lower(T, T, q.device)
+    (one,) = torch.autograd.grad(attend(q, k, v, mask, bias).sum(), bias)
+    (other,) = torch.autograd.grad((weights(q, k, mask, bias) @ v).sum(), bias)
+    assert_close(one, other, **CLOSE)
+
+
+def test_half_precision_stays_near() -> None:
+    layer = randomized(MultiHeadAttention(E, H, num_kv_heads=2), 0.2)
+    x = torch.randn(B, T, E)
+    for name, make in POSITIONS.items():
+        part = make()
+        exact = layer(x, mask=MASKS["keep"], position=part)
+        half = nn.ModuleList([layer, *([part] if part is not None else [])]).bfloat16()
+        rough = layer(x.bfloat16(), mask=MASKS["keep"], position=part)
+        assert rough.dtype == torch.bfloat16, name
+        assert_close(rough.float(), exact, atol=0.1, rtol=0.05)
+        half.float()
