@@ -1,0 +1,109 @@
+"""What verbs share: opening a model with its tokenizer, reading text, and words on stderr."""
+
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from polyhead.errors import ConfigError, DataError, FileError
+
+if TYPE_CHECKING:
+    import torch
+
+    from polyhead.models.model import TaskModel
+    from polyhead.text.tokenizer import Tokenizer
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_WORTH_A_WORD_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """Where and how a model is loaded."""
+
+    dtype: Dtype = "auto"
+    """Type of the weights; auto keeps the checkpoint's."""
+    device: str | None = None
+    """Where to run (cpu, cuda, cuda:1); a GPU is taken when there is one."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub repository."""
+
+    def open(self, name: str) -> "tuple[TaskModel, Tokenizer]":
+        """A model and its tokenizer, ready to run."""
+        with working(f"loading {name}"):
+            from polyhead.files.hub import resolve
+            from polyhead.models.load import load, tokenizer
+
+            path = model_path(resolve(name, self.revision))
+            model = load(path, dtype=None if self.dtype == "auto" else self.dtype)
+            return model.to(device_named(self.device)), tokenizer(path)
+
+
+def device_named(name: str | None) -> "torch.device":
+    """A device that is there; None is a GPU, or else the CPU."""
+    import torch
+
+    try:
+        return torch.empty(
+            0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")
+        ).device
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"device {name!r} is not there; use cpu, or leave it out") from None
+
+
+def model_path(path: Path) -> Path:
+    """A path, or of a training run's directory its newest checkpoint."""
+    if path.is_dir() and not (path / "config.json").exists() and (path / "checkpoints").is_dir():
+        from polyhead.train.checkpoint import latest
+
+        return latest(path) or path
+    return path
+
+
+def read_text(name: str) -> str:
+    """The text of a UTF-8 file; "-" is standard input."""
+    try:
+        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 ({error.reason}); convert it first") from None
+    except OSError as error:
+        raise FileError(f"cannot read {name}: {error.strerror}") from None
+
+
+def given_fields(argv: Sequence[str], names: Sequence[str]) -> set[str]:
+    """Which of a config's fields the command line names."""
+    flags = {word.partition("=")[0].replace("_", "-") for word in argv}
+    return {
+        name
+        for name in names
+        if flags & {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
+    }
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def working(text: str) -> Generator[None]:
+    """A spinner on a terminal's standard error, once the work has taken a second."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    status: Any = Console(stderr=True).status(text)
+    timer = threading.Timer(_WORTH_A_WORD_S, status.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        status.stop()
