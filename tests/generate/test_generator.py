@@ -143,6 +143,18 @@ def test_a_row_that_ended_early_runs_on_unseen_past_the_context(pair, static):
     assert short.token_ids == ours.generate([[7]], configs[1])[0].token_ids
 
 
+def test_a_compiled_step_serves_every_token_and_text(pair, monkeypatch):
+    """No step recompiles; rows that end, lengths and prompts are the step's data."""
+    plain, compiler = pair[1], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kw: compiler(f, backend="eager", **kw))
+    ours = TextGenerator(plain.model, plain.tokenizer, compile=True)
+    configs = [greedy(max_new_tokens=n) for n in (3, 20, 9, 1)]
+    torch.compiler.reset()
+    assert ours.generate(PROMPTS, configs) == plain.generate(PROMPTS, configs)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert ours.generate(PROMPTS[::-1], configs) == plain.generate(PROMPTS[::-1], configs)
+
+
 def test_logprobs_are_the_models_own(pair):
     theirs, ours = pair
     config = greedy(logprobs=3, max_new_tokens=6, repetition_penalty=1.7, presence_penalty=2.0)

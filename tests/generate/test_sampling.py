@@ -146,6 +146,20 @@ def test_draw_inverts_the_cumulative_distribution():
     assert draw(logits, uniform).tolist() == [0, 0, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("vocab", [512, 513, 1000, 1024, 5000])
+def test_draws_from_large_vocabularies_invert_it_too(vocab):
+    logits = (torch.randn(40, vocab) * 4).masked_fill(torch.rand(40, vocab) < 0.6, -INF)
+    uniform = torch.rand(40, dtype=torch.float64)
+    uniform[:3] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    cumulative = logits.double().softmax(1).cumsum(1)
+    index = draw(logits, uniform)
+    assert (logits.gather(1, index[:, None]) > -INF).all()
+    above = cumulative.gather(1, index[:, None])[:, 0]
+    below = above - logits.double().softmax(1).gather(1, index[:, None])[:, 0]
+    assert (below - 1e-6 <= uniform).all()
+    assert (uniform <= above + 1e-6).all()
+
+
 CASES = [
     {},
     {"temperature": 0.7},
@@ -238,8 +252,9 @@ def test_end_tokens_wait_for_the_minimum_length():
 
 @pytest.mark.parametrize("case", [{"temperature": 0}, {}, {"top_p": 0.5}, {"top_k": 2}])
 @pytest.mark.parametrize("poison", [float("nan"), INF])
-def test_logits_that_are_not_numbers_are_reported(case, poison):
-    logits = torch.zeros(2, 5)
+@pytest.mark.parametrize("vocab", [5, 5000])
+def test_logits_that_are_not_numbers_are_reported(case, poison, vocab):
+    logits = torch.zeros(2, vocab)
     logits[1, 2] = poison
     ids = sampler([GenerationConfig(seed=0, **case)] * 2)(logits)
     assert ids[0] >= 0

@@ -16,6 +16,7 @@ from polyhead.generate.config import GenerationConfig
 
 _SHORTLIST = 128
 _DRAWS_AHEAD = 64
+_BLOCK = 256
 _ROUNDING = 5e-7  # of a probability that comes from float32 logits
 
 
@@ -83,11 +84,31 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     uniform `[B]` in [0, 1) picks it: the first index whose cumulative probability exceeds it.
     """
     likely = logits.softmax(1, dtype=torch.float32)
-    cumulative = likely.cumsum(1, dtype=_exact(logits.device))
+    if likely.shape[1] <= 2 * _BLOCK:
+        return _first_above(likely, uniform)[0]
+    # First the block of tokens, then the token in it: exact sums, but of few numbers.
+    vocab, even = likely.shape[1], likely.shape[1] // _BLOCK * _BLOCK
+    blocks = likely[:, :even].unflatten(1, (-1, _BLOCK)).sum(2)
+    blocks = torch.cat([blocks, likely[:, even:].sum(1, keepdim=True)], dim=1)
+    block, rest = _first_above(blocks, uniform)
+    inside = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=likely.device)
+    some = likely.gather(1, inside.clamp(max=vocab - 1)).masked_fill(inside >= vocab, 0)
+    return (block * _BLOCK + _first_above(some, rest)[0]).clamp(max=vocab - 1)
+
+
+def _first_above(likely: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index `[B]` whose cumulative sum of likely `[B, N]` exceeds uniform × the total.
+
+    Also where, as a share `[B]` of that entry, the point lies.
+    """
+    cumulative = likely.cumsum(1, dtype=_exact(likely.device))
     total = cumulative[:, -1:]
     target = torch.minimum(uniform.to(total)[:, None] * total, total.nextafter(total * 0))
-    index = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return index.clamp(max=logits.shape[1] - 1)  # what is not a number is past the end
+    index = torch.searchsorted(cumulative, target, right=True)
+    index = index.clamp(max=likely.shape[1] - 1)  # what is not a number is past the end
+    own = likely.gather(1, index).to(total)
+    share = (target - cumulative.gather(1, index) + own) / own
+    return index[:, 0], share.clamp(0, 1)[:, 0]
 
 
 def _log_total(logits: Tensor) -> Tensor:
