@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -43,7 +44,7 @@ class Figure:
     high: float
 
 
-def flops_per_token(model: torch.nn.Module) -> float:
+def flops_per_token(model: Any) -> float:
     """Forward and backward, by the formula of this file."""
     skipped = ("embedding.weight", "positions.weight")
     weights = sum(
@@ -62,7 +63,7 @@ def trainer(family: str, dtype: str) -> tuple[Callable[[], None], float]:
         sizes["d_ff"] = 8 * WIDTH // 3
     model = ph.build(family, seed=0, vocab_size=VOCABULARY, **sizes)
     model.train()
-    optimizer = MasterAdamW(model, TrainConfig(dtype=dtype))
+    optimizer = MasterAdamW(model, TrainConfig.from_dict({"dtype": dtype}))
     ids = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1))
     batch = LanguageBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 
@@ -107,7 +108,9 @@ def measure(
     return times
 
 
-def run(families: list[str], dtypes: list[str], rounds: int, slice_seconds: float) -> dict:
+def run(
+    families: list[str], dtypes: list[str], rounds: int, slice_seconds: float
+) -> dict[str, Any]:
     torch.manual_seed(0)
     calls: dict[str, Callable[[], None]] = {
         "product float32": product(torch.float32),

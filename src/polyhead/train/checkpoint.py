@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.disk import atomic_file, sync_directory
 from polyhead.files.safetensors import open_checkpoint, write_checkpoint
+from polyhead.models.model import TaskModel
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig
 from polyhead.train.optim import MasterAdamW, learning_rate
 
@@ -47,7 +48,7 @@ class Progress:
 
 
 def save(
-    run: Path, model: nn.Module, tokenizer: Any, optimizer: MasterAdamW, progress: Progress
+    run: Path, model: TaskModel, tokenizer: Any, optimizer: MasterAdamW, progress: Progress
 ) -> Path:
     """Write the checkpoint of `progress.step`, make it the latest, and prune the others."""
     folder = run / "checkpoints"
@@ -120,7 +121,7 @@ def verify(checkpoint: Path) -> None:
 
 def restore(
     checkpoint: Path,
-    model: nn.Module,
+    model: TaskModel,
     optimizer: MasterAdamW,
     config: TrainConfig,
     corpus: str,
@@ -145,7 +146,7 @@ def restore(
 
 
 def _tensors(
-    model: nn.Module, optimizer: MasterAdamW, *, moments: bool = True
+    model: TaskModel, optimizer: MasterAdamW, *, moments: bool = True
 ) -> dict[str, Tensor]:
     """Everything a run needs to go on; without moments, what tells one model from another."""
     state = optimizer.state()

@@ -82,11 +82,13 @@ def load_tokens(
     path = folder / "tokens.bin"
     try:
         header = Header(**json.loads((folder / "header.json").read_text()))
-        whole = path.stat().st_size == header.tokens * np.dtype(header.dtype).itemsize
+        size = header.tokens * np.dtype(header.dtype).itemsize
+        if path.stat().st_size != size or header.digest != digest:
+            raise ValueError(size)
     except (OSError, ValueError, TypeError):
-        whole = False
-    if not whole or header.digest != digest:
-        raise FileError(f"{folder} does not hold the tokens its header speaks of: remove it")
+        raise FileError(
+            f"{folder} does not hold the tokens its header speaks of: remove it"
+        ) from None
     ids = np.memmap(path, dtype=header.dtype, mode="r", shape=(header.tokens,))
     if header.vocab_size > vocab_size:
         check_ids(ids, vocab_size)
@@ -126,8 +128,9 @@ def _write(
     shutil.rmtree(temp, ignore_errors=True)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
     tokens = text_bytes = count = done = 0
-    in_memory = _in_memory(source)
-    total = sum(map(len, source) if in_memory else (p.stat().st_size for p in files(source)))
+    # Progress is told in bytes of files, in characters of a list.
+    in_files = isinstance(source, str | os.PathLike)
+    total = sum(p.stat().st_size for p in files(source)) if in_files else sum(map(len, source))
     try:
         temp.mkdir(parents=True)
         with open(temp / "tokens.bin", "wb") as out:
@@ -141,7 +144,7 @@ def _write(
                     out.write(array.astype(dtype).tobytes())
                     size = len(text.encode())
                     tokens, text_bytes, count = tokens + len(ids), text_bytes + size, count + ends
-                    done += len(text) if in_memory else size
+                    done += size if in_files else len(text)
                 if progress:
                     progress(min(done, total), total)
             _sync(out)
@@ -164,12 +167,8 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _in_memory(source: Source) -> bool:
-    return not isinstance(source, str | os.PathLike)
-
-
 def _name(source: Source) -> str:
-    return f"{len(source)} texts" if _in_memory(source) else str(source)
+    return str(source) if isinstance(source, str | os.PathLike) else f"{len(source)} texts"
 
 
 def files(source: str | os.PathLike[str]) -> list[Path]:
@@ -187,7 +186,7 @@ def files(source: str | os.PathLike[str]) -> list[Path]:
 
 def _pieces(source: Source) -> Iterator[tuple[str, bool]]:
     """(text, does a document end here), of about PIECE characters at most."""
-    if _in_memory(source):
+    if not isinstance(source, str | os.PathLike):
         for text in source:
             yield from _cut([text])
         return
@@ -260,9 +259,9 @@ def _line_end(text: str, least: int) -> int:
 def _digest(source: Source, tokenizer: Any) -> str:
     """SHA-256 of what the tokens depend on."""
     digest = hashlib.sha256(f"{_FORMAT} {PIECE} {tokenizer_digest(tokenizer)}".encode())
-    if _in_memory(source):
+    if not isinstance(source, str | os.PathLike):
         for index, text in enumerate(source):
-            if not isinstance(text, str):
+            if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
                 kind = type(text).__name__
                 raise DataError(f"text {index} is a {kind}: a corpus is a list of str")
             raw = text.encode("utf-8", "surrogatepass")

@@ -1,7 +1,7 @@
 """How well a causal model predicts text: loss, perplexity, bits per byte."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +46,7 @@ class Score:
 
 
 def score_texts(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     source: Source,
     *,
@@ -81,7 +81,7 @@ def score_texts(
 
 
 def score_tokens(
-    model: nn.Module,
+    model: Any,
     tokens: Tokens,
     *,
     context: int,
@@ -107,7 +107,7 @@ def score_tokens(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module) -> Generator[None]:
     """The model in evaluation mode inside the block, as it was after it."""
     training = model.training
     model.eval()
@@ -145,7 +145,7 @@ def _windows(ids: np.ndarray, context: int, stride: int) -> Iterator[tuple[np.nd
 
 
 def _add(
-    model: nn.Module, rows: list[tuple[np.ndarray, np.ndarray]], nll: float, tokens: int
+    model: Any, rows: list[tuple[np.ndarray, np.ndarray]], nll: float, tokens: int
 ) -> tuple[float, int]:
     """Score a batch of windows, padded on the right, where no causal row can see it."""
     longest = max(len(ids) for ids, _ in rows)

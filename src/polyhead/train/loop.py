@@ -5,7 +5,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
+from polyhead.models.model import TaskModel
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, Tokens, load_tokens
 from polyhead.train.data import Windows
 from polyhead.train.evaluate import score_texts, score_tokens
-from polyhead.train.log import Log, View, peak_memory
+from polyhead.train.log import Log, View, peak_memory, tell_tokenising
 from polyhead.train.objectives import Objective, causal_lm
 from polyhead.train.optim import MasterAdamW, learning_rate
 
 Callback = Callable[["Trainer", dict[str, Any]], None]
 """Called with the trainer and each record of the log as it is written."""
-Sample = Callable[[nn.Module, Any, TrainConfig], str]
+Sample = Callable[[TaskModel, Any, TrainConfig], str]
 """Text by the model in its present state; random numbers it draws do not disturb the training."""
 
 
@@ -53,7 +54,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TaskModel,
         tokenizer: Any,
         config: TrainConfig | None = None,
         *,
@@ -156,8 +157,10 @@ class Trainer:
     def _corpora(self, texts: Source, valid: Source | None) -> tuple[Tokens, Tokens | None]:
         """Tokens to learn from, and those to validate on (None where the text is too short)."""
         cache = Path(self.config.cache) if self.config.cache else self.run / "tokens"
-        size, tokenizer = self.model.config.vocab_size, self.tokenizer
-        train = load_tokens(texts, tokenizer, cache, vocab_size=size)
+        size: int = getattr(self.model.config, "vocab_size")  # noqa: B009
+        tokenizer = self.tokenizer
+        told = None if self.quiet else tell_tokenising()
+        train = load_tokens(texts, tokenizer, cache, vocab_size=size, progress=told)
         if valid is not None:
             held = load_tokens(valid, tokenizer, cache, vocab_size=size)
             if len(held.ids) < 2:
@@ -207,7 +210,7 @@ class _Run:
                 self._sample(done)
             if at_checkpoint or received:
                 saved = self._save(done, valid)
-            if received and not final:
+            if received and not final and saved is not None:
                 raise Interrupted(received[0], done, saved)
         return {**self.last, "step": self.config.steps, "checkpoint": str(saved)}
 
@@ -311,7 +314,7 @@ def train_step(
     for batch in batches:
         loss = objective(model, batch)
         (loss.total / tokens).backward()
-        for name, part in loss.parts.items():
+        for name, part in (loss.parts or {"loss": loss.total.detach()}).items():
             sums[name] = sums.get(name, 0.0) + float(part)
         total = float(loss.total.detach())
         if not math.isfinite(total):
@@ -321,7 +324,7 @@ def train_step(
     return sums, optimizer.step(lr), tokens
 
 
-def write_sample(model: nn.Module, tokenizer: Any, config: TrainConfig) -> str:
+def write_sample(model: TaskModel, tokenizer: Any, config: TrainConfig) -> str:
     """`sample_prompt` continued by the model, at temperature 0.8."""
     from polyhead.generate.config import GenerationConfig
     from polyhead.generate.generator import TextGenerator
@@ -338,7 +341,7 @@ def _due(step: int, every: int) -> bool:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def _signals() -> Generator[list[int]]:
     """Notes SIGINT and SIGTERM instead of dying of them; a second one acts as usual.
 
     Only a program's main thread may do so; elsewhere signals are left as they are.
@@ -352,7 +355,7 @@ def _signals() -> Iterator[list[int]]:
 
     def note(signum: int, frame: Any) -> None:
         received.append(signum)
-        signal.signal(signum, before[signum])
+        signal.signal(signum, before[signal.Signals(signum)])
 
     try:
         for kind in kinds:

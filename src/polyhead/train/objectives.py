@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
 
@@ -45,7 +45,8 @@ class LanguageBatch:
 class Loss:
     """What an objective found. `total` is a sum over `tokens`, so that sums of batches stay right.
 
-    `parts` holds the terms of `total` by name, without gradient, sums as well.
+    `parts` holds the terms of `total` by name, without gradient, sums as well; `loss` is the one
+    that logs show and validation compares.
     """
 
     total: Tensor
@@ -53,10 +54,10 @@ class Loss:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-Objective = Callable[[nn.Module, Any], Loss]
+Objective = Callable[[Any, Any], Loss]
 
 
-def causal_lm(model: nn.Module, batch: LanguageBatch) -> Loss:
+def causal_lm(model: Any, batch: LanguageBatch) -> Loss:
     """Cross-entropy of the next token, and the routers' losses where the model has experts."""
     # What a batch does not need is not passed, so that a backbone need not know of it.
     extras = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
@@ -71,7 +72,7 @@ def causal_lm(model: nn.Module, batch: LanguageBatch) -> Loss:
 
 
 def _router_losses(
-    model: nn.Module, logits: list[Tensor], batch: LanguageBatch, tokens: int
+    model: Any, logits: list[Tensor], batch: LanguageBatch, tokens: int
 ) -> dict[str, Tensor]:
     """Load balance and z loss as sums over `tokens`; nothing for a model without experts."""
     if not (logits and model.training):
@@ -87,7 +88,7 @@ def _router_losses(
     }
 
 
-def head_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+def head_cross_entropy(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     """Sum over labels of -log p, in fp32, of the head's logits for `hidden` [B, T, E].
 
     Never holds all logits of a large vocabulary: rows go through in chunks, and each chunk's
@@ -112,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wants = [tensor is not None and tensor.requires_grad for tensor in (x, w, b)]
         dx = torch.empty_like(x) if wants[0] else None
         dw = torch.zeros_like(w, dtype=torch.float32) if wants[1] else None
-        db = torch.zeros_like(b, dtype=torch.float32) if wants[2] else None
+        db = torch.zeros_like(b, dtype=torch.float32) if b is not None and wants[2] else None
         total = x.new_zeros((), dtype=torch.float32)
         rows = max(1, CHUNK_LOGITS // w.shape[0])
         for start in range(0, x.shape[0], rows):
@@ -141,7 +142,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, scale: Tensor
+    ) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
         return (
             None if dx is None else (dx * scale).to(dx.dtype),

@@ -40,13 +40,13 @@ class MasterAdamW:
         self.params = [p for _, p in named]
         self.clip = config.clip
         dtype = getattr(torch, config.dtype)
-        self.masters = [p.detach().float() for p in self.params]
+        self.masters: list[Tensor] = [p.detach().float() for p in self.params]
         for param in model.parameters():
             if param.is_floating_point():
                 param.data = param.data.to(dtype)
         self.separate = dtype != torch.float32
         if not self.separate:
-            self.masters = self.params
+            self.masters = list(self.params)
         groups = [
             {
                 "params": [m for m in self.masters if m.ndim >= 2],
@@ -83,20 +83,24 @@ class MasterAdamW:
 
         A norm that is not finite raises PolyheadError and leaves every weight as it is.
         """
-        grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
+        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
         value = float(norm)
         if not math.isfinite(value):
             raise PolyheadError(f"the gradient's norm is {value}: lower lr, or check the data")
-        if self.clip and value > self.clip:
-            torch._foreach_mul_(grads, self.clip / value)
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(self.masters, self.clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
-        if self.separate:
-            torch._foreach_copy_(self.params, self.masters)
+        self._round()
         return value
+
+    def _round(self) -> None:
+        """Write the masters to the model's own weights."""
+        if self.separate:
+            for param, master in zip(self.params, self.masters, strict=True):
+                param.copy_(master)
 
     def state(self) -> dict[str, Tensor]:
         """Masters, moments and step counts by parameter name."""
@@ -121,5 +125,4 @@ class MasterAdamW:
                 self.adamw.state[master] = {
                     key: value.to(master.device) for key, value in found.items()
                 }
-            if self.separate:
-                torch._foreach_copy_(self.params, self.masters)
+            self._round()
