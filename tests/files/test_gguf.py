@@ -9,7 +9,8 @@ import torch
 
 from polyhead.errors import FileError
 from polyhead.files import gguf_blocks
-from polyhead.files.gguf import RawTensor, open_gguf
+from polyhead.files.gguf import open_gguf
+from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import typed, write_gguf
 
 gguf = pytest.importorskip("gguf")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from polyhead.errors import ConfigError, PolyheadError
-from polyhead.files.gguf import RawTensor, open_gguf
+from polyhead.files.gguf import open_gguf
+from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.files.safetensors import open_checkpoint, write_checkpoint
 from polyhead.models import gguf as ours

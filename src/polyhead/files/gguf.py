@@ -17,8 +17,9 @@ from torch import Tensor
 
 from polyhead.errors import FileError
 from polyhead.files.disk import map_file
-from polyhead.files.gguf_blocks import TYPES, BlockType, can_dequantize, dequantize
-from polyhead.files.views import view_as, view_bytes
+from polyhead.files.gguf_blocks import TYPES, BlockType
+from polyhead.files.gguf_types import ARRAY, BOOL, SCALARS, STRING, RawTensor, Typed, ValueType
+from polyhead.files.views import view_bytes
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -34,20 +35,6 @@ MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
 MAX_ELEMENTS = 2**60
 
-# GGUF's value types: code -> little-endian numpy type. Bool, string and array have their own code.
-SCALARS = {
-    0: np.dtype("<u1"),
-    1: np.dtype("<i1"),
-    2: np.dtype("<u2"),
-    3: np.dtype("<i2"),
-    4: np.dtype("<u4"),
-    5: np.dtype("<i4"),
-    6: np.dtype("<f4"),
-    10: np.dtype("<u8"),
-    11: np.dtype("<i8"),
-    12: np.dtype("<f8"),
-}
-BOOL, STRING, ARRAY = 7, 8, 9
 # The fewest bytes one value can take: what bounds a count before it is believed.
 LEAST_BYTES = {code: kind.itemsize for code, kind in SCALARS.items()} | {
     BOOL: 1,
@@ -64,47 +51,6 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     size: int
-
-
-VALUE_NAMES = {
-    "uint8": 0,
-    "int8": 1,
-    "uint16": 2,
-    "int16": 3,
-    "uint32": 4,
-    "int32": 5,
-    "float32": 6,
-    "bool": BOOL,
-    "string": STRING,
-    "uint64": 10,
-    "int64": 11,
-    "float64": 12,
-}
-
-
-@dataclass(frozen=True)
-class ValueType:
-    """The type a metadata value is stored as; `item` is the type of an array's elements."""
-
-    code: int
-    item: "ValueType | None" = None
-
-
-@dataclass(frozen=True)
-class Typed:
-    """A metadata value with the type it is to be stored as."""
-
-    value: Any
-    type: ValueType
-
-
-@dataclass(frozen=True)
-class RawTensor:
-    """A tensor as it lies in a file: blocks of `kind` (ggml's name), uint8, and the torch shape."""
-
-    kind: str
-    shape: tuple[int, ...]
-    data: Tensor
 
 
 class GgufFile(Mapping[str, Tensor]):
@@ -152,9 +98,12 @@ class GgufFile(Mapping[str, Tensor]):
         entry = self.entries[name]
         return view_bytes(self._map, entry.start, entry.size).view(*entry.shape[:-1], -1)
 
-    def stored(self, name: str) -> RawTensor:
-        """The tensor with its type, for `write_gguf` to pass through unchanged."""
-        return RawTensor(self.type_of(name), self.shape(name), self.raw(name))
+    def stored(self, name: str, part: int | None = None) -> RawTensor:
+        """The tensor as it lies in the file, or one index of its outermost size."""
+        shape, data = self.shape(name), self.raw(name)
+        if part is not None:
+            shape, data = shape[1:], data.view(shape[0], -1)[part].view(*shape[1:-1], -1)
+        return RawTensor(self.type_of(name), shape, data)
 
     def typed_metadata(self) -> dict[str, Typed]:
         """The metadata with the stored types, for `write_gguf` to write as it was."""
@@ -168,20 +117,10 @@ class GgufFile(Mapping[str, Tensor]):
         part: only this index of the outermost size (one expert of a stack). What needs no change is
         a view of the map. Errors: FileError for types not read here.
         """
-        entry = self.entries[name]
-        kind, shape = entry.kind, entry.shape if part is None else entry.shape[1:]
-        if not can_dequantize(kind):
-            raise FileError(
-                f"{self.path}: tensor {_short(name)} is {kind.name}, which is not read here; "
-                "take a file in F16, BF16, Q8_0, Q4_0 to Q5_1, or Q4_K to Q6_K"
-            )
-        size = entry.size if part is None else entry.size // entry.shape[0]
-        data = view_bytes(self._map, entry.start + size * (part or 0), size)
-        if kind.dtype is not None:
-            values = view_as(data, kind.dtype)
-            return values.to(dtype or values.dtype).view(shape)
-        blocks = view_as(data, torch.float16).view(torch.uint8)
-        return dequantize(blocks, kind, dtype or torch.float32).view(shape)
+        try:
+            return self.stored(name, part).values(dtype)
+        except FileError as error:
+            raise FileError(f"{self.path}: tensor {_short(name)}: {error}") from None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensor(name)

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from polyhead.errors import FileError
 from polyhead.files.disk import atomic_file
-from polyhead.files.gguf import (
+from polyhead.files.gguf import DEFAULT_ALIGNMENT, MAGIC, MAX_DIMS
+from polyhead.files.gguf_blocks import BY_NAME, TYPES, BlockType
+from polyhead.files.gguf_types import (
     ARRAY,
     BOOL,
-    DEFAULT_ALIGNMENT,
-    MAGIC,
-    MAX_DIMS,
     SCALARS,
     STRING,
     VALUE_NAMES,
@@ -27,7 +26,6 @@ from polyhead.files.gguf import (
     Typed,
     ValueType,
 )
-from polyhead.files.gguf_blocks import BY_NAME, TYPES, BlockType
 from polyhead.files.views import tensor_bytes
 
 VERSION = 3

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
-from polyhead.files.gguf import GgufFile, RawTensor, open_gguf
+from polyhead.files.gguf import GgufFile, open_gguf
 from polyhead.files.gguf_blocks import BY_NAME
+from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.models.gguf_config import (
     config_from_metadata,
@@ -71,6 +72,9 @@ class HfTensors(Mapping[str, Tensor]):
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in `dtype`; None keeps floats as stored and makes quantised ones fp32."""
         place = self._places[name]
+        raw = self.stored(name)  # rows are put in order while they are packed
+        if raw is not None and place.row.change:
+            return raw.values(dtype)
         values = self.gguf.tensor(place.name, dtype, place.part)
         return place.row.change.to_hf(values, self.config) if place.row.change else values
 
@@ -80,12 +84,11 @@ class HfTensors(Mapping[str, Tensor]):
         That is for plain floats, and for what the two worlds do not keep by rows.
         """
         place = self._places[name]
-        raw, change = self.gguf.stored(place.name), place.row.change
+        raw, change = self.gguf.stored(place.name, place.part), place.row.change
         if BY_NAME[raw.kind].dtype is not None or (change and not change.on_rows):
             return None
-        data = raw.data if place.part is None else raw.data[place.part]
-        shape = raw.shape if place.part is None else raw.shape[1:]
-        return RawTensor(raw.kind, shape, change.to_hf(data, self.config) if change else data)
+        data = change.to_hf(raw.data, self.config) if change else raw.data
+        return RawTensor(raw.kind, raw.shape, data)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -97,17 +100,22 @@ class HfTensors(Mapping[str, Tensor]):
         return name in self._places
 
 
-class GgufTensors(Mapping[str, Tensor | RawTensor]):
+class GgufTensors(Mapping[str, Tensor]):
     """A Hugging Face checkpoint's tensors under GGUF's names, each made when it is asked for.
 
     Errors: ConfigError for a tensor that GGUF has no name for, and for one that is missing.
     """
 
     def __init__(
-        self, family: Family, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+        self,
+        family: Family,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        freqs: Tensor | None,
     ) -> None:
         self.config = config
         self.tensors = tensors
+        self._extra = {} if freqs is None else {ROPE_FREQS: freqs}
         self._sources: dict[str, tuple[Name, dict[int, str]]] = {}
         for name in tensors:
             if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and _is_tied(config, tensors)):
@@ -130,7 +138,9 @@ class GgufTensors(Mapping[str, Tensor | RawTensor]):
                     name = row.hf.format(i=i, e=lacking[0])
                     raise ConfigError(f"the checkpoint lacks {name}, which {family.arch} needs")
 
-    def __getitem__(self, name: str) -> Tensor | RawTensor:
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._extra:
+            return self._extra[name]
         row, parts = self._sources[name]
         tensor = self.tensors[parts[0]]
         if "{e}" in row.hf:
@@ -140,10 +150,11 @@ class GgufTensors(Mapping[str, Tensor | RawTensor]):
         return tensor.float() if always else tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sources)
+        yield from self._sources
+        yield from self._extra
 
     def __len__(self) -> int:
-        return len(self._sources)
+        return len(self._sources) + len(self._extra)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], HfTensors, GgufFile]:
@@ -176,11 +187,11 @@ def write(
     """
     family = family_of_config(config)
     metadata, freqs = metadata_from_config(config)
-    names = GgufTensors(family, config, tensors)
+    names = GgufTensors(family, config, tensors, freqs)
     kinds = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 0}
     for name in names:
         tensor = names[name]
-        if isinstance(tensor, RawTensor) or tensor.dtype not in kinds:
+        if tensor.dtype not in kinds:
             raise FileError(f"{path}: {name} is not fp32, fp16 or bf16; convert it first")
         kinds[tensor.dtype] += tensor.numel() if tensor.dim() > 1 else 0
     metadata["general.type"] = "model"
@@ -189,27 +200,7 @@ def write(
     for key, value in (tokenizer or {}).items():
         if key.startswith("tokenizer."):
             metadata[key] = value
-    extra = {} if freqs is None else {ROPE_FREQS: freqs}
-    write_gguf(path, metadata, _Joined(names, extra), force=force)
-
-
-class _Joined(Mapping[str, Tensor | RawTensor]):
-    """Two mappings as one, still lazy."""
-
-    def __init__(
-        self, first: Mapping[str, Tensor | RawTensor], second: Mapping[str, Tensor]
-    ) -> None:
-        self._first, self._second = first, second
-
-    def __getitem__(self, name: str) -> Tensor | RawTensor:
-        return self._first[name] if name in self._first else self._second[name]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._first
-        yield from self._second
-
-    def __len__(self) -> int:
-        return len(self._first) + len(self._second)
+    write_gguf(path, metadata, names, force=force)
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:

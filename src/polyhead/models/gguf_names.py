@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError
@@ -37,13 +38,18 @@ class Interleaved(Change):
 
     def to_hf(self, tensor: Tensor, config: Mapping[str, Any]) -> Tensor:
         """Rows 0 2 4 ... 1 3 5 of every head."""
-        heads = self._heads(tensor, config)
-        return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return self._reorder(tensor, (self._heads(tensor, config), -1, 2))
 
     def to_gguf(self, tensor: Tensor, config: Mapping[str, Any]) -> Tensor:
         """Rows of the halves by turns."""
-        heads = self._heads(tensor, config)
-        return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        return self._reorder(tensor, (self._heads(tensor, config), 2, -1))
+
+    def _reorder(self, tensor: Tensor, split: tuple[int, int, int]) -> Tensor:
+        rows = tensor
+        if tensor.dtype == torch.uint8 and tensor.shape[-1] % 8 == 0 and tensor.data_ptr() % 8 == 0:
+            rows = tensor.view(torch.int64)  # packed bytes by eight: an eighth of the steps
+        moved = rows.reshape(*split, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+        return moved.view(tensor.dtype)
 
     def _heads(self, tensor: Tensor, config: Mapping[str, Any]) -> int:
         heads = int(config.get(self.heads) or config["num_attention_heads"])
