@@ -1,7 +1,7 @@
 """What every decoder's backbone does around its layers: positions, masks and caches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,8 +46,11 @@ def place(
     else:
         if position_ids is not None:
             raise ValueError("with a cache, positions follow from what it holds: pass no ids")
+        if given.segments is not None:
+            raise ValueError("a cache holds one text a row: segments need a forward without one")
         at = caches.begin(num_tokens, given.keep)
-        given = Mask(causal=given.causal, window=given.window, allow=given.allow)
+        # The padding is not kept, so no query meets it again.
+        given = replace(given, keep=None)
 
     masks: dict[object, Lowered] = {}
     positions: dict[object, Position | None] = {}

@@ -29,7 +29,7 @@ class Cache:
     def place(self, mask: Mask, at: Tensor) -> Mask:
         """The mask for new tokens `at` over what `append` returns."""
         offset = self.lengths if self.uniform is None else self.uniform
-        if mask.causal or self.uniform is not None:
+        if mask.causal:
             return mask.placed(offset)
         # A mask that is not causal must be told how far each row reaches.
         last = torch.maximum(self.lengths - 1, at.max(1).values)[:, None]
