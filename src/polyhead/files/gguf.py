@@ -26,11 +26,11 @@ VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 
 MAX_KEYS = 65_536
-MAX_TENSORS = 1_000_000
+MAX_TENSORS = 65_536
 MAX_KEY_BYTES = 65_535
 MAX_NAME_BYTES = 255
 MAX_STRING_BYTES = 64_000_000
-MAX_ARRAY_ELEMENTS = 4_194_304  # in all arrays together; the largest vocabularies need a million
+MAX_ARRAY_ELEMENTS = 2_097_152  # in all arrays together; the largest vocabularies need a million
 MAX_ARRAY_DEPTH = 4
 MAX_DIMS = 4
 MAX_ELEMENTS = 2**60

@@ -22,8 +22,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 MAX_HEADER_BYTES = 100_000_000
-MAX_ENTRIES = 250_000
-MAX_JSON_PARTS = 2_000_000
+MAX_ENTRIES = 65_536
+MAX_JSON_PARTS = 1_000_000
 MAX_NAME_BYTES = 1024
 MAX_DIMS = 16
 MAX_ELEMENTS = 2**60
@@ -233,7 +233,9 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     if sum(raw.count(mark) for mark in (b"{", b"[", b",")) > MAX_JSON_PARTS:
         raise FileError(f"{path}: the JSON has more than {MAX_JSON_PARTS} parts; split the file")
     try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        text = raw.decode("utf-8")
+        del raw  # a header may be large; one copy of it is enough
+        table = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except FileError:
         raise
     except (ValueError, RecursionError) as error:
