@@ -23,40 +23,23 @@ from polyhead.nn.feedforward import GatedFeedForward
 from polyhead.nn.mask import Mask
 from polyhead.nn.norm import RMSNorm
 
+QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "use_sliding_window": False,
+    "max_window_layers": 28,
+}
+MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
+
 ROWS = (
     Row("llama", "LlamaForCausalLM"),
-    Row(
-        "mistral",
-        "MistralForCausalLM",
-        absent={
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "sliding_window": 4096,
-        },
-    ),
-    Row(
-        "qwen2",
-        "Qwen2ForCausalLM",
-        absent={
-            "num_key_value_heads": 32,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-            "use_sliding_window": False,
-            "max_window_layers": 28,
-        },
-        implied={"qkv_bias": True, "out_bias": False},
-    ),
+    Row("mistral", "MistralForCausalLM", absent=MISTRAL),
+    Row("qwen2", "Qwen2ForCausalLM", absent=QWEN, implied={"qkv_bias": True, "out_bias": False}),
     Row(
         "qwen3",
         "Qwen3ForCausalLM",
-        absent={
-            "num_key_value_heads": 32,
-            "head_dim": 128,
-            "max_position_embeddings": 32768,
-            "sliding_window": 4096,
-            "use_sliding_window": False,
-            "max_window_layers": 28,
-        },
+        absent={**QWEN, "head_dim": 128},
         implied={"qk_norm": "head"},
     ),
 )

@@ -80,7 +80,7 @@ def _router_losses(
     top_k = next(m.top_k for m in model.modules() if isinstance(m, MixtureOfExperts))
     mask = batch.attention_mask
     keep = mask.flatten().bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-    balance = getattr(model.config, "router_aux_loss_coef", None)
+    balance = getattr(model.config, "router_aux_coef", None)
     return {
         "balance": load_balance_loss(logits, top_k, keep)
         * ((BALANCE if balance is None else balance) * tokens),
