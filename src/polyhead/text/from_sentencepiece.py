@@ -153,7 +153,7 @@ def read_model(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
 
 
 class _BadModelError(Exception):
-    found.sort()
+    pass
 
 
 def _parse(data: bytes, config: Mapping[str, Any]) -> tuple[PieceModel, SpecialTokens]:
