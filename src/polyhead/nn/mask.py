@@ -187,7 +187,9 @@ def _rows(table: Tensor, b: Tensor, *indices: Tensor) -> Tensor:
 
 
 def _least(one: int | None, other: int | None) -> int | None:
-    return min((w for w in (one, other) if w is not None), default=None)
+    if one is None or other is None:
+        return other if one is None else one
+    return min(one, other)
 
 
 def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
