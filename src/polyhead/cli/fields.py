@@ -21,7 +21,7 @@ def config_fields(config: type[Config]) -> dict[str, Any]:
 
 
 def parse_fields(config: type[Config], settings: Sequence[str]) -> dict[str, Any]:
-    """Values by name of `name=value` words. Errors: ConfigError for a name or value that is none."""
+    """Values by name of `name=value` words. Errors: ConfigError for what is no field or value."""
     known = config_fields(config)
     values: dict[str, Any] = {}
     for word in settings:

@@ -42,8 +42,8 @@ examples:
   polyhead info llama --set d_model=2048 d_ff=8192 num_layers=16 num_heads=32 vocab_size=128256
 
 A model is a directory, a .gguf file, a name that `polyhead pull` lists, or owner/name of the hub.
-`polyhead VERB --help` shows a verb's flags. The answer goes to standard output, all else to standard
-error; --json, where a verb has it, is for scripts. --debug shows the traceback of an error.
+`polyhead VERB --help` shows a verb's flags. Answers go to standard output, everything else to
+standard error. --json, where a verb has it, is for scripts; --debug shows an error's traceback.
 
 exit codes:
   0    done

@@ -1,0 +1,81 @@
+"""A run's log, and a look into its model, as the plain data of a report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from polyhead.explain.capture import capture
+from polyhead.models.model import TaskModel
+from polyhead.text.tokenizer import Tokenizer
+from polyhead.train.log import read_log
+from polyhead.train.report import AttentionMap, Point
+
+_SHOWN_SAMPLES = 6
+
+
+def curves_of(run: Path) -> dict[str, list[Point]]:
+    """Bits per byte by step, while training and on held-out text."""
+    records = read_log(run / "log.jsonl")
+    return {
+        "training": [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r],
+        "held out": [
+            (r["step"], r["valid_bits_per_byte"]) for r in records if "valid_bits_per_byte" in r
+        ],
+    }
+
+
+def samples_of(run: Path) -> list[tuple[int, str]]:
+    """A few samples from the first to the last."""
+    found = [(r["step"], r["sample"]) for r in read_log(run / "log.jsonl") if "sample" in r]
+    if len(found) <= _SHOWN_SAMPLES:
+        return found
+    last = len(found) - 1
+    return [found[round(i * last / (_SHOWN_SAMPLES - 1))] for i in range(_SHOWN_SAMPLES)]
+
+
+def attention_of(model: TaskModel, tokenizer: Tokenizer, text: str) -> AttentionMap | None:
+    """The head that looks back most pointedly at something else than its own or the last token.
+
+    Of all heads, the one with the largest mean of each row's highest weight two or more tokens
+    back. None for a model without attention, or a text too short.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) < 4:
+        return None
+    with torch.inference_mode():
+        try:
+            with capture(model, "*") as seen:
+                model(torch.tensor([ids], device=model.device))
+        except ValueError:
+            return None
+    maps = {name: weights[0].float().cpu() for name, weights in seen.items()}
+    far = torch.ones(len(ids), len(ids)).tril(-2).bool()
+
+    def pointed(weights: torch.Tensor) -> torch.Tensor:
+        return (weights * far).amax(-1)[:, 2:].mean(-1)
+
+    best = max(maps, key=lambda name: float(pointed(maps[name]).max()))
+    head = int(pointed(maps[best]).argmax())
+    tokens = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
+    caption = (
+        f"Head {head} of {best}, over held-out text. Each row is a token; the darker a cell, the "
+        "more the row looks at that column. Of all heads this one looks back most pointedly: "
+        "follow a row to the left and see which earlier token it picks."
+    )
+    return AttentionMap(tokens, _rounded(maps[best][head].tolist()), caption)
+
+
+def _rounded(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in rows]
+
+
+def facts_of(model: TaskModel, figures: dict[str, Any]) -> dict[str, str]:
+    """What a reader wants to know of a run at a glance."""
+    facts = {"model": model.config.model_type, "parameters": f"{model.num_parameters():,}"}
+    if "tokens" in figures:
+        facts["tokens seen"] = f"{figures['tokens']:,}"
+    if "valid_bits_per_byte" in figures:
+        facts["held out"] = f"{figures['valid_bits_per_byte']:.3f} bits per byte"
+    return facts
