@@ -123,6 +123,12 @@ def test_a_large_file_is_tokenised_in_pieces_as_if_whole(tmp_path, tokenizer, mo
     assert told[-1] == (path.stat().st_size, path.stat().st_size)
 
 
+def test_pieces_end_where_tokenizers_cut_as_well():
+    # Several newlines together may be one token; a lone one between words never joins the next.
+    assert corpus._line_end("ab\n\ncd\n ef\ngh", 1) == len("ab\n\ncd\n ef\n")
+    assert corpus._line_end("no line ends here", 4) == 8
+
+
 @pytest.mark.parametrize("cut", [b"", b"{", b'{"format": 1}'])
 def test_a_damaged_cache_is_refused(tmp_path, tokenizer, cut):
     size = tokenizer.vocab_size
