@@ -38,7 +38,7 @@ class GenerationConfig:
     frequency_penalty: float = 0.0
     """Taken off the logit of a token as often as the text so far (not the prompt) contains it."""
     stop: tuple[str, ...] = ()
-    """End before the first of these strings; none of it is part of the text."""
+    """End before the first of these strings to be complete; none of it is part of the text."""
     stop_token_ids: tuple[int, ...] = ()
     """End at any of these tokens too, besides the tokenizer's own end tokens."""
     ignore_eos: bool = False
@@ -87,7 +87,7 @@ class GenerationConfig:
         """From a `generation_config.json`; `changes` win over it.
 
         `do_sample` false or absent is temperature 0, as there. `max_length`, which counts the
-        prompt, is not read. A setting that would change the text and that nothing here does
+        prompt, is not read, and without a `top_k` all tokens may be drawn (there: 50). A setting that would change the text and that nothing here does
         (beams, n-gram bans, ...) raises ConfigError.
         """
         for name, harmless in _UNSUPPORTED.items():

@@ -43,10 +43,11 @@ class TextWriter:
 
     def _checked(self, text: str) -> str:
         text = self._held + text
-        found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        # The string that is complete first ends the text, however tokens divide it.
+        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         waits = max(_overlap(text, stop) for stop in self._stop)
         self._held = text[len(text) - waits :]
         return text[: len(text) - waits]
