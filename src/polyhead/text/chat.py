@@ -11,15 +11,8 @@ import jinja2
 from jinja2.exceptions import SecurityError, TemplateSyntaxError, UndefinedError
 
 from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
-from polyhead.text.sandbox import (
-    MAX_TEMPLATE,
-    MAX_VALUE,
-    Budget,
-    Environment,
-    LimitError,
-    RefusedError,
-    budgeted,
-)
+from polyhead.text.budget import MAX_TEMPLATE, MAX_VALUE, Budget, LimitError, budgeted
+from polyhead.text.sandbox import Environment, RefusedError
 
 
 def pick(templates: Mapping[str, str], name: str | None = None, tools: bool = False) -> str:
