@@ -87,8 +87,9 @@ class GenerationConfig:
         """From a `generation_config.json`; `changes` win over it.
 
         `do_sample` false or absent is temperature 0, as there. `max_length`, which counts the
-        prompt, is not read, and without a `top_k` all tokens may be drawn (there: 50). A setting that would change the text and that nothing here does
-        (beams, n-gram bans, ...) raises ConfigError.
+        prompt, is not read, and without a `top_k` all tokens may be drawn (there: 50). A setting
+        that would change the text and that nothing here does (beams, n-gram bans, ...) raises
+        ConfigError.
         """
         for name, harmless in _UNSUPPORTED.items():
             if raw.get(name) not in (None, *harmless):
