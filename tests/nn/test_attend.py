@@ -121,3 +121,25 @@ def test_half_precision_stays_near() -> None:
         assert rough.dtype == torch.bfloat16, name
         assert_close(rough.float(), exact, atol=0.1, rtol=0.05)
         half.float()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4], ids=["mqa", "gqa", "mha"])
+def test_half_precision_training_is_as_exact_as_the_fused_kernel(groups: int) -> None:
+    exact = [torch.randn(B, n, 24, D, requires_grad=True) for n in (H, groups, groups)]
+    half = [x.detach().bfloat16().requires_grad_() for x in exact]
+    fused = [x.detach().bfloat16().requires_grad_() for x in exact]
+    mask = Mask(causal=True).lower(24, 24, torch.device("cpu"))
+    upstream = torch.randn(B, H, 24, D)
+    y = attend(*exact, mask, scale=D**-0.5)
+    y.backward(upstream)
+    mine = attend(*half, mask, scale=D**-0.5)
+    mine.backward(upstream.bfloat16())
+    theirs = nn.functional.scaled_dot_product_attention(
+        *fused, is_causal=True, scale=D**-0.5, enable_gqa=groups != H
+    )
+    theirs.backward(upstream.bfloat16())
+    for ours, sdpa, true in zip((mine, *half), (theirs, *fused), (y, *exact), strict=True):
+        if true is not y:
+            ours, sdpa, true = ours.grad, sdpa.grad, true.grad
+        wrong, reference = ((x.float() - true).abs().max() for x in (ours, sdpa))
+        assert wrong <= 2 * reference + 1e-2
