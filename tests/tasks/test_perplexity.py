@@ -5,7 +5,7 @@ import torch
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError
-from polyhead.tasks import perplexity as module
+from polyhead.generate import score as module
 from polyhead.tasks.perplexity import perplexity
 
 

@@ -1,25 +1,17 @@
-"""How well a causal language model predicts a text.
-
-`N` tokens, `C` tokens of a window, `E` model width, `V` vocabulary.
-"""
+"""How well a causal language model predicts a text."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.mode import evaluating
 from polyhead.generate.prompts import check_ids
+from polyhead.generate.score import summed_nats
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
 _MOST_CONTEXT = 2048
-_MOST_LOGITS = 1 << 24  # numbers held at once: 64 MB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +63,8 @@ def perplexity(
     context, stride = _window(model, context, stride)
     ids, num_bytes = _scorable(tokenizer, text)
     check_ids(ids, getattr(model.config, "vocab_size"))  # noqa: B009
-    batches = _windows(torch.tensor(ids), context, stride, batch_size)
-    with evaluating(model), torch.inference_mode():
-        total = sum(_nats(model, windows, scored) for windows, scored in batches)
-    tokens = len(ids) - 1
+    # A window of `context` tokens reads all but its last, which it predicts.
+    total, tokens = summed_nats(model, [torch.tensor(ids)], context - 1, stride, batch_size)
     loss = total / tokens
     return Perplexity(
         perplexity=math.exp(loss) if loss < 700 else math.inf,
@@ -112,33 +102,3 @@ def _scorable(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
             f"a text of {len(text)} characters has no token to score; give a longer one"
         )
     return ids, num_bytes
-
-
-def _windows(
-    ids: Tensor, context: int, stride: int, batch_size: int
-) -> Iterator[tuple[Tensor, int]]:
-    """Batches of windows `[b, C]` and how many of each one's last tokens nobody scored before."""
-    first, last = ids[:context], max(-(-(len(ids) - context) // stride), 0)
-    yield first[None], len(first) - 1
-    full = [i * stride for i in range(1, last)]
-    for start in range(0, len(full), batch_size):
-        some = full[start : start + batch_size]
-        yield torch.stack([ids[begin : begin + context] for begin in some]), stride
-    if last:
-        # The last window may be shorter.
-        begin = last * stride
-        yield ids[begin:][None], len(ids) - (begin - stride + context)
-
-
-def _nats(model: TaskModel, windows: Tensor, scored: int) -> float:
-    """The summed surprise at the last `scored` tokens of each window `[b, C]`."""
-    windows = windows.to(model.device)
-    hidden = model.backbone(windows[:, :-1])[:, -scored:].flatten(0, 1)
-    targets = windows[:, -scored:].flatten()
-    head = cast(nn.Module, model.head)
-    total = 0.0
-    rows = max(_MOST_LOGITS // getattr(model.config, "vocab_size"), 1)  # noqa: B009
-    for some, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
-        losses = F.cross_entropy(head(some).float(), wanted, reduction="none")
-        total += losses.double().sum().item()
-    return total

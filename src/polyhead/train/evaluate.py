@@ -1,19 +1,19 @@
 """How well a causal model predicts text: loss, perplexity, bits per byte."""
 
 import math
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from polyhead.errors import DataError
+from polyhead.generate.mode import evaluating
+from polyhead.generate.score import summed_nats
 from polyhead.train.corpus import Source, Tokens, check_ids, documents
 from polyhead.train.data import window_batch
-from polyhead.train.objectives import IGNORE, LanguageBatch, Objective, causal_lm
+from polyhead.train.objectives import Objective, causal_lm
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,16 @@ def score_texts(
     predicted, and neither it nor its bytes count.
     """
     stride = max(1, context // 2) if stride is None else stride
-    vocab_size = model.config.vocab_size
-    nll, tokens, text_bytes = 0.0, 0, 0
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
-    with torch.inference_mode(), _evaluating(model):
+    text_bytes = 0
+
+    def rows() -> Iterator[torch.Tensor]:
+        nonlocal text_bytes
         for text in documents(source):
-            ids, unscored = _prepare(text, tokenizer, vocab_size)
+            ids, unscored = _prepare(text, tokenizer, model.config.vocab_size)
             text_bytes += len(text.encode()) - unscored
-            for row in _windows(ids, context, stride):
-                rows.append(row)
-                if len(rows) == batch_size:
-                    nll, tokens = _add(model, rows, nll, tokens)
-                    rows = []
-        if rows:
-            nll, tokens = _add(model, rows, nll, tokens)
+            yield torch.from_numpy(ids)
+
+    nll, tokens = summed_nats(model, rows(), context, stride, batch_size)
     if tokens == 0:
         raise DataError("there is no token to score: give longer texts")
     return Score(nll, tokens, text_bytes)
@@ -97,24 +93,13 @@ def score_tokens(
     starts = np.arange(take) * count // take * context
     nll, scored = 0.0, 0
     device = next(model.parameters()).device
-    with torch.inference_mode(), _evaluating(model):
+    with torch.inference_mode(), evaluating(model):
         for at in range(0, take, batch_size):
             batch = window_batch(tokens.ids, starts[at : at + batch_size], context)
             loss = objective(model, batch.to(device))
             nll += float(loss.parts.get("loss", loss.total))
             scored += loss.tokens
     return Score(nll, scored, scored * tokens.bytes_per_token)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """The model in evaluation mode inside the block, as it was after it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _prepare(text: str, tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, int]:
@@ -129,31 +114,3 @@ def _prepare(text: str, tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, in
     array = np.asarray(ids, dtype=np.int64)
     check_ids(array, vocab_size)
     return array, unscored
-
-
-def _windows(ids: np.ndarray, context: int, stride: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and labels of sliding windows; a label is scored in the first window that has it."""
-    scored, last = 0, len(ids) - 1
-    for start in range(0, max(0, last), stride):
-        end = min(start + context, last)
-        labels = ids[start + 1 : end + 1].copy()
-        labels[: scored - start] = IGNORE
-        yield ids[start:end], labels
-        scored = end
-        if end == last:
-            return
-
-
-def _add(
-    model: Any, rows: list[tuple[np.ndarray, np.ndarray]], nll: float, tokens: int
-) -> tuple[float, int]:
-    """Score a batch of windows, padded on the right, where no causal row can see it."""
-    longest = max(len(ids) for ids, _ in rows)
-    inputs = torch.zeros(len(rows), longest, dtype=torch.int64)
-    labels = torch.full_like(inputs, IGNORE)
-    for row, (ids, wanted) in enumerate(rows):
-        inputs[row, : len(ids)] = torch.from_numpy(ids)
-        labels[row, : len(wanted)] = torch.from_numpy(wanted)
-    device = next(model.parameters()).device
-    loss = causal_lm(model, LanguageBatch(inputs, labels).to(device))
-    return nll + float(loss.total), tokens + loss.tokens
