@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from polyhead.errors import ConfigError
+from polyhead.models.fits import fits, in_words
 
 JSON = Mapping[str, Any]
 
@@ -71,12 +72,12 @@ class Config:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.type in (int, "int") and (
-                isinstance(value, bool) or not isinstance(value, int)
-            ):
-                raise ConfigError(f"{item.name} is {value!r}; it must be a whole number")
+            if not fits(value, item.type):
+                raise ConfigError(f"{item.name} is {value!r}; it must be {in_words(item.type)}")
             if item.name in _SIZES and isinstance(value, int) and value < 1:
                 raise ConfigError(f"{item.name} is {value}; it must be 1 or more")
+            if item.name.endswith("dropout") and not 0 <= value < 1:
+                raise ConfigError(f"{item.name} is {value}; it must be from 0 to below 1")
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:
@@ -111,7 +112,8 @@ class Config:
 
 
 _SIZES = frozenset(
-    "vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_seq_len".split()
+    """vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_seq_len window
+    top_k sparse_step""".split()
 )
 
 C = TypeVar("C", bound=Config)
@@ -128,11 +130,22 @@ def from_hf(cls: type[C], data: JSON) -> C:
         read.update(key.split(".")[0] for key in item.metadata["keys"])
         key, value = _look_up(data, row.absent, item)
         if key is not None:
-            values[item.name] = item.metadata["read"](value)
+            values[item.name] = _read(item, key, value)
         elif item.default is MISSING:
             raise ConfigError(f"config.json has no {item.metadata['keys'][0]!r}; it is needed")
     _refuse_unread(data, read | row.harmless | HARMLESS)
     return cls(model_type=row.model_type, source=dict(data), **values)
+
+
+def _read(item: Field[Any], key: str, value: Any) -> Any:
+    if value is None and item.type is bool:
+        return False
+    try:
+        return item.metadata["read"](value)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, AttributeError):
+        raise ConfigError(f"config.json has {key!r}: {value!r}, of no form known here") from None
 
 
 def to_hf(config: Config) -> dict[str, Any]:

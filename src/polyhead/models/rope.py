@@ -1,5 +1,6 @@
 """Rotary positions as `config.json` describes them: version 4's keys and version 5's."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def read_scaling(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
     values.pop("rope_theta", None)
     kind = values.pop("rope_type", values.pop("type", "default"))
     values.pop("type", None)
-    if kind not in KEYS:
+    if not isinstance(kind, str) or kind not in KEYS:
         raise ConfigError(f"rope scaling {kind!r} is not one of {', '.join(KEYS)}")
     if values.get("partial_rotary_factor") == 1.0:
         del values["partial_rotary_factor"]
@@ -45,6 +46,10 @@ def make_rotary(
     head_dim: int, base: float, scaling: Mapping[str, Any] | None, max_seq_len: int
 ) -> Rotary:
     """The part for a base and what `read_scaling` gave; raises ConfigError if keys are missing."""
+    if head_dim % 2:
+        raise ConfigError(f"head_dim is {head_dim}; rotary positions need an even number")
+    if base <= 0:
+        raise ConfigError(f"the base of the rotary positions is {base}; it must be above 0")
     if scaling is None:
         return Rotary(head_dim, base)
     if scaling["rope_type"] == "dynamic":
@@ -53,34 +58,37 @@ def make_rotary(
 
 
 def _static_scaling(scaling: Mapping[str, Any], max_seq_len: int) -> Scaling:
-    trained_len = int(scaling.get("original_max_position_embeddings", max_seq_len))
+    trained_len = int(_number(scaling, "original_max_position_embeddings", max_seq_len))
     kind = scaling["rope_type"]
     if kind == "linear":
         return Linear(_number(scaling, "factor"))
     if kind == "llama3":
         low, high = _number(scaling, "low_freq_factor"), _number(scaling, "high_freq_factor")
         return Llama3(_number(scaling, "factor"), low, high, trained_len)
-    factor = float(scaling.get("factor", max_seq_len / trained_len))
+    factor = _number(scaling, "factor", max_seq_len / trained_len)
     return Yarn(
         factor,
         trained_len,
         magnitude=_yarn_magnitude(scaling, factor),
-        beta_fast=float(scaling.get("beta_fast") or 32),
-        beta_slow=float(scaling.get("beta_slow") or 1),
+        beta_fast=_number(scaling, "beta_fast", 32.0),
+        beta_slow=_number(scaling, "beta_slow", 1.0),
         truncate=bool(scaling.get("truncate", True)),
     )
 
 
 def _yarn_magnitude(scaling: Mapping[str, Any], factor: float) -> float:
     if "attention_factor" in scaling:
-        return float(scaling["attention_factor"])
-    mscale, all_dim = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if mscale and all_dim:
+        return _number(scaling, "attention_factor")
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        mscale, all_dim = (_number(scaling, key) for key in ("mscale", "mscale_all_dim"))
         return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim)
     return yarn_magnitude(factor)
 
 
-def _number(scaling: Mapping[str, Any], key: str) -> float:
-    if key not in scaling:
+def _number(scaling: Mapping[str, Any], key: str, default: float | None = None) -> float:
+    value = scaling.get(key, default)
+    if value is None:
         raise ConfigError(f"rope scaling {scaling['rope_type']!r} needs {key!r}")
-    return float(scaling[key])
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ConfigError(f"rope scaling has {key!r}: {value!r}; it must be a number above 0")
+    return float(value)
