@@ -68,9 +68,9 @@ def to_ours(
                 if rule.stack:
                     stacks.setdefault(ours, {})[indices[rule.stack]] = tensor
                 else:
-                    found[ours] = tensor.view(shapes[ours]) if rule.reshape else tensor
+                    found[ours] = _reshaped(tensor, shapes.get(ours)) if rule.reshape else tensor
     for ours, parts in stacks.items():
-        found[ours] = torch.stack([parts[e] for e in sorted(parts)])
+        found[ours] = _stacked(ours, parts)
     _complain(
         "holds", [*surplus, *(found.keys() - shapes.keys())], "that this model has no place for"
     )
@@ -107,19 +107,38 @@ def to_theirs(rules: Rules, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _split(
     rule: Rule, indices: Indices, tensor: Tensor, shapes: Mapping[str, Size]
 ) -> Iterator[tuple[str, Tensor]]:
-    if rule.transpose:
+    if rule.transpose and tensor.dim() == 2:
         tensor = tensor.T
     if isinstance(rule.ours, str):
         yield rule.ours.format(**_without(indices, rule.stack)), tensor
         return
     names = [part.format(**indices) for part in rule.ours]
     sizes = [shapes[name][0] for name in names if name in shapes]
-    if len(sizes) < len(names) or sum(sizes) != len(tensor):
+    rows = len(tensor) if tensor.dim() else 0
+    if len(sizes) < len(names) or sum(sizes) != rows:
         raise FileError(
-            f"{rule.theirs.format(**indices)} has {len(tensor)} rows and its config.json asks "
-            f"for {' + '.join(map(str, sizes))}; the two do not belong together"
+            f"{rule.theirs.format(**indices)} has {rows} rows and its config.json asks "
+            f"for {' + '.join(map(str, sizes)) or 'none'}; the two do not belong together"
         )
     yield from zip(names, tensor.split(sizes), strict=True)
+
+
+def _reshaped(tensor: Tensor, shape: Size | None) -> Tensor:
+    # What has another number of elements is refused with the other shapes.
+    fits = shape is not None and tensor.numel() == shape.numel()
+    return tensor.reshape(shape) if shape is not None and fits else tensor
+
+
+def _stacked(ours: str, parts: Mapping[int, Tensor]) -> Tensor:
+    numbers = sorted(parts)
+    if numbers != list(range(len(numbers))):
+        raise FileError(
+            f"the checkpoint's parts of {ours} are numbered {', '.join(map(str, numbers))}; "
+            "some are missing"
+        )
+    if len({part.shape for part in parts.values()}) > 1:
+        raise FileError(f"the checkpoint's parts of {ours} differ in shape; fetch it again")
+    return torch.stack([parts[number] for number in numbers])
 
 
 def _joined(rule: Rule, indices: Indices, parts: Sequence[Tensor]) -> Iterable[tuple[str, Tensor]]:
@@ -149,7 +168,7 @@ def _match(pattern: str, name: str) -> Indices | None:
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[0-9]+)", re.escape(pattern)))
+    return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>0|[1-9][0-9]*)", re.escape(pattern)))
 
 
 def _without(indices: Indices, key: str | None) -> Indices:
