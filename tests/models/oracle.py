@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, saved as its users save them: the table of the parity tests."""
+"""Tiny random models of transformers, saved as its users save them: the parity tests' table."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

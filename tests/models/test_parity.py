@@ -1,6 +1,7 @@
 """Every decoder family equals transformers, to rounding, both ways."""
 
 import json
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,15 @@ transformers = pytest.importorskip("transformers")
 from tests.models.oracle import CASES, Case  # noqa: E402
 
 CLOSE = 1e-5
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_the_device_there_is() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
+
+
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -25,7 +35,7 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @by_name
 def test_logits_equal(case: Case, tmp_path: Path) -> None:
     theirs = case.save(tmp_path)
-    ours = ph.load(tmp_path)
+    ours = ph.load(tmp_path, device=DEVICE)
     ids = torch.randint(0, 61, (3, 23))
     with torch.no_grad():
         assert difference(ours(ids), theirs(ids).logits) <= CLOSE
@@ -34,7 +44,7 @@ def test_logits_equal(case: Case, tmp_path: Path) -> None:
 @by_name
 def test_padding_changes_nothing(case: Case, tmp_path: Path) -> None:
     theirs = case.save(tmp_path)
-    ours = ph.load(tmp_path)
+    ours = ph.load(tmp_path, device=DEVICE)
     ids = torch.randint(0, 61, (3, 20))
     lengths = (20, 7, 12)
     mask = torch.tensor([[1] * n + [0] * (20 - n) for n in lengths])
@@ -54,7 +64,7 @@ def test_padding_changes_nothing(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_chunks_and_steps_equal_one_forward(case: Case, static: bool, tmp_path: Path) -> None:
     case.save(tmp_path)
-    model = ph.load(tmp_path)
+    model = ph.load(tmp_path, device=DEVICE)
     # Dynamic frequencies follow the length: beyond the trained one, steps may differ.
     reach = 8 if case.name == "llama-dynamic" else 18
     ids = torch.randint(0, 61, (2, reach))
@@ -69,7 +79,7 @@ def test_chunks_and_steps_equal_one_forward(case: Case, static: bool, tmp_path: 
 @pytest.mark.parametrize("static", [False, True], ids=["growing", "static"])
 def test_ragged_rows_decode_as_alone(case: Case, static: bool, tmp_path: Path) -> None:
     case.save(tmp_path)
-    model = ph.load(tmp_path)
+    model = ph.load(tmp_path, device=DEVICE)
     lengths = torch.tensor([3, 11, 6])
     prompts = torch.randint(0, 61, (3, 11))
     steps = torch.randint(0, 61, (3, 7))
@@ -90,7 +100,7 @@ def test_ragged_rows_decode_as_alone(case: Case, static: bool, tmp_path: Path) -
 @by_name
 def test_what_we_save_they_load(case: Case, tmp_path: Path) -> None:
     theirs = case.save(tmp_path / "theirs")
-    ours = ph.load(tmp_path / "theirs")
+    ours = ph.load(tmp_path / "theirs", device=DEVICE)
     ours.save(tmp_path / "ours")
     before = load_file(tmp_path / "theirs" / "model.safetensors")
     after = load_file(tmp_path / "ours" / "model.safetensors")
@@ -100,7 +110,7 @@ def test_what_we_save_they_load(case: Case, tmp_path: Path) -> None:
         json.loads((tmp_path / place / "config.json").read_text()) for place in ("theirs", "ours")
     ]
     assert config[0] == config[1]
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval().to(DEVICE)
     ids = torch.randint(0, 61, (2, 9))
     with torch.no_grad():
         assert difference(again(ids).logits, theirs(ids).logits) <= 1e-6
@@ -109,7 +119,7 @@ def test_what_we_save_they_load(case: Case, tmp_path: Path) -> None:
 @by_name
 def test_a_fresh_model_loads_in_transformers(case: Case, tmp_path: Path) -> None:
     case.save(tmp_path / "theirs")
-    like = ph.load(tmp_path / "theirs").config
+    like = ph.load(tmp_path / "theirs", device=DEVICE).config
     row = like.row(like.model_type)
     fields = {
         name: getattr(like, name)
@@ -118,7 +128,7 @@ def test_a_fresh_model_loads_in_transformers(case: Case, tmp_path: Path) -> None
     }
     fresh = ph.build(like.model_type, seed=1, **fields).eval()
     fresh.save(tmp_path / "fresh")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fresh").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fresh").eval().to(DEVICE)
     ids = torch.randint(0, 61, (2, 9))
     with torch.no_grad():
         assert difference(fresh(ids), theirs(ids).logits) <= CLOSE
@@ -129,7 +139,7 @@ def test_half_precision_follows_the_reference(tmp_path: Path) -> None:
         if case.name not in ("gpt2", "llama-3", "qwen3", "mixtral"):
             continue
         theirs = case.save(tmp_path / case.name).bfloat16()
-        ours = ph.load(tmp_path / case.name, dtype="bfloat16")
+        ours = ph.load(tmp_path / case.name, dtype="bfloat16", device=DEVICE)
         ids = torch.randint(0, 61, (2, 12))
         with torch.no_grad():
             exact = case.make()(ids).logits
@@ -141,11 +151,15 @@ def test_base_checkpoints_load_without_a_head(tmp_path: Path) -> None:
     for case in CASES[:6]:
         theirs = case.make()
         theirs.base_model.save_pretrained(tmp_path / case.name)
-        ours = ph.load(tmp_path / case.name)
+        ours = ph.load(tmp_path / case.name, device=DEVICE)
         ids = torch.randint(0, 61, (2, 8))
         with torch.no_grad():
             assert difference(ours(ids), theirs.base_model(ids).last_hidden_state) <= CLOSE
         ours.save(tmp_path / (case.name + "-again"))
-        again = transformers.AutoModel.from_pretrained(tmp_path / (case.name + "-again")).eval()
+        again = (
+            transformers.AutoModel.from_pretrained(tmp_path / (case.name + "-again"))
+            .eval()
+            .to(DEVICE)
+        )
         with torch.no_grad():
             assert difference(ours(ids), again(ids).last_hidden_state) <= CLOSE
