@@ -1,5 +1,6 @@
 """A decode step has fixed shapes: it compiles once, whole, and says what the eager step says."""
 
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -65,6 +66,9 @@ def test_steps_compile_once_and_equal_the_eager_ones(name: str, strict: None) ->
     assert len(graphs) == 1
 
 
+@pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="Inductor needs a C++ compiler"
+)
 @torch.no_grad()
 def test_the_default_compiler_agrees(strict: None) -> None:
     model = ph.build("llama", seed=2, **{**SIZES, "num_layers": 1}, num_kv_heads=2).eval()
@@ -75,8 +79,7 @@ def test_the_default_compiler_agrees(strict: None) -> None:
 
 
 @torch.no_grad()
-def test_a_compiled_step_with_growing_caches_is_refused_or_right() -> None:
-    """Growing buffers change their shapes: only eager steps use them."""
+def test_eager_steps_over_growing_caches_equal_one_forward() -> None:
     model = ph.build("llama", seed=2, **SIZES).eval()
     caches = model.backbone.make_caches(1)
     ids = torch.randint(0, 23, (1, 6))

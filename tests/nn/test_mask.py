@@ -178,6 +178,7 @@ def test_the_cheapest_form_is_chosen(mask: Mask, queries: int, keys: int, form: 
     assert (lowered.dense is not None) == (form == "dense")
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["causal-keep", "all-at-once"])
 def test_flex_attention_runs_it(name: str) -> None:
     mask, statement = MASKS[name]
