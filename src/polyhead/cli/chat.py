@@ -36,7 +36,7 @@ class Args:
     terminal, each line is a message and each answer ends with a line break.
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Directory, .gguf file, name (see `polyhead pull`) or owner/name of the hub."""
     system: str | None = None
     """System message."""

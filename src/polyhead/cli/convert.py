@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -34,9 +34,9 @@ class Args:
       polyhead convert big/ small/ --to hf --dtype bfloat16 --force
     """
 
-    source: tyro.conf.Positional[str]
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Directory, .gguf file, training run, name (see `polyhead pull`) or owner/name of the hub."""
-    dest: tyro.conf.Positional[Path]
+    dest: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DEST")]
     """Directory (hf) or file (gguf) to write."""
     to: Format
     """hf: config.json, safetensors, tokenizer files. gguf: one file, for llama.cpp and its like."""

@@ -7,6 +7,7 @@ with two models that count: an interpolated n-gram and a bigram.
 import argparse
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -240,7 +241,9 @@ def _report(
     from polyhead.train.report import Report
 
     (out / MARK).write_text(json.dumps({"bits_per_byte": bits, "steps": figures["step"]}) + "\n")
-    at = corpus.held_out.find(". ") + 2
+    prose = re.search(rf"(?<=\n\n)[A-Z][a-z ,]{{{SNIPPET - 1}}}", corpus.held_out)
+    snippet = prose[0] if prose else corpus.held_out[:SNIPPET]
+    figures = {**figures, "valid_bits_per_byte": bits["GPT"]}
     return Report(
         title="A character GPT, trained in minutes",
         summary=(
@@ -256,7 +259,7 @@ def _report(
             f"modified Kneser-Ney) counts contexts of up to {order - 1} characters; its order was "
             "chosen on a part of the training text. The bigram looks at one character."
         ),
-        attention=attention_of(model, tokenizer, corpus.held_out[at : at + SNIPPET]),
+        attention=attention_of(model, tokenizer, snippet),
         samples=samples_of(out),
     )
 

@@ -30,9 +30,9 @@ class Args:
       cat letter.txt | polyhead generate smollm2-135m - --system "Answer this letter." --json
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Directory, .gguf file, training run, name (see `polyhead pull`) or owner/name of the hub."""
-    prompts: tyro.conf.Positional[tuple[str, ...]]
+    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT ...")]
     """One or more prompts, run as a batch; - reads one from standard input."""
     raw: bool = False
     """Give prompts to the model as they are, without its chat template."""

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -36,7 +36,7 @@ class Args:
       polyhead info llama --set vocab_size=32000 d_model=512 d_ff=1376 num_layers=8 num_heads=8
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Directory, .gguf file, named model or owner/name; or a family, with its default sizes."""
     set: tuple[str, ...] = ()
     """Fields of a family's config, name=value."""

@@ -6,6 +6,7 @@ imports what the work needs. A verb whose defaults depend on its flags also has 
 """
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -120,6 +121,7 @@ def _parse(module: ModuleType, verb: str, rest: list[str]) -> Any:
             return tyro.cli(
                 module.Args,
                 prog=f"polyhead {verb}",
+                description=inspect.cleandoc(module.Args.__doc__),
                 args=rest,
                 config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
                 **options,

@@ -20,9 +20,9 @@ class Args:
       polyhead perplexity runs/docs book.txt --context 256 --stride 64 --json
     """
 
-    model: tyro.conf.Positional[str]
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Directory, .gguf file, training run, name (see `polyhead pull`) or owner/name of the hub."""
-    file: tyro.conf.Positional[str]
+    file: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FILE")]
     """A UTF-8 text file; - is standard input."""
     context: int | None = None
     """Tokens of a window; None is the model's own length, at most 2048."""

@@ -1,6 +1,7 @@
 """`polyhead pull`: fetch a model by name."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ class Args:
     SHA-256; repositories of the hub in Hugging Face's own cache.
     """
 
-    name: tyro.conf.Positional[str | None] = None
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[NAME]")] = None
     """A named model, or owner/name of the hub."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""

@@ -42,6 +42,7 @@ def attention_of(model: TaskModel, tokenizer: Tokenizer, text: str) -> Attention
     back. None for a model without attention, or a text too short.
     """
     ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = ids[: getattr(model.config, "max_seq_len", None)]
     if len(ids) < 4:
         return None
     with torch.inference_mode():
@@ -60,7 +61,7 @@ def attention_of(model: TaskModel, tokenizer: Tokenizer, text: str) -> Attention
     head = int(pointed(maps[best]).argmax())
     tokens = [tokenizer.decode([i], skip_special_tokens=False) for i in ids]
     caption = (
-        f"Head {head} of {best}, over held-out text. Each row is a token; the darker a cell, the "
+        f"Head {head} of {best}. Each row is a token; the darker a cell, the "
         "more the row looks at that column. Of all heads this one looks back most pointedly: "
         "follow a row to the left and see which earlier token it picks."
     )
@@ -73,9 +74,13 @@ def _rounded(rows: Sequence[Sequence[float]]) -> list[list[float]]:
 
 def facts_of(model: TaskModel, figures: dict[str, Any]) -> dict[str, str]:
     """What a reader wants to know of a run at a glance."""
-    facts = {"model": model.config.model_type, "parameters": f"{model.num_parameters():,}"}
+    config = model.config
+    facts = {"model": config.model_type, "parameters": f"{model.num_parameters():,}"}
+    layers, width = getattr(config, "num_layers", None), getattr(config, "d_model", None)
+    if layers and width:
+        facts["size"] = f"{layers} layers, {width} wide"
     if "tokens" in figures:
         facts["tokens seen"] = f"{figures['tokens']:,}"
     if "valid_bits_per_byte" in figures:
-        facts["held out"] = f"{figures['valid_bits_per_byte']:.3f} bits per byte"
+        facts["held out"] = f"{figures['valid_bits_per_byte']:.3f} bits/byte"
     return facts

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = TrainConfig(sample_every=250, sample_tokens=200)
 SMALL_TEXT = 8_000_000  # characters; above it, "auto" learns merges
+_SNIPPET = 48
 # Sizes of a fresh model where --set says nothing: small enough to train on a laptop.
 SIZES: dict[str, Any] = {"d_model": 128, "num_layers": 4, "num_heads": 4}
 
@@ -38,7 +39,7 @@ class Args:
     and SIGTERM save a checkpoint and exit with 130 and 143; --resume goes on, bit for bit.
     """
 
-    data: tyro.conf.Positional[str]
+    data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """A .txt or .jsonl file, a folder of them, pydocs (Python's documentation) or stdlib (the
     standard library's sources)."""
     model: str = "gpt2"
@@ -193,6 +194,14 @@ def _save_run(run_dir: Path, args: Args) -> None:
     (run_dir / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
+def _snippet(args: Args) -> str:
+    """The first characters of the validation text, or of the data."""
+    from polyhead.cli.corpora import corpus
+    from polyhead.train.corpus import documents
+
+    return next(documents(corpus(args.valid or args.data)))[:_SNIPPET]
+
+
 def _write_report(
     run_dir: Path, args: Args, model: "TaskModel", tokenizer: "Tokenizer", figures: dict[str, Any]
 ) -> None:
@@ -200,13 +209,12 @@ def _write_report(
     from polyhead.train.report import Report, write_report
 
     samples = samples_of(run_dir)
-    text = samples[-1][1] if samples else ""
     report = Report(
         title=f"{model.config.model_type} on {args.data}",
         summary=f"{figures['step']} steps; run directory {run_dir}",
         facts=facts_of(model, figures),
         curves=curves_of(run_dir),
-        attention=attention_of(model, tokenizer, text[:48]),
+        attention=attention_of(model, tokenizer, _snippet(args)),
         samples=samples,
     )
     write_report(run_dir / "report.html", report)

@@ -72,7 +72,7 @@ class NGram:
         orders: Sequence[int] = (2, 3, 4, 5, 6, 7, 8),
         held_out: float = 0.1,
     ) -> Self:
-        """Of the order that predicts the last `held_out` best from the rest; fitted to all of it."""
+        """Of the order that predicts the last `held_out` best from the rest; fitted to all."""
         row = cls(vocab_size)._checked(ids)
         at = len(row) - int(held_out * len(row))
         grams = _count(row[:at], vocab_size, max(orders))

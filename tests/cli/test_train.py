@@ -1,0 +1,103 @@
+import json
+import signal
+
+import pytest
+
+from polyhead.cli.corpora import corpus, without_lines_of
+from polyhead.errors import DataError
+from polyhead.models.load import load, tokenizer
+from polyhead.train import loop
+
+SMALL = (
+    *("--set", "d_model=16", "num_layers=1", "num_heads=2"),
+    *("--batch-size", 2, "--context", 16, "--validate-batches", 1, "--log-every", 2),
+    *("--sample-every", 2, "--sample-tokens", 5),
+)
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog. \n" * 30)
+    return file
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_train_writes_a_run_that_generates(cli, text, tmp_path, family):
+    out = tmp_path / "run"
+    found = cli("train", text, "--model", family, *SMALL, "--steps", 4, "--out", out)
+    assert found.code == 0, found.err
+    assert found.out.strip() == str(out / "checkpoints" / "step-00000004")
+    assert {"config.toml", "run.json", "log.jsonl", "report.html"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert json.loads((out / "run.json").read_text())["model"] == family
+    page = (out / "report.html").read_text()
+    assert "polyline" in page
+    assert "Where one head looks" in page
+    assert cli("generate", out, "the", "--max-new-tokens", 4).code == 0
+    again = cli("train", text, *SMALL, "--steps", 4, "--out", out)
+    assert again.code == 2
+    assert "already holds a run" in again.err
+
+
+def test_flags_win_over_the_file(cli, text, tmp_path):
+    (tmp_path / "run.toml").write_text("steps = 2\nbatch_size = 2\ncontext = 16\nlr = 0.5\n")
+    out = tmp_path / "run"
+    words = ("--config", tmp_path / "run.toml", "--lr", 0.002, "--out", out)
+    assert cli("train", text, "--set", "d_model=16", *words).code == 0
+    saved = (out / "config.toml").read_text()
+    assert "steps = 2\n" in saved
+    assert "lr = 0.002\n" in saved
+
+
+def test_an_interrupted_run_goes_on(cli, text, tmp_path, monkeypatch):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert cli("train", text, *SMALL, "--steps", 4, "--out", whole).code == 0
+    step = loop._Run._step
+
+    def interrupted(self, number):
+        step(self, number)
+        if number == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Run, "_step", interrupted)
+    found = cli("train", text, *SMALL, "--steps", 4, "--out", part)
+    assert found.code == 143
+    assert "stopped after step 2" in found.err
+    monkeypatch.setattr(loop._Run, "_step", step)
+    assert cli("train", text, "--out", part, "--resume").code == 0
+    weights = "checkpoints/step-00000004/model.safetensors"
+    assert (whole / weights).read_bytes() == (part / weights).read_bytes()
+
+
+def test_a_checkpoint_goes_on_learning(cli, plain, text, tmp_path):
+    words = ("--steps", 1, "--batch-size", 2, "--context", 16, "--sample-every", 0)
+    found = cli("train", text, "--model", plain, *words, "--out", tmp_path / "more")
+    assert found.code == 0, found.err
+    assert tokenizer(found.out.strip()).vocab_size == tokenizer(plain).vocab_size
+    assert "fresh model" in cli("train", text, "--model", plain, "--set", "d_model=3").err
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_tokenizers_of_a_fresh_model(cli, text, tmp_path, kind):
+    words = ("--tokenizer", kind, "--vocab-size", 280, "--steps", 1, "--out", tmp_path / "run")
+    found = cli("train", text, *SMALL, *words)
+    assert found.code == 0, found.err
+    assert load(found.out.strip()).config.vocab_size == tokenizer(found.out.strip()).vocab_size
+    assert "tokenizer 'words'" in cli("train", text, "--tokenizer", "words").err
+
+
+def test_embedded_corpora():
+    (docs,) = corpus("pydocs")
+    assert len(docs) > 300_000
+    with pytest.raises(DataError, match="pydocs, stdlib"):
+        corpus("pydoc")
+
+
+def test_lines_of_the_held_out_text_are_not_learned():
+    shared = "a line that is long enough to tell"
+    kept = without_lines_of(
+        f"first\n  {shared}\nshort\nanother long line of its own", f"short\n{shared}"
+    )
+    assert kept == "first\nshort\nanother long line of its own"
