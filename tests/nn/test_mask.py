@@ -74,6 +74,10 @@ MASKS: dict[str, tuple[Mask, Statement]] = {
         Mask(causal=True) | Mask(keep=KEEP),
         lambda b, h, q, k: k <= q or bool(KEEP[b, k]),
     ),
+    "or-keep-and": (
+        (Mask(causal=True) | Mask(keep=KEEP)) & Mask(window=4),
+        lambda b, h, q, k: (k <= q or bool(KEEP[b, k])) and abs(q - k) < 4,
+    ),
     "or-and": (
         (Mask(window=2) | Mask(allow=(by_head,), heads=H)) & Mask(causal=True, keep=KEEP),
         lambda b, h, q, k: (abs(q - k) < 2 or (q + k + h) % 3 != 0) and k <= q and bool(KEEP[b, k]),
