@@ -152,7 +152,7 @@ class MultiHeadAttention(nn.Module):
         return k, self._heads(self.v(source)).transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim))
+        return x.view(*x.shape[:-1], -1, self.head_dim)
 
     def _explicit(
         self,
