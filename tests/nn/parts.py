@@ -16,28 +16,31 @@ M = TypeVar("M", bound=nn.Module)
 
 B, T, H, D = 3, 10, 4, 8
 E = H * D
-KEEP = torch.arange(T) < torch.tensor([[10], [6], [1]])
-SEGMENTS = torch.tensor([[0] * 4 + [1] * 6, [0] * 10, [2, 2, 0, 0, 0, 1, 1, 1, 1, 1]])
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def by_head(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return (q + k) % (h + 2) == 0
 
 
-MASKS: dict[str, Mask] = {
-    "everything": Mask(),
-    "causal": Mask(causal=True),
-    "window": Mask(causal=True, window=3),
-    "keep": Mask(causal=True, keep=KEEP),
-    "padding-alone": Mask(keep=KEEP),
-    "nothing-for-some": Mask(keep=torch.arange(T) < torch.tensor([[10], [0], [3]])),
-    "segments": Mask(causal=True, segments=SEGMENTS),
-    "by-head": Mask(allow=(by_head,), heads=H),
-    "strided": strided(3) & Mask(causal=True),
-    "prefix": prefix(torch.tensor([2, 0, 5])),
-    "big-bird": big_bird(2, 1, 2, T),
-    "either": Mask(causal=True, window=2) | Mask(segments=SEGMENTS),
-}
+with DEVICE:
+    KEEP = torch.arange(T) < torch.tensor([[10], [6], [1]])
+    SEGMENTS = torch.tensor([[0] * 4 + [1] * 6, [0] * 10, [2, 2, 0, 0, 0, 1, 1, 1, 1, 1]])
+
+    MASKS: dict[str, Mask] = {
+        "everything": Mask(),
+        "causal": Mask(causal=True),
+        "window": Mask(causal=True, window=3),
+        "keep": Mask(causal=True, keep=KEEP),
+        "padding-alone": Mask(keep=KEEP),
+        "nothing-for-some": Mask(keep=torch.arange(T) < torch.tensor([[10], [0], [3]])),
+        "segments": Mask(causal=True, segments=SEGMENTS),
+        "by-head": Mask(allow=(by_head,), heads=H),
+        "strided": strided(3) & Mask(causal=True),
+        "prefix": prefix(torch.tensor([2, 0, 5])),
+        "big-bird": big_bird(2, 1, 2, T),
+        "either": Mask(causal=True, window=2) | Mask(segments=SEGMENTS),
+    }
 
 # Every one is made with a reach short enough that the tests go beyond it.
 POSITIONS: dict[str, Callable[[], Position | None]] = {

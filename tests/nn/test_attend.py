@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.nn.parts import MASKS, POSITIONS, B, D, E, H, T, randomized
+from tests.nn.parts import DEVICE, MASKS, POSITIONS, B, D, E, H, T, randomized
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -82,7 +82,7 @@ def test_a_query_that_sees_nothing_gets_zeros(
     bias = torch.randn(1, 2, num_queries, num_keys) if biased else None
     keep = torch.zeros(2, num_keys, dtype=torch.bool)
     keep[1, :2] = True
-    mask = Mask(keep=keep).lower(num_queries, num_keys, torch.device("cpu"))
+    mask = Mask(keep=keep).lower(num_queries, num_keys, DEVICE)
     for path in (attend, lambda q, k, v, m, b, s: weights(q, k, m, b, s) @ v):
         leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
         y = path(*leaves, mask, bias, 0.5)
@@ -128,7 +128,7 @@ def test_half_precision_training_is_as_exact_as_the_fused_kernel(groups: int) ->
     exact = [torch.randn(B, n, 24, D, requires_grad=True) for n in (H, groups, groups)]
     half = [x.detach().bfloat16().requires_grad_() for x in exact]
     fused = [x.detach().bfloat16().requires_grad_() for x in exact]
-    mask = Mask(causal=True).lower(24, 24, torch.device("cpu"))
+    mask = Mask(causal=True).lower(24, 24, DEVICE)
     upstream = torch.randn(B, H, 24, D)
     y = attend(*exact, mask, scale=D**-0.5)
     y.backward(upstream)

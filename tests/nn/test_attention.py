@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.nn.parts import B, D, E, H, T, randomized
+from tests.nn.parts import DEVICE, B, D, E, H, T, randomized
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -13,7 +13,7 @@ from polyhead.nn.norm import RMSNorm
 from polyhead.nn.rotary import Rotary
 
 CLOSE = dict(atol=1e-5, rtol=0.0)
-KEEP = torch.arange(7) < torch.tensor([[7], [2], [5]])
+KEEP = torch.arange(7, device=DEVICE) < torch.tensor([[7], [2], [5]], device=DEVICE)
 
 
 def twins(kv_dim: int | None, bias: bool) -> tuple[MultiHeadAttention, nn.MultiheadAttention]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.nn.parts import POSITIONS, B, D, E, H, T, randomized
+from tests.nn.parts import DEVICE, POSITIONS, B, D, E, H, T, randomized
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -23,7 +23,7 @@ from polyhead.nn.position import Position
 CLOSE = dict(atol=1e-5, rtol=0.0)
 WINDOW = 4
 GROUPS = 2
-LIKE = torch.zeros(1)
+LIKE = torch.zeros(1, device=DEVICE)
 CACHES: dict[str, Callable[[int], Cache]] = {
     "growing": lambda rows: GrowingCache(rows, GROUPS, D, LIKE),
     "static": lambda rows: StaticCache(rows, GROUPS, D, T + 3, LIKE),

@@ -5,15 +5,15 @@ from itertools import product
 
 import pytest
 import torch
+from tests.nn.parts import DEVICE
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 
 from polyhead.nn.mask import EVERYTHING, Mask, as_mask
 
-CPU = torch.device("cpu")
 B, H, T = 3, 2, 9
-KEEP = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [0] * 2 + [1] * 7]).bool()
-SEGMENTS = torch.tensor([[0] * 3 + [1] * 6, [0] * 9, [0, 0, 1, 1, 1, 2, 2, 0, 0]])
+KEEP = torch.tensor([[1] * 9, [1] * 4 + [0] * 5, [0] * 2 + [1] * 7], device=DEVICE).bool()
+SEGMENTS = torch.tensor([[0] * 3 + [1] * 6, [0] * 9, [0, 0, 1, 1, 1, 2, 2, 0, 0]], device=DEVICE)
 
 
 def by_head(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ def spread(x: Tensor) -> Tensor:
 @by_name
 def test_dense_is_the_statement(name: str) -> None:
     mask, statement = MASKS[name]
-    assert torch.equal(spread(mask.dense(T, T, CPU)), brute(statement, T, T))
+    assert torch.equal(spread(mask.dense(T, T, DEVICE)), brute(statement, T, T))
 
 
 @by_name
 def test_the_lowest_form_is_the_statement(name: str) -> None:
     mask, statement = MASKS[name]
-    seen = mask.lower(T, T, CPU).boolean(T, T, CPU)
+    seen = mask.lower(T, T, DEVICE).boolean(T, T, DEVICE)
     seen = torch.ones(1, 1, T, T, dtype=torch.bool) if seen is None else seen
     assert torch.equal(spread(seen), brute(statement, T, T))
 
@@ -114,7 +114,7 @@ def test_the_lowest_form_is_the_statement(name: str) -> None:
 @by_name
 def test_mask_mod_is_what_flex_attention_reads(name: str) -> None:
     mask, statement = MASKS[name]
-    made = create_mask(mask.mask_mod(), B, H, T, T, device="cpu")
+    made = create_mask(mask.mask_mod(), B, H, T, T, device=DEVICE.type)
     assert torch.equal(made, brute(statement, T, T))
 
 
@@ -126,15 +126,15 @@ def test_an_offset_moves_the_queries(name: str, offset: int) -> None:
     expected = brute(statement, num_queries, T, offset)
     rows = torch.full((B,), offset)
     for placed in (mask.placed(offset), mask.placed(rows)):
-        assert torch.equal(spread(placed.dense(num_queries, T, CPU)), expected)
-        seen = placed.lower(num_queries, T, CPU).boolean(num_queries, T, CPU)
+        assert torch.equal(spread(placed.dense(num_queries, T, DEVICE)), expected)
+        seen = placed.lower(num_queries, T, DEVICE).boolean(num_queries, T, DEVICE)
         seen = torch.ones(1, 1, num_queries, T).bool() if seen is None else seen
         assert torch.equal(spread(seen), expected)
 
 
 def test_each_row_has_its_own_offset() -> None:
     offset = torch.tensor([0, 4, 7])
-    seen = Mask(causal=True, window=3).placed(offset).dense(2, T, CPU)
+    seen = Mask(causal=True, window=3).placed(offset).dense(2, T, DEVICE)
     for b, q, k in product(range(3), range(2), range(T)):
         at = q + int(offset[b])
         assert bool(seen[b, 0, q, k]) == (at - 3 < k <= at)
@@ -144,7 +144,7 @@ def test_each_row_has_its_own_offset() -> None:
 def test_key_slots_have_positions_of_their_own(rows: int) -> None:
     keys = torch.tensor([[4, 5, 2, 3], [-1, 1, 0, -1], [8, 5, 6, 7]])[:rows]
     offset = torch.tensor([5, 1, 8])
-    seen = Mask(causal=True, window=3).placed(offset, keys).dense(2, 4, CPU)
+    seen = Mask(causal=True, window=3).placed(offset, keys).dense(2, 4, DEVICE)
     assert seen.shape == (3, 1, 2, 4)
     for b, q, k in product(range(3), range(2), range(4)):
         at, key = q + int(offset[b]), int(keys[b % rows, k])
@@ -170,12 +170,12 @@ def test_key_slots_have_positions_of_their_own(rows: int) -> None:
         (Mask(window=5), 5, 5, "everything"),
         (Mask(window=5), 3, 6, "dense"),
         (Mask(causal=True, keep=KEEP), 9, 9, "dense"),
-        (Mask(causal=True, offset=torch.tensor([6])), 1, 7, "dense"),
+        (Mask(causal=True, offset=torch.tensor([6], device=DEVICE)), 1, 7, "dense"),
     ],
     ids=str,
 )
 def test_the_cheapest_form_is_chosen(mask: Mask, queries: int, keys: int, form: str) -> None:
-    lowered = mask.lower(queries, keys, CPU)
+    lowered = mask.lower(queries, keys, DEVICE)
     if form == "everything":
         assert lowered is EVERYTHING
     assert lowered.is_causal == (form == "causal")
@@ -187,7 +187,7 @@ def test_the_cheapest_form_is_chosen(mask: Mask, queries: int, keys: int, form: 
 def test_flex_attention_runs_it(name: str) -> None:
     mask, statement = MASKS[name]
     q, k, v = torch.randn(3, B, H, T, 16).unbind()
-    block = create_block_mask(mask.mask_mod(), B, H, T, T, device="cpu")
+    block = create_block_mask(mask.mask_mod(), B, H, T, T, device=DEVICE.type)
     with_flex = flex_attention(q, k, v, block_mask=block, scale=0.25)
     scores = (q @ k.mT * 0.25).masked_fill(~brute(statement, T, T), float("-inf"))
     torch.testing.assert_close(with_flex, scores.softmax(-1).nan_to_num() @ v)
@@ -239,7 +239,7 @@ def test_a_placed_mask_joins_with_one_that_is_not() -> None:
     keys = torch.tensor([[2, 3, 1]])
     joined = Mask(window=2).placed(3, keys) & Mask(causal=True)
     assert (joined.offset, joined.keys is keys) == (3, True)
-    assert joined.dense(1, 3, CPU).flatten().tolist() == [True, True, False]
+    assert joined.dense(1, 3, DEVICE).flatten().tolist() == [True, True, False]
 
 
 def test_users_masks() -> None:

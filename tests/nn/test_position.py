@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nn.parts import B, D, H, T, randomized
+from tests.nn.parts import DEVICE, B, D, H, T, randomized
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -22,7 +22,7 @@ from polyhead.nn.position import (
 )
 from polyhead.nn.rotary import DynamicRotary, Rotary
 
-AT = torch.arange(T)[None]
+AT = torch.arange(T, device=DEVICE)[None]
 
 
 def test_rotary_turns_pairs_in_the_plane() -> None:
