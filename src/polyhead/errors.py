@@ -1,4 +1,4 @@
-"""The few exceptions a user meets. Each message is one line: what was wrong, its value, what to do."""
+"""The few exceptions a user meets: one line that says what was wrong, its value, what to do."""
 
 
 class PolyheadError(ValueError):

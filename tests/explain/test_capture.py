@@ -44,5 +44,5 @@ def test_nothing_stays_behind_even_after_an_error(model) -> None:
 
 
 def test_layer_1_is_not_layer_10(model) -> None:
-    with pytest.raises(ph.ConfigError, match="layers.7"), ph.capture(model, "layers.7"):
+    with pytest.raises(ph.ConfigError, match=r"layers\.7"), ph.capture(model, "layers.7"):
         pass

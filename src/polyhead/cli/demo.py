@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 OUT = "runs/demo"
 MARK = "demo.json"
 HELD_OUT = 0.1
-SIZES = {"d_model": 128, "num_layers": 4, "num_heads": 2, "d_ff": 352, "init_std": 0.06}
-CONTEXT, BATCH = 128, 8
+SIZES = {"d_model": 128, "num_layers": 4, "num_heads": 2, "d_ff": 352, "init_std": 0.08}
+CONTEXT, BATCH = 256, 4
 # What an idle machine of two cores does in the time; a slower one does fewer, but enough to learn.
-FULL_STEPS, LEAST_STEPS, SECONDS = 2600, 1600, 125
+FULL_STEPS, LEAST_STEPS, SECONDS = 2400, 1800, 125
 CALIBRATION_STEPS = 12
 PROMPT = "The "
 SNIPPET = 44
@@ -151,9 +151,9 @@ def _config(out: Path, steps: int) -> TrainConfig:
         steps=steps,
         batch_size=BATCH,
         context=CONTEXT,
-        lr=6e-3,
-        min_lr=1e-4,
-        warmup=60,
+        lr=2e-3,
+        min_lr=3e-5,
+        warmup=100,
         dtype="bfloat16",
         validate_every=max(1, steps // 12),
         validate_batches=12,
