@@ -11,7 +11,7 @@ from polyhead.models.load import load, tokenizer
 def small(monkeypatch):
     text = "\n\n".join(f"The word {i} is a long line of text, number {i * i}." for i in range(150))
     monkeypatch.setattr("polyhead.cli.corpora.pydocs", lambda: text)
-    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 32}
+    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "head_dim": 8, "d_ff": 32}
     monkeypatch.setattr(demo, "SIZES", sizes)
     monkeypatch.setattr(demo, "CONTEXT", 32)
 
