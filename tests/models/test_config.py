@@ -199,7 +199,8 @@ def test_a_changed_config_writes_its_changes() -> None:
 
 
 IMPOSSIBLE = [
-    (dict(num_hidden_layers=0), "num_layers is 0; it must be 1 or more"),
+    (dict(num_hidden_layers=0), "num_layers is 0; it must be from 1 to 4096"),
+    (dict(num_hidden_layers=10**9), "num_layers is 1000000000; it must be from 1 to 4096"),
     (dict(hidden_size=-16), "d_model is -16"),
     (dict(hidden_size="16"), "d_model is '16'; it must be a whole number"),
     (dict(hidden_size=16.0), "d_model is 16.0; it must be a whole number"),

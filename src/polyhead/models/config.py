@@ -74,8 +74,10 @@ class Config:
             value = getattr(self, item.name)
             if not fits(value, item.type):
                 raise ConfigError(f"{item.name} is {value!r}; it must be {in_words(item.type)}")
-            if item.name in _SIZES and isinstance(value, int) and value < 1:
-                raise ConfigError(f"{item.name} is {value}; it must be 1 or more")
+            most = _SIZES.get(item.name)
+            least = 0 if item.name == "num_experts" else 1
+            if most is not None and isinstance(value, int) and not least <= value <= most:
+                raise ConfigError(f"{item.name} is {value}; it must be from {least} to {most}")
             if item.name.endswith("dropout") and not 0 <= value < 1:
                 raise ConfigError(f"{item.name} is {value}; it must be from 0 to below 1")
 
@@ -111,10 +113,12 @@ class Config:
         return cls(model_type=model_type, **values)
 
 
-_SIZES = frozenset(
-    """vocab_size d_model d_ff num_layers num_heads num_kv_heads head_dim max_seq_len window
-    top_k sparse_step""".split()
-)
+# What a file that lies could ask for would otherwise be built before its tensors are looked at.
+_SIZES = {
+    **dict.fromkeys("vocab_size d_model d_ff num_heads num_kv_heads head_dim".split(), 2**24),
+    **dict.fromkeys(("num_layers", "num_experts"), 4096),
+    "max_seq_len": 2**31,
+}
 
 C = TypeVar("C", bound=Config)
 
