@@ -117,7 +117,7 @@ class Config:
 _SIZES = {
     **dict.fromkeys("vocab_size d_model d_ff num_heads num_kv_heads head_dim".split(), 2**24),
     **dict.fromkeys(("num_layers", "num_experts"), 4096),
-    "max_seq_len": 2**31,
+    **dict.fromkeys(("max_seq_len", "window"), 2**31),
 }
 
 C = TypeVar("C", bound=Config)
