@@ -17,7 +17,7 @@ from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.sampling import Sampler, row_seeds
 from polyhead.generate.writer import TextWriter
-from polyhead.models.model import TaskModel
+from polyhead.models.model import TaskModel, require_causal
 from polyhead.nn.cache import Caches
 from polyhead.text.tokenizer import Tokenizer
 
@@ -44,8 +44,7 @@ class TextGenerator:
         static: bool = False,
         compile: bool = False,
     ) -> None:
-        if model.head is None:
-            raise ConfigError("the model has no language head; load it with head='lm'")
+        require_causal(model)
         self.model, self.tokenizer = model, tokenizer
         self.static = static or compile
         self._step = torch.compile(self._logits, dynamic=False) if compile else self._logits
@@ -77,6 +76,10 @@ class TextGenerator:
         Up to `batch_size` rows run together. Errors: DataError for a prompt that is longer than
         the model, for ids out of range, and for logits that are not numbers.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
+        if not isinstance(prompts, Sequence):
+            prompts = list(prompts)
         single = _is_one(prompts)
         wanted = cast(Sequence[Prompt], [prompts] if single else prompts)
         rows = self._rows(wanted, config)

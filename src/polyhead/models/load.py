@@ -46,7 +46,15 @@ def load(
     config = from_hf(family_of(_model_type(data, path)).config, data)
     model = from_tensors(config, tensors, _head(head, data), _dtype(dtype, data, path))
     model.generation = read_json(path / "generation_config.json") if path.is_dir() else {}
-    return model if device is None else model.to(device)
+    return model if device is None else _moved(model, device)
+
+
+def _moved(model: TaskModel, device: torch.device | str) -> TaskModel:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise ConfigError(f"device {device!r} cannot be used here: {reason}") from None
 
 
 def tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
@@ -67,6 +75,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
         return config, tensors
     folder = path if path.is_dir() else path.parent
     if not (folder / "config.json").exists():
+        if steps := sorted((folder / "checkpoints").glob("step-*")):
+            raise FileError(f"{folder} is a training run; name a checkpoint, such as {steps[-1]}")
         raise FileError(f"{folder} has no config.json; name a model directory or a .gguf file")
     return read_json(folder / "config.json"), open_checkpoint(path)
 

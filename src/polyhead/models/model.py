@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polyhead.errors import FileError
+from polyhead.errors import ConfigError, FileError
 from polyhead.files.safetensors import write_checkpoint
 from polyhead.models.config import Config, to_hf
 from polyhead.models.initialize import initialize
@@ -116,6 +116,20 @@ class TaskModel(nn.Module):
         _write_json(folder / "config.json", self.hf_config())
         if self.generation:
             _write_json(folder / "generation_config.json", self.generation)
+        else:
+            # What a model that stood here before said of itself would steer this one.
+            (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+def require_causal(model: TaskModel) -> None:
+    """Raise ConfigError unless the model predicts each token from those before it."""
+    if model.head is None:
+        raise ConfigError("the model has no language head; load it with head='lm'")
+    kind = getattr(model.config, "kind", "decoder")
+    if kind != "decoder":
+        raise ConfigError(
+            f"the model is an {kind}; this needs a decoder: build it with kind=decoder"
+        )
 
 
 def build(family: str, *, seed: int | None = None, **fields: Any) -> TaskModel:

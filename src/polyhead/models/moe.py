@@ -111,7 +111,8 @@ class MoEConfig(LlamaConfig):
         super().__post_init__()
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k is {self.top_k}; choose 1 to {self.num_experts} experts")
-        if self.model_type == "qwen2_moe" and self.use_window and self.layer_types is None:
+        slides = self.use_window and self.window is not None
+        if self.model_type == "qwen2_moe" and slides and self.layer_types is None:
             raise ConfigError(
                 "qwen2_moe with use_sliding_window needs layer_types to say which layers slide"
             )

@@ -149,7 +149,7 @@ class Transformer(nn.Module):
         """Hidden states of the decoder's tokens; `attention_mask` speaks of the memory's."""
         assert self.decoder is not None, "this transformer has no decoder"
         sizes = decoder_input_ids.shape[1], memory.shape[1]
-        memory_mask = as_mask(attention_mask).lower(*sizes, memory.device)
+        memory_mask = as_mask(attention_mask, memory.shape[:2]).lower(*sizes, memory.device)
         embedded = self.embedding(decoder_input_ids)
         return self.decoder(
             decoder_input_ids, embedded, decoder_attention_mask, caches,

@@ -204,16 +204,20 @@ def _agreed_offset(one: Mask, other: Mask) -> int | Tensor:
     return one.offset if one.is_placed else other.offset
 
 
-def as_mask(attention_mask: "Tensor | Mask | None") -> Mask:
-    """A `Mask` from what a user passes: `[B, T]` with 1 where a token counts, a Mask, or None."""
+def as_mask(attention_mask: "Tensor | Mask | None", shape: torch.Size) -> Mask:
+    """A `Mask` from what a user passes: `[B, T]` with 1 where a token counts, a Mask, or None.
+
+    shape: the `[B, T]` it speaks of; another one raises ValueError.
+    """
     if attention_mask is None:
         return Mask()
     if isinstance(attention_mask, Mask):
         return attention_mask
-    if attention_mask.dim() != 2:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+        given = getattr(attention_mask, "shape", type(attention_mask).__name__)
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; pass [B, T] with 1 where a "
-            "token counts, or a polyhead.Mask for anything else"
+            f"attention_mask is {given if isinstance(given, str) else list(given)} for tokens "
+            f"{list(shape)}; pass a tensor of that shape with 1 where a token counts, or a Mask"
         )
     keep = attention_mask != 0
     # A mask that hides nothing keeps attention on its fastest path; a compiler cannot look.

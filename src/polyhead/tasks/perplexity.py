@@ -8,7 +8,7 @@ import torch
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.prompts import check_ids
 from polyhead.generate.score import summed_nats
-from polyhead.models.model import TaskModel
+from polyhead.models.model import TaskModel, require_causal
 from polyhead.text.tokenizer import Tokenizer
 
 _MOST_CONTEXT = 2048
@@ -58,8 +58,7 @@ def perplexity(
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} must be at least 1")
-    if model.head is None:
-        raise ConfigError("the model has no language head; load it with head='lm'")
+    require_causal(model)
     context, stride = _window(model, context, stride)
     ids, num_bytes = _scorable(tokenizer, text)
     check_ids(ids, getattr(model.config, "vocab_size"))  # noqa: B009
