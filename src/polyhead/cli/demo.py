@@ -37,7 +37,7 @@ SIZES = {
 }
 CONTEXT, BATCH = 128, 4
 # What an idle machine of two cores does in the time; a slower one does fewer, but enough to learn.
-FULL_STEPS, LEAST_STEPS, SECONDS = 3600, 3200, 125
+FULL_STEPS, LEAST_STEPS, SECONDS = 3600, 3000, 125
 CALIBRATION_STEPS = 12
 PROMPT = "The "
 SNIPPET = 44
