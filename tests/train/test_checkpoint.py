@@ -241,7 +241,8 @@ def test_another_model_or_other_settings_are_refused_in_one_line(tmp_path, token
     cases = [
         ({"model": tiny(size, d_model=32)}, "another model"),
         ({"model": tiny(size, num_layers=3)}, "another model"),
-        ({"model": tiny(size, num_layers=1)}, "another model"),
+        ({"model": tiny(size, num_layers=1, **DROPOUT)}, "another model: n_layer is 2 there and 1"),
+        ({"model": tiny(size, num_heads=4, **DROPOUT)}, "another model: n_head is 2 there and 4"),
         ({"lr": 0.5}, "lr = 0.001, not 0.5"),
         ({"dtype": "bfloat16"}, "dtype"),
         ({"steps": 40}, "learning rates"),

@@ -3,9 +3,11 @@ import math
 import pytest
 import torch
 
-from polyhead.errors import DataError
+from polyhead.errors import ConfigError, DataError
 from polyhead.text.tokenizer import Tokenizer
+from polyhead.train.config import TrainConfig
 from polyhead.train.evaluate import score_texts
+from polyhead.train.loop import Trainer
 
 from .conftest import text, tiny
 
@@ -46,3 +48,22 @@ def test_every_token_is_scored_once(special, context, stride):
 def test_nothing_to_score_is_a_data_error(tokenizer):
     with pytest.raises(DataError, match="longer texts"):
         score_texts(tiny(tokenizer.vocab_size), tokenizer, [""], context=8)
+
+
+@pytest.mark.parametrize(
+    ("context", "stride", "says"),
+    [
+        (8, 9, "stride is 9: set it between 1 and the context, 8"),
+        (8, 0, "stride is 0"),
+        (0, None, "context is 0"),
+        (65, None, "the model takes 64"),
+    ],
+)
+def test_windows_that_would_skip_tokens_are_refused(tokenizer, context, stride, says):
+    model = tiny(tokenizer.vocab_size)
+    with pytest.raises(ConfigError, match=says):
+        score_texts(model, tokenizer, [text(2)], context=context, stride=stride)
+    with pytest.raises(ConfigError, match=says):
+        Trainer(model, tokenizer, TrainConfig(context=16)).evaluate(
+            [text(2)], context=context, stride=stride
+        )

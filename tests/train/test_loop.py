@@ -169,6 +169,50 @@ def test_bad_input_is_one_line(run, tokenizer):
         trainer(tokenizer, run).fit([text(60)], [], force=True)
 
 
+def test_a_start_that_fails_costs_no_run_and_blocks_none(run, tokenizer):
+    with pytest.raises(DataError, match="add text"):
+        trainer(tokenizer, run).fit(["a cat"])
+    saved = trainer(tokenizer, run).fit([text(60)])["checkpoint"]
+    for setting, texts in (({"device": "toaster"}, [text(60)]), ({}, ["a cat"]), ({}, "none.txt")):
+        with pytest.raises(PolyheadError):
+            trainer(tokenizer, run, **setting).fit(texts, force=True)
+    assert checkpoint.latest(run) == run / "checkpoints" / os.path.basename(saved)
+    assert read_log(run / "log.jsonl")
+
+
+def test_a_directory_without_checkpoint_or_log_is_no_run(run, tokenizer):
+    (run / "checkpoints" / ".tmp-step-00000001-7").mkdir(parents=True)
+    (run / "log.jsonl").touch()
+    (run / "config.toml").write_text("lr = 0.5\n")
+    assert trainer(tokenizer, run).fit([text(60)])["step"] == 12
+    assert TrainConfig.load(run / "config.toml").lr == 1e-2
+
+
+def test_a_text_in_place_of_a_path_is_said(run, tokenizer):
+    for words in ("the cat sat", "the cat sat on a mat and saw that it was flat. " * 200):
+        with pytest.raises(DataError, match="pass a list of texts") as error:
+            trainer(tokenizer, run).fit(words)
+        assert len(str(error.value)) < 160
+        with pytest.raises(DataError, match="pass a list of texts"):
+            trainer(tokenizer, run).evaluate(words)
+    with pytest.raises(DataError, match="not a int"):
+        trainer(tokenizer, run).fit(3)
+
+
+def test_texts_may_come_from_a_generator(run, tokenizer):
+    made = trainer(tokenizer, run)
+    assert made.fit(text(30, seed) for seed in (1, 2))["step"] == 12
+    texts = [text(2, 3), text(2, 4)]
+    assert made.evaluate(t for t in texts) == made.evaluate(texts)
+
+
+def test_a_model_that_sees_ahead_is_refused(run, tokenizer):
+    sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 32, "max_seq_len": 64}
+    seeing = ph.build("transformer", kind="encoder", vocab_size=tokenizer.vocab_size, **sizes)
+    with pytest.raises(ConfigError, match="encoder"):
+        trainer(tokenizer, run, model=seeing)
+
+
 def test_validation_text_of_ones_own(run, tokenizer):
     made = trainer(tokenizer, run, validate_batches=0)
     result = made.fit([text(60)], valid=[text(20, seed=5)])

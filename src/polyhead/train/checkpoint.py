@@ -34,6 +34,7 @@ from polyhead.train.config import FREE_ON_RESUME, TrainConfig
 from polyhead.train.optim import MasterAdamW, learning_rate
 
 _TRAINER, _MANIFEST, _FORMAT = "trainer", "manifest.json", 1
+_NO_PART_OF_THE_MODEL = {"dtype", "torch_dtype", "transformers_version"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def restore(
     verify(checkpoint)
     state = json.loads((checkpoint / _TRAINER / "state.json").read_text())
     tensors = open_checkpoint(checkpoint / _TRAINER)
+    _check_model_config(checkpoint, model)
     _check_model(checkpoint, tensors, _tensors(model, optimizer, moments=False))
     old = TrainConfig.from_dict(state["config"], str(checkpoint))
     _check_config(checkpoint, old, config, state["step"])
@@ -186,6 +188,18 @@ def _set_rng(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     for index in range(torch.cuda.device_count()):
         if f"rng.cuda.{index}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"].clone(), index)
+
+
+def _check_model_config(checkpoint: Path, model: TaskModel) -> None:
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    own = json.loads(json.dumps(model.hf_config()))
+    for name in sorted({*saved, *own} - _NO_PART_OF_THE_MODEL):
+        theirs, ours = saved.get(name), own.get(name)
+        if theirs != ours:
+            raise ConfigError(
+                f"{checkpoint} holds another model: {name} is {json.dumps(theirs)} there and "
+                f"{json.dumps(ours)} here; build the model it was trained with"
+            )
 
 
 def _check_model(checkpoint: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

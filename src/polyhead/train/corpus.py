@@ -18,11 +18,13 @@ import numpy as np
 
 from polyhead.errors import DataError, FileError
 
-Source = str | os.PathLike[str] | Sequence[str]
+Source = str | os.PathLike[str] | Iterable[str]
+_Kept = str | os.PathLike[str] | Sequence[str]
 Progress = Callable[[int, int], None]
 """Called with (characters done, characters in all; 0 where that is not known)."""
 
 PIECE = 1 << 20  # characters tokenised at once
+_SHOWN = 60
 _FORMAT = 1
 
 
@@ -75,6 +77,7 @@ def load_tokens(
     Documents end with the tokenizer's `eos_id`, where it has one. An empty corpus and ids of
     `vocab_size` or more raise DataError.
     """
+    source = _kept(source)
     digest = _digest(source, tokenizer)
     folder = Path(cache) / digest[:32]
     if not (folder / "header.json").exists():
@@ -115,9 +118,20 @@ def documents(source: Source) -> Iterator[str]:
             text.clear()
 
 
+def _kept(source: Source) -> _Kept:
+    """A source that can be read more than once."""
+    if isinstance(source, str | os.PathLike | Sequence):
+        return source
+    try:
+        return list(source)
+    except TypeError:
+        kind = type(source).__name__
+        raise DataError(f"a corpus is a path or a list of str, not a {kind}") from None
+
+
 def _write(
     folder: Path,
-    source: Source,
+    source: _Kept,
     tokenizer: Any,
     digest: str,
     vocab_size: int,
@@ -167,17 +181,19 @@ def _sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _name(source: Source) -> str:
+def _name(source: _Kept) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else f"{len(source)} texts"
 
 
 def files(source: str | os.PathLike[str]) -> list[Path]:
     """The files a path stands for: itself, or every .txt and .jsonl below it, sorted."""
     path = Path(source)
-    if path.is_file():
+    # os.path answers where pathlib raises: for a text that is too long to be a name.
+    if os.path.isfile(path):
         return [path]
-    if not path.is_dir():
-        raise DataError(f"no such file or folder: {path} (texts themselves are given as a list)")
+    if not os.path.isdir(path):
+        name = str(path) if len(str(path)) <= _SHOWN else f"{str(path)[:_SHOWN]}…"
+        raise DataError(f"no such file or folder: {name!r}; for a text itself pass a list of texts")
     found = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".jsonl") and p.is_file())
     if not found:
         raise DataError(f"no .txt or .jsonl file in {path}: put the corpus there")
@@ -256,7 +272,7 @@ def _line_end(text: str, least: int) -> int:
     return 2 * least
 
 
-def _digest(source: Source, tokenizer: Any) -> str:
+def _digest(source: _Kept, tokenizer: Any) -> str:
     """SHA-256 of what the tokens depend on."""
     digest = hashlib.sha256(f"{_FORMAT} {PIECE} {tokenizer_digest(tokenizer)}".encode())
     if not isinstance(source, str | os.PathLike):

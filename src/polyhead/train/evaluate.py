@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyhead.errors import DataError
+from polyhead.errors import ConfigError, DataError
 from polyhead.generate.mode import evaluating
 from polyhead.generate.score import summed_nats
 from polyhead.train.corpus import Source, Tokens, check_ids, documents
@@ -58,9 +58,11 @@ def score_texts(
 
     Windows of `context` tokens advance by `stride` (half of them unless given). A document begins
     after the tokenizer's bos, or else eos, token; without either its first token cannot be
-    predicted, and neither it nor its bytes count.
+    predicted, and neither it nor its bytes count. ConfigError unless 1 <= stride <= context <= what
+    the model takes.
     """
     stride = max(1, context // 2) if stride is None else stride
+    _check_window(context, stride, getattr(model.config, "max_seq_len", None))
     text_bytes = 0
 
     def rows() -> Iterator[torch.Tensor]:
@@ -100,6 +102,17 @@ def score_tokens(
             nll += float(loss.parts.get("loss", loss.total))
             scored += loss.tokens
     return Score(nll, scored, scored * tokens.bytes_per_token)
+
+
+def _check_window(context: int, stride: int, limit: int | None) -> None:
+    if context < 1:
+        raise ConfigError(f"context is {context}: set it to 1 or more")
+    if limit is not None and context > limit:
+        raise ConfigError(
+            f"context is {context}, and the model takes {limit}: set it to that or less"
+        )
+    if not 1 <= stride <= context:
+        raise ConfigError(f"stride is {stride}: set it between 1 and the context, {context}")
 
 
 def _prepare(text: str, tokenizer: Any, vocab_size: int) -> tuple[np.ndarray, int]:

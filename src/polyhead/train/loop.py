@@ -1,11 +1,12 @@
 """The training loop: every family, every objective."""
 
+import json
 import math
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
-from polyhead.models.model import TaskModel
+from polyhead.models.model import TaskModel, require_causal
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, Tokens, load_tokens
@@ -49,7 +50,8 @@ class Trainer:
     """Trains `model` in place. With dtype bfloat16 the model's own weights become bfloat16.
 
     objective: a function `(model, batch) -> Loss`. sample: writes a text every `sample_every`
-    steps; the default continues `sample_prompt`. callbacks: see `Callback`. quiet: no view.
+    steps; the default continues `sample_prompt`. callbacks: see `Callback`. about: what run.json is
+    to say of a run that begins. quiet: no view.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Trainer:
         objective: Objective = causal_lm,
         sample: Sample | None = None,
         callbacks: Sequence[Callback] = (),
+        about: Mapping[str, Any] | None = None,
         quiet: bool = False,
     ) -> None:
+        require_causal(model)
         self.model, self.tokenizer = model, tokenizer
         self.config = config or TrainConfig()
         self.objective, self.sample = objective, sample or write_sample
-        self.callbacks, self.quiet = callbacks, quiet
+        self.callbacks, self.about, self.quiet = callbacks, about, quiet
         self.run = Path(self.config.out)
         limit = getattr(model.config, "max_seq_len", None)
         if limit is not None and self.config.context > limit:
@@ -85,10 +89,10 @@ class Trainer:
     ) -> dict[str, Any]:
         """Train for `config.steps` steps; the last figures, and where the last checkpoint is.
 
-        texts, valid: a list of strings, or the path of a text file, a .jsonl file, or a folder of
-        both. Without `valid`, the last `held_out` of the tokens are kept for validation.
+        texts, valid: strings in a list or any iterable, or the path of a text file, a .jsonl file,
+        or a folder of both. Without `valid`, the last `held_out` of the tokens are for validation.
         resume: go on from the run's newest checkpoint, or begin if there is none.
-        force: begin anew where a run already is.
+        force: begin anew where a run already is; that goes once the new one is ready to start.
         Raises Interrupted on SIGINT and SIGTERM; PolyheadError when the loss is no longer finite.
         """
         self._claim(resume, force)
@@ -103,6 +107,7 @@ class Trainer:
         if last is not None:
             found = checkpoint.restore(last, self.model, optimizer, self.config, train.digest)
             progress = replace(found, config=self.config)
+        self._begin(anew=not resume)
         checkpoint.clean(self.run)
         self.config.save(self.run / "config.toml")
         log = Log(self.run / "log.jsonl", step=progress.step)
@@ -125,27 +130,44 @@ class Trainer:
         that advance by `stride` (half of it unless given).
         """
         self.model.to(self._device())
-        size, batch = context or self.config.context, self.config.batch_size
+        size = self.config.context if context is None else context
+        batch = self.config.batch_size
         score = score_texts(
             self.model, self.tokenizer, texts, context=size, stride=stride, batch_size=batch
         )
         return score.to_dict()
 
     def _claim(self, resume: bool, force: bool) -> None:
-        """Make the run directory; FileError where a run already is, unless told what to do."""
-        names = ("checkpoints", "log.jsonl", "config.toml")
-        there = [self.run / name for name in names if (self.run / name).exists()]
-        if there and not (resume or force):
+        """Make the run directory; FileError where a run already is, unless told what to do.
+
+        What a start that failed left behind is no run: it has neither checkpoint nor log line.
+        """
+        log = self.run / "log.jsonl"
+        begun = any((self.run / "checkpoints").glob("[!.]*")) or (
+            log.exists() and log.stat().st_size > 0
+        )
+        if begun and not (resume or force):
             raise FileError(
                 f"{self.run} already holds a run: resume it, or use force or another out"
             )
-        if force and not resume:
-            for path in there:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
-            (self.run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            self.run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileError(f"cannot make the run directory {self.run}: {error.strerror}") from None
+
+    def _begin(self, anew: bool) -> None:
+        """Remove what was there, if `anew`, and make what a run needs where it is missing."""
+        folder, about = self.run / "checkpoints", self.run / "run.json"
+        try:
+            if anew:
+                shutil.rmtree(folder, ignore_errors=True)
+                for name in ("log.jsonl", "config.toml", "run.json"):
+                    (self.run / name).unlink(missing_ok=True)
+            folder.mkdir(exist_ok=True)
+            if self.about is not None and not about.exists():
+                about.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise FileError(f"cannot begin in {self.run}: {error.strerror}") from None
 
     def _device(self) -> torch.device:
         name = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
