@@ -31,7 +31,7 @@ def chatty() -> Tokenizer:
 def generator(request, chatty) -> TextGenerator:
     """A tiny model, without and with a sliding window (whose cache cannot go back)."""
     model = ph.build(
-        "llama",
+        "mistral",
         seed=2,
         vocab_size=300,
         d_model=32,

@@ -231,8 +231,8 @@ def test_what_cannot_be_is_refused() -> None:
         Mask(offset=2) | Mask(causal=True)
     with pytest.raises(ValueError, match="different offsets"):
         Mask(offset=2) & Mask(offset=3)
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 1, 3\)"):
-        as_mask(torch.ones(2, 1, 3))
+    with pytest.raises(ValueError, match=r"attention_mask is \[2, 1, 3\]"):
+        as_mask(torch.ones(2, 1, 3), torch.Size([2, 3]))
 
 
 def test_a_placed_mask_joins_with_one_that_is_not() -> None:
@@ -243,10 +243,12 @@ def test_a_placed_mask_joins_with_one_that_is_not() -> None:
 
 
 def test_users_masks() -> None:
-    assert as_mask(None).is_order_alone
+    assert as_mask(None, torch.Size([2, 3])).is_order_alone
     mask = Mask(causal=True)
-    assert as_mask(mask) is mask
-    assert as_mask(torch.ones(2, 3)).keep is None  # hides nothing: the fast path stays
-    kept = as_mask(torch.tensor([[1, 1, 0], [1, 1, 1]])).keep
+    assert as_mask(mask, torch.Size([2, 3])) is mask
+    assert (
+        as_mask(torch.ones(2, 3), torch.Size([2, 3])).keep is None
+    )  # hides nothing: the fast path stays
+    kept = as_mask(torch.tensor([[1, 1, 0], [1, 1, 1]]), torch.Size([2, 3])).keep
     assert kept is not None
     assert kept.tolist() == [[True, True, False], [True, True, True]]

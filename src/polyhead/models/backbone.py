@@ -48,6 +48,10 @@ def place(
             raise ValueError("with a cache, positions follow from what it holds: pass no ids")
         if given.segments is not None:
             raise ValueError("a cache holds one text a row: segments need a forward without one")
+        if len(caches.lengths) != len(input_ids):
+            raise ValueError(
+                f"caches of {len(caches.lengths)} rows do not serve {len(input_ids)} rows of tokens"
+            )
         at = caches.begin(num_tokens, given.keep)
         # The padding is not kept, so no query meets it again.
         given = replace(given, keep=None)

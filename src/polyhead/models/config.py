@@ -5,7 +5,7 @@ numbers and that nothing reads is refused; the rest is kept and written back.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from typing import Any, Self, TypeVar
 
 from polyhead.errors import ConfigError
@@ -20,8 +20,9 @@ HARMLESS = frozenset(
     classifier_dropout cross_attention_hidden_size custom_pipelines decoder_start_token_id
     diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    id2label initializer_factor is_decoder is_encoder_decoder label2id length_penalty license
-    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams num_labels
+    id2label initializer_factor is_decoder is_encoder_decoder is_llama_config label2id
+    length_penalty license max_length max_sequence_length min_length model_type
+    neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams num_labels
     num_return_sequences output_attentions output_hidden_states output_router_logits
     output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values
     repetition_penalty return_dict return_dict_in_generate router_jitter_noise sep_token_id
@@ -36,14 +37,16 @@ HARMLESS = frozenset(
 def hf(
     *keys: str,
     default: Any = MISSING,
+    fresh: str | None = None,
     read: Callable[[Any], Any] = lambda value: value,
     write: Callable[[Any], Any] = lambda value: value,
 ) -> Any:
     """A field that stands under the first of `keys` present in `config.json`; dots go inside.
 
-    A fresh config is written under the first key. `read` and `write` translate the value.
+    A fresh config is written under `fresh`, or the first. `read` and `write` translate the value.
     """
-    return field(default=default, metadata={"keys": keys, "read": read, "write": write})
+    said = {"keys": keys, "fresh": fresh or keys[0], "read": read, "write": write}
+    return field(default=default, metadata=said)
 
 
 @dataclass(frozen=True)
@@ -165,10 +168,17 @@ def to_hf(config: Config) -> dict[str, Any]:
         implicit = item.default if key is None else item.metadata["read"](found)
         if value != implicit:
             written = None if value is None else item.metadata["write"](value)
-            _put(data, key or item.metadata["keys"][0], written)
+            _put(data, key or item.metadata["fresh"], written)
         elif not config.source and value is not None:
-            _put(data, key or item.metadata["keys"][0], item.metadata["write"](value))
+            _put(data, key or item.metadata["fresh"], item.metadata["write"](value))
     return data
+
+
+def complete_hf(config: Config) -> dict[str, Any]:
+    """`to_hf` with every field under its first key, for writers that know no defaults."""
+    read = {key.split(".")[0] for item in _mapped(type(config)) for key in item.metadata["keys"]}
+    kept = {key: value for key, value in config.source.items() if key not in read}
+    return {**to_hf(replace(config, source={})), **kept}
 
 
 def _mapped(cls: type[Config]) -> list[Field[Any]]:
@@ -176,17 +186,27 @@ def _mapped(cls: type[Config]) -> list[Field[Any]]:
 
 
 def _look_up(data: JSON, absent: JSON, item: Field[Any]) -> tuple[str | None, Any]:
-    """The field's first key that the file has, or that its type gives a value, and that value."""
+    """The field's first key that says something in the file, or for its type, and its value.
+
+    A key that is null or empty speaks only where none of the field's others does.
+    """
     for source in (data, absent):
-        for key in item.metadata["keys"]:
-            here: Any = source
-            for part in key.split("."):
-                if not isinstance(here, Mapping) or part not in here:
-                    break
-                here = here[part]
-            else:
-                return key, here
+        said = [(key, *_inside(source, key)) for key in item.metadata["keys"]]
+        present = [(key, value) for key, there, value in said if there]
+        telling = [(key, value) for key, value in present if value is not None and value != {}]
+        if present:
+            return (telling or present)[0]
     return None, None
+
+
+def _inside(data: JSON, key: str) -> tuple[bool, Any]:
+    """Whether a dotted key is there, and its value."""
+    here: Any = data
+    for part in key.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            return False, None
+        here = here[part]
+    return True, here
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
@@ -206,27 +226,3 @@ def _refuse_unread(data: JSON, read: frozenset[str] | set[str]) -> None:
                 f"config.json has {key!r}: {value!r}, which Polyhead does not read and which may "
                 "change the numbers; remove it if you know that it does not"
             )
-
-
-ACTIVATION_NAMES = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-    "relu2": "relu2",
-}
-
-
-def read_activation(name: str) -> str:
-    """Hugging Face's name of an activation to ours."""
-    if name not in ACTIVATION_NAMES:
-        raise ConfigError(f"activation {name!r} is not one of {', '.join(ACTIVATION_NAMES)}")
-    return ACTIVATION_NAMES[name]
-
-
-def write_activation(name: str) -> str:
-    """Our name of an activation to Hugging Face's."""
-    return next(theirs for theirs, ours in ACTIVATION_NAMES.items() if ours == name)

@@ -15,6 +15,7 @@ from polyhead.files.gguf import GgufFile, open_gguf
 from polyhead.files.gguf_blocks import BY_NAME
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
+from polyhead.models.config import complete_hf, from_hf
 from polyhead.models.gguf_config import (
     config_from_metadata,
     family_of_config,
@@ -23,6 +24,7 @@ from polyhead.models.gguf_config import (
 )
 from polyhead.models.gguf_families import Family
 from polyhead.models.gguf_names import Name
+from polyhead.models.registry import family_of
 
 ROPE_FREQS = "rope_freqs.weight"
 # llama.cpp keeps these in fp32 whatever the rest is, besides all vectors.
@@ -186,6 +188,8 @@ def write(
     stand before the config's. Errors: ConfigError for what GGUF cannot say, FileError from writing.
     """
     family = family_of_config(config)
+    # Every default spelled out, and one spelling of each thing.
+    config = complete_hf(from_hf(family_of(config["model_type"]).config, config))
     metadata, freqs = metadata_from_config(config)
     names = GgufTensors(family, config, tensors, freqs)
     kinds = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 0}

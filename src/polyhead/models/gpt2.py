@@ -6,8 +6,9 @@ from functools import partial
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
+from polyhead.models.activations import read_activation, write_activation
 from polyhead.models.backbone import make_caches, place
-from polyhead.models.config import Config, Row, hf, read_activation, write_activation
+from polyhead.models.config import Config, Row, hf
 from polyhead.models.keys import Dropped, Rule, Rules, Tied
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import TransformerBlock

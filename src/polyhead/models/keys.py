@@ -76,12 +76,25 @@ def to_ours(
     )
     _complain("lacks", list(shapes.keys() - found.keys()), "that this model needs")
     for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            raise FileError(f"{name} holds {tensor.dtype}, not numbers with a point; convert it")
         if tensor.shape != shapes[name]:
             raise FileError(
                 f"{name} is {tuple(tensor.shape)} in the checkpoint and {tuple(shapes[name])} "
                 "by its config.json; the two do not belong together"
             )
     return found
+
+
+def differ(rules: Rules, theirs: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor that is said to repeat another does not."""
+    return any(
+        isinstance(rule, Tied)
+        and rule.theirs in theirs
+        and rule.same_as in theirs
+        and not torch.equal(theirs[rule.theirs], theirs[rule.same_as])
+        for rule in rules
+    )
 
 
 def to_theirs(rules: Rules, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:

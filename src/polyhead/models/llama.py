@@ -3,18 +3,15 @@
 Pre-norm RMSNorm, rotary positions, SwiGLU, grouped key/value heads (Touvron et al. 2023).
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 
-from polyhead.errors import ConfigError
 from polyhead.models.backbone import make_caches, place
-from polyhead.models.config import Config, Row, hf, read_activation, write_activation
 from polyhead.models.keys import Dropped, Rule, Rules, Tied
-from polyhead.models.rope import make_rotary, read_scaling
+from polyhead.models.llama_config import LlamaConfig
+from polyhead.models.rope import make_rotary
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import TransformerBlock
 from polyhead.nn.cache import Caches
@@ -22,105 +19,6 @@ from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.feedforward import GatedFeedForward
 from polyhead.nn.mask import Mask
 from polyhead.nn.norm import RMSNorm
-
-QWEN = {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 32768,
-    "sliding_window": 4096,
-    "use_sliding_window": False,
-    "max_window_layers": 28,
-}
-MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
-
-ROWS = (
-    Row("llama", "LlamaForCausalLM"),
-    Row("mistral", "MistralForCausalLM", absent=MISTRAL),
-    Row("qwen2", "Qwen2ForCausalLM", absent=QWEN, implied={"qkv_bias": True, "out_bias": False}),
-    Row(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        absent={**QWEN, "head_dim": 128},
-        implied={"qk_norm": "head"},
-    ),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LlamaConfig(Config):
-    """Sizes and options of a LLaMA-like decoder.
-
-    num_kv_heads and head_dim: None follows num_heads and d_model. window: keys a query sees, in
-    the layers that `layer_types` calls sliding, else in those from `max_window_layers` on.
-    qk_norm: None, "head" (Qwen3: each head by itself) or "width" (OLMoE: all heads together).
-    """
-
-    vocab_size: int = hf("vocab_size")
-    d_model: int = hf("hidden_size")
-    d_ff: int = hf("intermediate_size")
-    num_layers: int = hf("num_hidden_layers")
-    num_heads: int = hf("num_attention_heads")
-    num_kv_heads: int | None = hf("num_key_value_heads", default=None)
-    head_dim: int | None = hf("head_dim", default=None)
-    max_seq_len: int = hf("max_position_embeddings", default=2048)
-    norm_eps: float = hf("rms_norm_eps", default=1e-6)
-    activation: str = hf("hidden_act", default="silu", read=read_activation, write=write_activation)
-    rope_base: float = hf("rope_theta", "rope_parameters.rope_theta", default=10000.0)
-    rope_scaling: Mapping[str, Any] | None = hf(
-        "rope_scaling", "rope_parameters", default=None, read=read_scaling
-    )
-    tie_embeddings: bool = hf("tie_word_embeddings", default=False)
-    qkv_bias: bool = hf("attention_bias", default=False)
-    out_bias: bool = hf("attention_bias", default=False)
-    ffn_bias: bool = hf("mlp_bias", default=False)
-    qk_norm: str | None = None
-    window: int | None = hf("sliding_window", default=None, read=lambda value: value or None)
-    use_window: bool = hf("use_sliding_window", default=True)
-    max_window_layers: int = hf("max_window_layers", default=0)
-    layer_types: tuple[str, ...] | None = hf(
-        "layer_types", default=None, read=lambda value: value and tuple(value), write=list
-    )
-    dropout: float = hf("attention_dropout", default=0.0)
-    init_std: float = hf("initializer_range", default=0.02)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.head_dim is None and self.d_model % self.num_heads:
-            raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
-        if self.num_heads % self.kv_heads:
-            raise ConfigError(
-                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}"
-            )
-        if self.layer_types is not None and len(self.layer_types) != self.num_layers:
-            raise ConfigError(
-                f"layer_types names {len(self.layer_types)} layers of {self.num_layers}"
-            )
-        for kind in self.layer_types or ():
-            if kind not in ("full_attention", "sliding_attention"):
-                raise ConfigError(f"layer type {kind!r} is not full_attention or sliding_attention")
-
-    @classmethod
-    def rows(cls) -> tuple[Row, ...]:
-        return ROWS
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads."""
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def width(self) -> int:
-        """The width of a head."""
-        return self.head_dim or self.d_model // self.num_heads
-
-    @property
-    def windows(self) -> list[int | None]:
-        """Each layer's window."""
-        if not self.use_window:
-            return [None] * self.num_layers
-        sliding = [i >= self.max_window_layers for i in range(self.num_layers)]
-        if self.layer_types is not None:
-            sliding = [kind == "sliding_attention" for kind in self.layer_types]
-        return [self.window if slides else None for slides in sliding]
 
 
 class Llama(nn.Module):
@@ -179,11 +77,8 @@ class Llama(nn.Module):
 
     def make_caches(self, batch_size: int, max_len: int | None = None) -> Caches:
         """Empty caches for `batch_size` rows: static of `max_len` positions, or growing."""
-        config = self.config
-        return make_caches(
-            batch_size, max_len, config.windows, config.kv_heads, config.width,
-            self.embedding.weight,
-        )  # fmt: skip
+        c, like = self.config, self.embedding.weight
+        return make_caches(batch_size, max_len, c.windows, c.kv_heads, c.width, like)
 
 
 def _qk_norm(config: LlamaConfig) -> Callable[[int, int], nn.Module] | None:

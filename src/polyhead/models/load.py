@@ -97,8 +97,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _model_type(data: Mapping[str, Any], path: Path) -> str:
     if not isinstance(data.get("model_type"), str):
         raise ConfigError(f"{path} says no model_type in its config.json; it is needed")
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "unknown")
+    if how := data.get("quantization_config"):
+        method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
         raise ConfigError(
             f"{path} is quantised ({method}); load the original checkpoint or a GGUF file"
         )
@@ -110,7 +110,8 @@ def _head(asked: str | None, data: Mapping[str, Any]) -> str:
         if asked not in HEADS:
             raise ConfigError(f"head {asked!r} is not one of {', '.join(HEADS)}")
         return asked
-    architecture = (data.get("architectures") or ["ForCausalLM"])[0]
+    named = data.get("architectures") or ["ForCausalLM"]
+    architecture = str(named[0] if isinstance(named, list) else named)
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "lm"
     if architecture.endswith("Model"):

@@ -1,7 +1,8 @@
 """A backbone and a head: built, called and saved alike in every family."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from polyhead.errors import ConfigError, FileError
 from polyhead.files.safetensors import write_checkpoint
 from polyhead.models.config import Config, to_hf
 from polyhead.models.initialize import initialize
-from polyhead.models.keys import to_ours, to_theirs
+from polyhead.models.keys import differ, to_ours, to_theirs
 from polyhead.models.registry import Family, family_of
 from polyhead.nn.head import LanguageHead
 
@@ -106,9 +107,8 @@ class TaskModel(nn.Module):
         folder = Path(directory)
         if folder.exists() and not folder.is_dir():
             raise FileError(f"{folder} is a file; name a directory to save to")
-        if not force and any(
-            (folder / name).exists() for name in ("config.json", "model.safetensors")
-        ):
+        there = (folder / "config.json").exists() or any(folder.glob("*.safetensors*"))
+        if there and not force:
             raise FileError(f"{folder} already holds a model; choose another place or use force")
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach() for name, tensor in self.hf_tensors().items()}
@@ -162,10 +162,13 @@ def from_tensors(
 ) -> TaskModel:
     """A model that takes Hugging Face's tensors as its weights, without copying where it can."""
     family = family_of(config.model_type)
-    with torch.device("meta"):
-        model = assemble(family, config, head)
     if not any(name.startswith(family.prefix) for name in tensors):
         tensors = _Prefixed(tensors, family.prefix)
+    if differ(family.rules(config), tensors):
+        # Said to be tied, but trained apart: transformers believes the tensors, too.
+        config = replace(config, tie_embeddings=False)
+    with torch.device("meta"):
+        model = assemble(family, config, head)
     shapes = {
         name.removeprefix("backbone."): value.shape for name, value in model.state_dict().items()
     }
@@ -190,15 +193,15 @@ class _Prefixed(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name.removeprefix(self._prefix)]
 
-    def __iter__(self):
-        return (self._prefix + name for name in self._tensors)
+    def __iter__(self) -> Iterator[str]:
+        return (n if n.startswith("lm_head.") else self._prefix + n for n in self._tensors)
 
     def __len__(self) -> int:
         return len(self._tensors)
 
 
 def _ready(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is not None and tensor.is_floating_point():
+    if dtype is not None:
         tensor = tensor.to(dtype)
     return tensor.contiguous()
 

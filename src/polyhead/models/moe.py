@@ -10,14 +10,8 @@ from torch import nn
 from polyhead.errors import ConfigError
 from polyhead.models.config import Row, hf
 from polyhead.models.keys import Rule, Rules
-from polyhead.models.llama import (
-    ATTENTION,
-    FEEDFORWARD,
-    PREFIX,
-    Llama,
-    LlamaConfig,
-    head_rules,
-)
+from polyhead.models.llama import ATTENTION, FEEDFORWARD, PREFIX, Llama, head_rules
+from polyhead.models.llama_config import PLAIN, LlamaConfig
 from polyhead.nn.feedforward import GatedFeedForward
 from polyhead.nn.moe import MixtureOfExperts
 
@@ -35,7 +29,7 @@ ROWS = (
             "num_experts_per_tok": 2,
             "num_local_experts": 8,
         },
-        implied={"renormalize": True},
+        implied={**PLAIN, "renormalize": True},
     ),
     Row(
         "qwen2_moe",
@@ -52,7 +46,7 @@ ROWS = (
             "num_experts": 60,
             "qkv_bias": True,
         },
-        implied={"out_bias": False, "shared_gate": True},
+        implied={"out_bias": False, "shared_gate": True, "qk_norm": None},
     ),
     Row(
         "qwen3_moe",
@@ -80,7 +74,7 @@ ROWS = (
             "num_experts": 64,
             "router_aux_loss_coef": 0.01,
         },
-        implied={"qk_norm": "width"},
+        implied={**PLAIN, "window": None, "qk_norm": "width"},
     ),
 )
 
@@ -93,7 +87,7 @@ class MoEConfig(LlamaConfig):
     A layer is dense if `dense_layers` names it or it is not every `sparse_step`-th.
     """
 
-    qkv_bias: bool = hf("attention_bias", "qkv_bias", default=False)
+    qkv_bias: bool = hf("qkv_bias", "attention_bias", default=False, fresh="attention_bias")
     num_experts: int = hf("num_experts", "num_local_experts")
     top_k: int = hf("num_experts_per_tok", default=2)
     d_expert: int | None = hf("moe_intermediate_size", default=None)

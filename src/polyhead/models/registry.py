@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models import gpt2, llama, moe, transformer
+from polyhead.models import bigram, gpt2, llama, moe, transformer
 from polyhead.models.config import Config, Row
 from polyhead.models.keys import Rules
+from polyhead.models.llama_config import LlamaConfig
 from polyhead.models.transformer_parts import TransformerConfig
 from polyhead.nn.head import LanguageHead
 
@@ -43,8 +44,9 @@ class Family:
 
 
 FAMILIES = (
+    Family(bigram.BigramConfig, bigram.Bigram, bigram.rules, bigram.PREFIX),
     Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.rules, gpt2.PREFIX),
-    Family(llama.LlamaConfig, llama.Llama, llama.rules, llama.PREFIX),
+    Family(LlamaConfig, llama.Llama, llama.rules, llama.PREFIX),
     Family(moe.MoEConfig, moe.MoE, moe.rules, moe.PREFIX),
     Family(TransformerConfig, transformer.Transformer, transformer.rules, transformer.PREFIX),
 )

@@ -33,19 +33,23 @@ class TokenEmbedding(Table):
         self.scale = scale
 
     def forward(self, index: Tensor) -> Tensor:
+        if not isinstance(index, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(
+                f"input_ids are a {type(index).__name__}; pass a tensor [batch, tokens]"
+            )
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check(index)
         x = super().forward(index)
         return x if self.scale == 1.0 else x * self.scale
 
     def _check(self, input_ids: Tensor) -> None:
-        if input_ids.dim() != 2 or input_ids.is_floating_point():
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; "
                 "pass integers of shape [batch, tokens]"
             )
-        if input_ids.shape[1] == 0:
-            raise ValueError("input_ids hold no tokens; pass at least one a row")
+        if input_ids.numel() == 0:
+            raise ValueError(f"input_ids of shape {list(input_ids.shape)} hold no tokens")
         low, high = (int(end) for end in input_ids.aminmax())
         if low < 0 or high >= self.vocab_size:
             raise ValueError(

@@ -88,7 +88,7 @@ class Mask:
             segments=segments,
             allow=allow,
             heads=max(self.heads, other.heads),
-            rows=max(self.rows, other.rows),
+            rows=max(self.batch, other.batch),
             offset=_agreed_offset(self, other),
             keys=self.keys if other.keys is None else other.keys,
         )
