@@ -22,7 +22,7 @@ def answer(path, prompt):
 @pytest.fixture
 def stdin(monkeypatch):
     def give(text):
-        raw = io.BytesIO(text.encode())
+        raw = io.BytesIO(text if isinstance(text, bytes) else text.encode())
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="utf-8"))
 
     return give
@@ -98,6 +98,13 @@ def test_chat_answers_each_line(cli, chatty, stdin):
     assert found.out == once * 2
     assert "forgotten" in found.err
     assert "/what is no command" in found.err
+
+
+def test_chat_wants_utf8(cli, chatty, stdin):
+    stdin(b"caf\xe9?\n")
+    found = cli("chat", chatty, *GREEDY)
+    assert found.code == 2
+    assert "standard input is not UTF-8" in found.err
 
 
 def test_chat_wants_a_template(cli, plain):

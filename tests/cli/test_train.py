@@ -65,8 +65,15 @@ def test_an_interrupted_run_goes_on(cli, text, tmp_path, monkeypatch):
     found = cli("train", text, *SMALL, "--steps", 4, "--out", part)
     assert found.code == 143
     assert "stopped after step 2" in found.err
+    about = (part / "run.json").read_bytes()
+    assert json.loads(about)["data"] == str(text)
     monkeypatch.setattr(loop._Run, "_step", step)
-    assert cli("train", text, "--out", part, "--resume").code == 0
+    for flags in (["--model", "llama"], ["--set", "num_layers=2"], ["--tokenizer", "bytes"]):
+        refused = cli("train", "--out", part, "--resume", *flags)
+        assert refused.code == 2
+        assert f"{flags[0]} is taken from the run" in refused.err
+    assert cli("train", "--out", part, "--resume", "--log-every", 1).code == 0
+    assert (part / "run.json").read_bytes() == about
     weights = "checkpoints/step-00000004/model.safetensors"
     assert (whole / weights).read_bytes() == (part / weights).read_bytes()
 
@@ -77,6 +84,36 @@ def test_a_checkpoint_goes_on_learning(cli, plain, text, tmp_path):
     assert found.code == 0, found.err
     assert tokenizer(found.out.strip()).vocab_size == tokenizer(plain).vocab_size
     assert "fresh model" in cli("train", text, "--model", plain, "--set", "d_model=3").err
+
+
+def test_a_run_that_goes_on_keeps_its_validation_text(cli, text, tmp_path):
+    held, out = tmp_path / "held.txt", tmp_path / "run"
+    held.write_text("the lazy dog jumps over the quick brown fox. \n" * 4)
+    words = ("--valid", held, "--steps", 2, "--schedule", "constant", "--out", out)
+    assert cli("train", text, *SMALL, *words).code == 0
+    held.unlink()
+    found = cli("train", "--out", out, "--resume", "--steps", 3)
+    assert found.code == 2
+    assert "held.txt" in found.err
+    assert cli("train", "--out", out, "--resume", "--steps", 3, "--valid", text).code == 0
+    assert json.loads((out / "run.json").read_text())["valid"] == str(held)
+
+
+def test_a_failed_start_with_force_keeps_the_old_run(cli, text, tmp_path):
+    out = tmp_path / "run"
+    assert cli("train", text, *SMALL, "--steps", 1, "--out", out).code == 0
+    kept = (out / "run.json").read_bytes()
+    words = ("--device", "toaster", "--force", "--out", out)
+    assert cli("train", text, "--model", "llama", *SMALL, *words).code == 2
+    assert (out / "run.json").read_bytes() == kept
+    assert cli("generate", out, "the", "--max-new-tokens", 1).code == 0
+
+
+def test_a_transformer_is_a_decoder(cli, text, tmp_path):
+    words = (*SMALL, "--model", "transformer", "--steps", 1, "--out", tmp_path / "run")
+    found = cli("train", text, *words)
+    assert found.code == 0, found.err
+    assert load(found.out.strip()).config.kind == "decoder"
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])

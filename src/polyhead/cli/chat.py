@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from polyhead.cli.generate import settings
-from polyhead.cli.opening import Opening, given_fields, note
+from polyhead.cli.opening import Opening, decoded, given_fields, note
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.generate.config import GenerationConfig
 
@@ -85,7 +85,7 @@ def _messages(live: bool) -> Iterator[str]:
             import readline  # noqa: F401
     while True:
         try:
-            line = input("> ") if live else sys.stdin.readline()
+            line = input("> ") if live else decoded(sys.stdin.buffer.readline(), "-")
         except EOFError:
             print()
             return

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 
 Format = Literal["hf", "gguf"]
 TOLERANCE = 1e-4
+# Globs of what a converted model writes, or removes when it was another model's.
+_WRITTEN = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 _PROMPTS, _PROMPT_TOKENS, _SEED = 4, 32, 0
 
 
@@ -90,9 +101,12 @@ def _check_places(source: Path, args: Args) -> None:
         raise FileError(f"{dest} is a directory; name a file, as in {dest / 'model.gguf'}")
     if args.to == "hf" and dest.suffix == ".gguf":
         raise FileError(f"{dest} ends in .gguf; name a directory, or use --to gguf")
-    in_the_way = dest.exists() if args.to == "gguf" else (dest / "config.json").exists()
-    if in_the_way and not args.force:
+    if args.force:
+        return
+    if args.to == "gguf" and dest.exists():
         raise FileError(f"{dest} is there already; use --force, or name another place")
+    if args.to == "hf" and (there := next((f for n in _WRITTEN for f in dest.glob(n)), None)):
+        raise FileError(f"{there} is there already; use --force, or name another place")
 
 
 def _to_gguf(source: Path, args: Args) -> None:

@@ -216,14 +216,19 @@ def _print(model: "TaskModel", found: Mapping[str, Any]) -> None:
         f"{found['flops_per_token'] / 1e6:,.1f} M at {found['context']} tokens of context: "
         f"2 x {found['matmul_parameters_per_token']:,} + attention",
     )
-    console.print(table)
-    console.print()
-    console.print(_tree(model))
-    console.print()
-    settings = {k: v for k, v in model.hf_config().items() if k not in ("architectures", "dtype")}
-    console.print("config.json", markup=False)
-    for name, value in sorted(settings.items()):
-        console.print(f"  {name} = {json.dumps(value)}", markup=False, soft_wrap=True)
+    # Captured: rich would make an exit of its own of a reader that has gone.
+    with console.capture() as page:
+        console.print(table)
+        console.print()
+        console.print(_tree(model))
+        console.print()
+        settings = {
+            k: v for k, v in model.hf_config().items() if k not in ("architectures", "dtype")
+        }
+        console.print("config.json", markup=False)
+        for name, value in sorted(settings.items()):
+            console.print(f"  {name} = {json.dumps(value)}", markup=False, soft_wrap=True)
+    print(page.get(), end="")
 
 
 def _terminal() -> bool:

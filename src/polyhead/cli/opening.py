@@ -67,11 +67,18 @@ def read_text(name: str) -> str:
     """The text of a UTF-8 file; "-" is standard input."""
     try:
         raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 ({error.reason}); convert it first") from None
     except OSError as error:
         raise FileError(f"cannot read {name}: {error.strerror}") from None
+    return decoded(raw, name)
+
+
+def decoded(raw: bytes, name: str) -> str:
+    """UTF-8 as text; `name` is where it came from."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        source = "standard input" if name == "-" else name
+        raise DataError(f"{source} is not UTF-8 ({error.reason}); convert it first") from None
 
 
 def given_fields(argv: Sequence[str], names: Sequence[str]) -> set[str]:

@@ -2,15 +2,15 @@
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from polyhead.cli.opening import given_fields, model_path, note, working
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, FileError
 from polyhead.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ SMALL_TEXT = 8_000_000  # characters; above it, "auto" learns merges
 _SNIPPET = 48
 # Sizes of a fresh model where --set says nothing: small enough to train on a laptop.
 SIZES: dict[str, Any] = {"d_model": 128, "num_layers": 4, "num_heads": 4}
+# What run.json keeps, and what of it a run that goes on cannot change.
+_KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid")
+_SETTLED = ("model", "set", "tokenizer", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Args:
       polyhead train book.txt --model llama --set d_model=256 num_layers=6 num_heads=4 --lr 2e-3
       polyhead train stdlib --tokenizer bpe --vocab-size 4096 --context 512 --out runs/code
       polyhead train more.jsonl --model runs/docs --lr 3e-4 --out runs/more
-      polyhead train pydocs --out runs/docs --resume
+      polyhead train --out runs/docs --resume
 
     The run directory holds config.toml, run.json, log.jsonl, checkpoints and report.html. Ctrl-C
     and SIGTERM save a checkpoint and exit with 130 and 143; --resume goes on, bit for bit.
@@ -56,10 +59,12 @@ class Args:
     config: Path | None = None
     """A TOML file of the settings below (as config.toml of a run); flags win over it."""
     resume: bool = False
-    """Go on from the run's newest checkpoint, with its settings; flags win over them."""
+    """Go on from the newest checkpoint of --out, with its model, data and settings; flags win over
+    the settings."""
     force: bool = False
     """Begin anew where a run already is."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")] = DEFAULTS
+    given: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
 def defaults(argv: Sequence[str]) -> Args:
@@ -73,7 +78,9 @@ def defaults(argv: Sequence[str]) -> Args:
         settings = TrainConfig.load(named)
         if "--config" in argv and not given_fields(argv, ["out"]):
             note(f"run directory: {settings.out}")
-    return Args(tyro.MISSING, train=settings)
+    given = tuple(sorted(given_fields(argv, _SETTLED)))
+    kept = _read_run(Path(settings.out), argv) if "--resume" in argv else {}
+    return Args(**{"data": tyro.MISSING, **kept}, train=settings, given=given)
 
 
 def run(args: Args) -> int:
@@ -85,6 +92,8 @@ def run(args: Args) -> int:
     data = corpus(args.data)
     valid = None if args.valid is None else corpus(args.valid)
     run_dir = Path(args.train.out)
+    if args.resume:
+        _check_settled(run_dir, args.given)
     model, tokenizer = _resumed(run_dir) if args.resume else (None, None)
     if model is None or tokenizer is None:
         model, tokenizer = _start(args, data)
@@ -92,9 +101,9 @@ def run(args: Args) -> int:
         f"{model.config.model_type}, {model.num_parameters():,} parameters, "
         f"{tokenizer.vocab_size} tokens, on {args.data}"
     )
-    trainer = Trainer(model, tokenizer, args.train)
+    about = {name: getattr(args, name) for name in _KEPT if getattr(args, name) is not None}
+    trainer = Trainer(model, tokenizer, args.train, about=about)
     figures = trainer.fit(data, valid, resume=args.resume, force=args.force)
-    _save_run(run_dir, args)
     _write_report(run_dir, args, model, tokenizer, figures)
     print(figures["checkpoint"])
     note(f"report: {run_dir / 'report.html'}")
@@ -108,6 +117,31 @@ def _value_of(argv: Sequence[str], flag: str) -> str | None:
         if word == flag and index + 1 < len(argv):
             return argv[index + 1]
     return None
+
+
+def _read_run(run_dir: Path, argv: Sequence[str]) -> dict[str, Any]:
+    """What run.json says: the data, and what the model was made from."""
+    run_dir = Path(_value_of(argv, "--out") or run_dir)
+    path = run_dir / "run.json"
+    if not path.exists():
+        return {}
+    try:
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: found[name] for name in _KEPT if name in found}
+        return {**kept, "set": tuple(kept.get("set", ()))}
+    except (OSError, ValueError, TypeError):
+        raise FileError(
+            f"{path} cannot be read; remove it, and give DATA and --valid again"
+        ) from None
+
+
+def _check_settled(run_dir: Path, given: Sequence[str]) -> None:
+    """ConfigError for flags that would make another model than the run's."""
+    from polyhead.train.checkpoint import latest
+
+    if given and ((run_dir / "run.json").exists() or latest(run_dir) is not None):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ConfigError(f"with --resume, {flags} is taken from the run {run_dir}: leave it out")
 
 
 def _resumed(run_dir: Path) -> "tuple[TaskModel | None, Tokenizer | None]":
@@ -181,17 +215,11 @@ def make_model(
         if name in known:
             values.setdefault(name, value)
     values.setdefault("vocab_size", tokenizer.vocab_size)
+    if family == "transformer":  # the paper's is an encoder-decoder, which texts alone do not train
+        values.setdefault("kind", "decoder")
     if "d_ff" in known:
         values.setdefault("d_ff", 4 * values["d_model"])
     return build(family, seed=config.seed, **values)
-
-
-def _save_run(run_dir: Path, args: Args) -> None:
-    """What config.toml does not say: the data, and what the model was made from."""
-    given = asdict(replace(args, train=DEFAULTS))
-    del given["train"]
-    text = json.dumps({k: v for k, v in given.items() if v is not None}, indent=2, default=str)
-    (run_dir / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _snippet(args: Args) -> str:
