@@ -19,6 +19,7 @@ from polyhead.nn.cache import (
 )
 from polyhead.nn.mask import Mask
 from polyhead.nn.position import Position
+from polyhead.nn.rotary import Rotary
 
 CLOSE = dict(atol=1e-5, rtol=0.0)
 WINDOW = 4
@@ -223,3 +224,29 @@ def test_what_cannot_be_is_refused() -> None:
     caches.end()
     with pytest.raises(ValueError, match=r"rows of \[3, 3\] tokens to \[4, 1\]"):
         caches.truncate([4, 1])
+
+
+@pytest.mark.parametrize("kind", ["growing", "static", "rolling"])
+def test_a_call_by_itself_may_name_its_positions(kind: str) -> None:
+    attention = MultiHeadAttention(16, 4, num_kv_heads=2)
+    x = torch.randn(2, 9, 16)
+    like = torch.empty(0)
+    caches = {
+        "growing": GrowingCache(2, 2, 4, like),
+        "static": StaticCache(2, 2, 4, 12, like),
+        "rolling": RollingCache(2, 2, 4, 5, like),
+    }
+    mask = Mask(causal=True, window=5 if kind == "rolling" else None)
+    rotary = Rotary(4)
+    whole = attention(x, mask=mask, position=rotary)
+    pieces = [
+        attention(
+            x[:, a:b], mask=mask, position=rotary, at=torch.arange(a, b)[None], cache=caches[kind]
+        )
+        for a, b in ((0, 4), (4, 8), (8, 9))
+    ]
+    assert (torch.cat(pieces, 1) - whole).abs().max() <= 1e-5
+    assert caches[kind].lengths.tolist() == [9, 9]
+    with pytest.raises(ValueError, match="go on"):
+        attention(x[:, :1], mask=mask, at=torch.tensor([[3]]), cache=caches[kind])
+    assert caches[kind].lengths.tolist() == [9, 9]

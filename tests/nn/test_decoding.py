@@ -14,6 +14,7 @@ SIZES = dict(vocab_size=23, d_model=16, d_ff=24, num_layers=2, num_heads=4, max_
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "llama": ("llama", dict(num_kv_heads=2)),
+    "experts": ("mixtral", dict(num_experts=4, top_k=2)),
     # One layer rolls over its last four positions, the other keeps them all.
     "windows": (
         "qwen2",

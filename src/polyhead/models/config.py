@@ -81,6 +81,8 @@ class Config:
             least = 0 if item.name == "num_experts" else 1
             if most is not None and isinstance(value, int) and not least <= value <= most:
                 raise ConfigError(f"{item.name} is {value}; it must be from {least} to {most}")
+            if item.name in ("norm_eps", "init_std") and value < 0:
+                raise ConfigError(f"{item.name} is {value}; it must not be below 0")
             if item.name.endswith("dropout") and not 0 <= value < 1:
                 raise ConfigError(f"{item.name} is {value}; it must be from 0 to below 1")
 

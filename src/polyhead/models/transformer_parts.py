@@ -77,6 +77,8 @@ class TransformerConfig(Config):
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
             )
+        if self.position == "t5" and self.max_distance <= 16:
+            raise ConfigError(f"max_distance is {self.max_distance}; T5's buckets need 17 or more")
         if self.pattern == "big_bird" and self.window is None:
             raise ConfigError("pattern big_bird needs a window; the paper's is three blocks")
 

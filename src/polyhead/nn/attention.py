@@ -80,11 +80,13 @@ class MultiHeadAttention(nn.Module):
         """`[B, T, E]` to `[B, T, E]`.
 
         memory `[B, K, kv_dim]` makes it cross-attention. `at` `[B|1, T]` are the positions of
-        x, None: those after what the cache holds. A `Lowered` mask is taken as it is; a `Mask`
+        x, None: those after what the cache holds. Outside a `Caches.begin`, a cache is begun and
+        ended here. A `Lowered` mask is taken as it is; a `Mask`
         is placed over the cache first.
         """
-        if at is None:
-            return self._alone(x, memory, mask, position, cache)
+        is_closed = cache is not None and not isinstance(cache, CrossCache) and not cache.is_open
+        if at is None or is_closed:
+            return self._alone(x, memory, mask, position, at, cache)
         if position is not None and position.rotates_late and cache is not None:
             # Queries and all the keys that are read must turn alike.
             position = position.prepare(at, cache.keys_at(at), x.dtype)
@@ -112,13 +114,17 @@ class MultiHeadAttention(nn.Module):
         memory: Tensor | None,
         mask: Mask | Lowered | None,
         position: Position | None,
+        given: Tensor | None,
         cache: Cache | None,
     ) -> Tensor:
-        """A call without positions: count them from the cache, which then advances by itself."""
+        """A call by itself: positions follow from the cache, which then advances."""
         if cache is None or isinstance(cache, CrossCache):
             at = torch.arange(x.shape[1], device=x.device)[None]
             return self(x, memory, mask, position, at, cache)
         caches = Caches([cache])
+        expected = cache.lengths[:, None] + torch.arange(x.shape[1], device=x.device)
+        if given is not None and not torch.equal(given.expand_as(expected), expected):
+            raise ValueError("positions do not go on from what the cache holds; leave out at")
         y = self(x, memory, mask, position, caches.begin(x.shape[1]), cache)
         caches.end()
         return y

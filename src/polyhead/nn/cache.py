@@ -4,7 +4,7 @@ Rows of a batch may differ in length. `at` `[B, T]` holds the position of every 
 padding, which is never kept. Row `b` holds positions `0 .. lengths[b] - 1`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class Cache:
 
     lengths: Tensor  # [B] int64, tokens held; `Caches` shares one tensor among the layers
     uniform: int | None = None  # the length of all rows, where the host knows it
+    is_open = False  # between `Caches.begin` and `Caches.end`
 
     def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values; return all that may be attended to."""
@@ -162,24 +163,19 @@ class Caches(Sequence[Cache]):
     """
 
     def __init__(self, layers: Sequence[Cache], cross: Sequence[CrossCache] = ()) -> None:
-        self.layers = list(layers)
-        self.cross = list(cross)
+        self.layers, self.cross = list(layers), list(cross)
         self.lengths = self.layers[0].lengths
         self.is_static = any(isinstance(layer, StaticCache) for layer in layers)
         # Host-side lengths let a growing cache choose its shapes without asking the device.
-        self._rows: list[int] = self.lengths.tolist()
         for layer in self.layers:
             layer.lengths = self.lengths
-        self._know()
+        self.sync()
 
     def __getitem__(self, index: int) -> Cache:  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.layers[index]
 
     def __len__(self) -> int:
         return len(self.layers)
-
-    def __iter__(self) -> Iterator[Cache]:
-        return iter(self.layers)
 
     def begin(self, num_tokens: int, keep: Tensor | None = None) -> Tensor:
         """Positions `[B, T]` of the next tokens, -1 where `keep` is false; makes room for them.
@@ -198,10 +194,14 @@ class Caches(Sequence[Cache]):
             longest = max(self._after())
             for layer in self.layers:
                 layer.reserve(longest)
+        for layer in self.layers:
+            layer.is_open = True
         return at
 
     def end(self) -> None:
         """Count the tokens that `begin` placed as held."""
+        for layer in self.layers:
+            layer.is_open = False
         self.lengths.add_(self._counts)
         if not torch.compiler.is_compiling():
             self._rows = self._after()
@@ -221,7 +221,7 @@ class Caches(Sequence[Cache]):
 
     def sync(self) -> None:
         """Learn the lengths from the device, after compiled or recorded steps changed them."""
-        self._rows = self.lengths.tolist()
+        self._rows: list[int] = self.lengths.tolist()
         for layer in self.layers:
             layer.reserve(max(self._rows))
         self._know()

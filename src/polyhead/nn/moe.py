@@ -18,6 +18,9 @@ class Router(nn.Linear):
         super().__init__(d_model, num_experts, bias=False)
 
 
+FEW_ROWS = 64  # below it a compiled step gathers, so that it compiles once
+
+
 class Experts(nn.Module):
     """N gated feed-forwards, stacked: gate and up `[N, F, E]`, down `[N, E, F]`."""
 
@@ -38,8 +41,17 @@ class Experts(nn.Module):
             up = F.grouped_mm(x, self.up.transpose(1, 2), offs=ends)
             down = self.down.transpose(1, 2)
             return F.grouped_mm(self.activation(gate) * up, down, offs=ends)
+        if torch.compiler.is_compiling() and len(x) <= FEW_ROWS:
+            return self._gathered(x, counts)
         groups = x.split(counts.tolist())
         return torch.cat([self._one(group, e) for e, group in enumerate(groups) if len(group)])
+
+    def _gathered(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Each row with its own copy of its expert: shapes that no routing changes."""
+        experts = torch.arange(len(counts), device=x.device)
+        experts = experts.repeat_interleave(counts, output_size=len(x))
+        gate, up = (w[experts] @ x[:, :, None] for w in (self.gate, self.up))
+        return (self.down[experts] @ (self.activation(gate) * up))[:, :, 0]
 
     def _one(self, x: Tensor, expert: int) -> Tensor:
         gated = self.activation(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])
@@ -76,6 +88,8 @@ class MixtureOfExperts(nn.Module):
         shared_gate: bool = False,
     ) -> None:
         super().__init__()
+        if capacity_factor is not None and capacity_factor <= 0:
+            raise ValueError(f"capacity_factor is {capacity_factor}; it must be above 0")
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}; choose 1 to {num_experts} of the experts")
         self.num_experts, self.top_k = num_experts, top_k
@@ -106,7 +120,8 @@ class MixtureOfExperts(nn.Module):
 
         by_expert = experts.flatten().argsort(stable=True)  # sorted dispatch
         rows = by_expert // self.top_k
-        counts = experts.flatten().bincount(minlength=self.num_experts)
+        flat = experts.flatten()
+        counts = flat.new_zeros(self.num_experts).scatter_add(0, flat, torch.ones_like(flat))
         outputs = self.experts(tokens[rows], counts)
         outputs = outputs * chosen.flatten()[by_expert, None].to(outputs.dtype)
         return torch.zeros_like(tokens).index_add(0, rows, outputs)
