@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import polyhead
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.files.gguf import open_gguf
 from polyhead.files.gguf_types import RawTensor
@@ -374,3 +375,17 @@ def test_mutated_files_give_only_our_errors(tmp_path):
         except PolyheadError:
             refused += 1
     assert refused > 100
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "mixtral"])
+def test_a_fresh_model_with_every_default_goes_out_and_comes_back(
+    family: str, tmp_path: Path
+) -> None:
+    sizes = dict(vocab_size=50, d_model=32, num_layers=2, num_heads=4)
+    sizes |= {} if family == "gpt2" else dict(d_ff=48)
+    sizes |= dict(num_experts=4) if family == "mixtral" else {}
+    model = polyhead.build(family, seed=0, **sizes).eval()
+    ours.write(tmp_path / "m.gguf", model.hf_config(), model.hf_tensors())
+    again = polyhead.load(tmp_path / "m.gguf")
+    ids = torch.randint(0, 50, (1, 9))
+    assert torch.equal(model(ids), again(ids))

@@ -94,6 +94,8 @@ class LlamaConfig(Config):
             if "head_dim" in row.absent:
                 # Left out, it would mean the type's own width.
                 object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
+        if self.num_kv_heads is None and "num_key_value_heads" in row.absent:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
         if self.window is None and not self.source and "use_window" not in row.implied:
             object.__setattr__(self, "use_window", False)
         if self.num_heads % self.kv_heads:
