@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from polyhead.errors import FileError
+from polyhead.files.gguf import open_gguf
 from polyhead.text.splits import SPLITS
 from polyhead.text.tokenizer import Tokenizer
 
@@ -217,21 +218,10 @@ def test_lying_metadata_is_refused(metadata, change, words):
         Tokenizer.from_gguf(changed)
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    hub = pytest.importorskip("polyhead.files.hub")
-    gguf = pytest.importorskip("polyhead.files.gguf")
-    try:
-        path = hub.resolve("smollm2-135m")
-    except Exception as error:
-        pytest.skip(f"SmolLM2 cannot be had: {error}")
-    return path, dict(gguf.open_gguf(path).metadata)
-
-
 @pytest.mark.weights
 def test_the_real_smollm2(smollm2):
     transformers = pytest.importorskip("transformers")
-    path, metadata = smollm2
+    path, metadata = smollm2, dict(open_gguf(smollm2).metadata)
     start = time.thread_time()
     ours = Tokenizer.from_gguf(metadata)
     assert time.thread_time() - start < 0.7

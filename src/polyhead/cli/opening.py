@@ -1,14 +1,14 @@
 """What verbs share: opening a model with its tokenizer, reading text, and words on stderr."""
 
 import sys
-import threading
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from polyhead.errors import ConfigError, DataError, FileError
+from polyhead.files.spinner import spinner
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from polyhead.text.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_WORTH_A_WORD_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,21 +95,6 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def working(text: str) -> Generator[None]:
+def working(text: str) -> AbstractContextManager[None]:
     """A spinner on a terminal's standard error, once the work has taken a second."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    status: Any = Console(stderr=True).status(text)
-    timer = threading.Timer(_WORTH_A_WORD_S, status.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        status.stop()
+    return spinner(text, quiet=not sys.stderr.isatty())

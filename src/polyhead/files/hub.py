@@ -13,16 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import zipfile
 import zlib
-from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from polyhead.errors import FileError
 from polyhead.files.disk import sync_directory
+from polyhead.files.spinner import spinner
 
 MODEL_FILES = (".gguf", ".safetensors")
 REPOSITORY = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -123,7 +122,7 @@ def pull(name: str, revision: str | None = None, *, quiet: bool = False) -> Path
     Progress is shown on stderr after a second unless `quiet`. Errors: FileError, with what each
     place answered; a file with another SHA-256 than it should have is deleted.
     """
-    with _progress(f"fetching {name}", quiet):
+    with spinner(f"fetching {name}", quiet):
         if name not in NAMED:
             if not REPOSITORY.fullmatch(name) or "/" not in name:
                 raise FileError(f"{name}: not one of {', '.join(NAMED)}, nor owner/name of the hub")
@@ -292,24 +291,3 @@ def _from_hub(place: Repository, *, refresh: bool = False) -> Path:
 
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-@contextlib.contextmanager
-def _progress(text: str, quiet: bool) -> Generator[None]:
-    """A line with a spinner and the time on stderr, from the second second on."""
-    if quiet:
-        yield
-        return
-    from rich.console import Console  # only here: a local path needs no terminal
-
-    console = Console(stderr=True)
-    status = console.status(text)
-    timer = threading.Timer(1.0, status.start)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        status.stop()
