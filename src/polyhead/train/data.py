@@ -1,13 +1,97 @@
 """Batches whose order is a pure function of (seed, epoch, step)."""
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 
 from polyhead.errors import DataError
-from polyhead.train.corpus import Tokens
+from polyhead.train.config import TrainConfig
+from polyhead.train.corpus import Source, Tokens, load_tokens
+from polyhead.train.log import tell_tokenising
 from polyhead.train.objectives import LanguageBatch
+
+Split = Literal["train", "valid", "all"]
+"""What to learn from (all of a source but `config.held_out` of it), that share, or the whole of a
+source that is there to be validated on."""
+
+
+class Dataset(Protocol):
+    """Rows in an order that is arithmetic: the n-th row of a run is a function of (seed, n)."""
+
+    @property
+    def digest(self) -> str:
+        """What tells it from other data, tokenizers and settings."""
+        ...
+
+    def __len__(self) -> int:
+        """Rows of an epoch; each epoch has every row once."""
+        ...
+
+    def batch(self, index: int, batch_size: int) -> Any:
+        """Rows index * batch_size … of the run: a value with `tokens()` and `to(device)`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Rows through a collator, each epoch in its own order.
+
+    rows: anything with a length and rows by number. collate: a list of rows to a batch.
+    """
+
+    rows: Sequence[Any]
+    collate: Callable[[Sequence[Any]], Any]
+    seed: int
+    digest: str
+
+    def __post_init__(self) -> None:
+        if len(self.rows) == 0:
+            raise DataError("there are no rows to learn from: give a file that holds some")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def order(self, first: int, count: int) -> np.ndarray:
+        """Which rows are first … first + count - 1 of the run [count]."""
+        row = np.arange(first, first + count, dtype=np.uint64)
+        epoch, index = row // np.uint64(len(self)), row % np.uint64(len(self))
+        key = _mix(epoch + _mix(np.uint64(self.seed) + np.uint64(1)))
+        return _permute(index, len(self), key).astype(np.int64)
+
+    def batch(self, index: int, batch_size: int) -> Any:
+        """The index-th batch of the run."""
+        chosen = self.order(index * batch_size, batch_size)
+        return self.collate([self.rows[row] for row in chosen.tolist()])
+
+
+def split_rows(count: int, held_out: float, seed: int, split: Split) -> np.ndarray:
+    """Row numbers of one side, in order; the held-out ones are drawn by `seed`, at least one.
+
+    Files are often sorted, by label for one, so that their last rows stand for little.
+    """
+    everything = np.arange(count)
+    if split == "all":
+        return everything
+    held = min(count - 1, max(1, round(held_out * count))) if held_out else 0
+    key = np.broadcast_to(_mix(np.uint64(seed)), count)
+    drawn = _permute(everything.astype(np.uint64), count, key)[:held].astype(np.int64)
+    return np.sort(drawn) if split == "valid" else np.setdiff1d(everything, drawn)
+
+
+def once(dataset: Dataset, batch_size: int, batches: int = 0) -> Iterator[Any]:
+    """Every row of an epoch once, or the first `batches` batches of it."""
+    rows = len(dataset) if batches == 0 else min(len(dataset), batches * batch_size)
+    done = 0
+    while done < rows:
+        # A batch's rows begin at a multiple of its size, so what is left at the end takes
+        # batches of a size that divides what is done.
+        size = next(n for n in range(min(batch_size, rows - done), 0, -1) if done % n == 0)
+        yield dataset.batch(done // size, size)
+        done += size
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +112,11 @@ class Windows:
                 f"the corpus has {len(self.tokens.ids)} tokens, and a window takes "
                 f"{self.context + 1}: add text, or set a context below {len(self.tokens.ids)}"
             )
+
+    @property
+    def digest(self) -> str:
+        """The corpus and its tokenizer."""
+        return self.tokens.digest
 
     def __len__(self) -> int:
         """Windows in an epoch; where several fit, one less than that, to leave the phase room."""
@@ -76,3 +165,23 @@ def _permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
         value[todo] = (left << half) | right
         todo = value >= np.uint64(size)
     return value
+
+
+def windows(
+    source: Source, tokenizer: Any, model: Any, config: TrainConfig, split: Split
+) -> Windows | None:
+    """Windows over a corpus, whose last tokens are held out; None where it is too short for that."""
+    cache = Path(config.cache) if config.cache else Path(config.out) / "tokens"
+    told = tell_tokenising() if split == "train" else None
+    size: int = model.config.vocab_size
+    tokens = load_tokens(source, tokenizer, cache, vocab_size=size, progress=told)
+    if split == "all":
+        if len(tokens.ids) < 2:
+            raise DataError("the validation text has fewer than 2 tokens: give more of it")
+        return Windows(tokens, min(config.context, len(tokens.ids) - 1), config.seed)
+    held = max(int(config.held_out * len(tokens.ids)), config.context + 1)
+    if config.held_out and len(tokens.ids) - held > config.context:
+        tokens = tokens.split(held, tokenizer)[split == "valid"]
+    elif split == "valid":
+        return None
+    return Windows(tokens, config.context, config.seed)

@@ -46,12 +46,14 @@ class Loss:
     """What an objective found. `total` is a sum over `tokens`, so that sums of batches stay right.
 
     `parts` holds the terms of `total` by name, without gradient, sums as well; `loss` is the one
-    that logs show and validation compares.
+    that logs show and validation compares. `answers`, tensors without gradient, is what the
+    objective's metric reads of the batch.
     """
 
     total: Tensor
     tokens: int
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    answers: tuple[Tensor, ...] = ()
 
 
 Objective = Callable[[Any, Any], Loss]
