@@ -1,8 +1,8 @@
 """Objectives: functions `(model, batch) -> Loss`. B batch, T tokens, E width, V vocabulary."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +32,13 @@ class LanguageBatch:
         """How many labels count."""
         return int((self.labels != IGNORE).sum())
 
-    def to(self, device: torch.device) -> "LanguageBatch":
+    def to(self, device: torch.device) -> Self:
         """The same batch on another device."""
         moved = {
             name: value.to(device) if hasattr(value, "to") else value
             for name, value in vars(self).items()
         }
-        return LanguageBatch(**moved)
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,15 @@ class Loss:
 
     `parts` holds the terms of `total` by name, without gradient, sums as well; `loss` is the one
     that logs show and validation compares. `answers`, tensors without gradient, is what the
-    objective's metric reads of the batch.
+    objective's metric reads of the batch. `logits`, called, gives what the loss was taken of, with
+    its gradient: rows of classes [N, C]; what compares two passes (SiFT) needs it.
     """
 
     total: Tensor
     tokens: int
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     answers: tuple[Tensor, ...] = ()
+    logits: Callable[[], Tensor] | None = None
 
 
 Objective = Callable[[Any, Any], Loss]
