@@ -10,8 +10,7 @@ import torch
 
 from polyhead.errors import DataError
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Source, Tokens, load_tokens
-from polyhead.train.log import tell_tokenising
+from polyhead.train.corpus import Progress, Source, Tokens, load_tokens
 from polyhead.train.objectives import LanguageBatch
 
 Split = Literal["train", "valid", "all"]
@@ -168,13 +167,17 @@ def _permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
 
 
 def windows(
-    source: Source, tokenizer: Any, model: Any, config: TrainConfig, split: Split
+    source: Source,
+    tokenizer: Any,
+    model: Any,
+    config: TrainConfig,
+    split: Split,
+    progress: Progress | None = None,
 ) -> Windows | None:
-    """Windows over a corpus, whose last tokens are held out; None where it is too short for that."""
+    """Windows over a corpus, the last tokens held out; None where it is too short for that."""
     cache = Path(config.cache) if config.cache else Path(config.out) / "tokens"
-    told = tell_tokenising() if split == "train" else None
     size: int = model.config.vocab_size
-    tokens = load_tokens(source, tokenizer, cache, vocab_size=size, progress=told)
+    tokens = load_tokens(source, tokenizer, cache, vocab_size=size, progress=progress)
     if split == "all":
         if len(tokens.ids) < 2:
             raise DataError("the validation text has fewer than 2 tokens: give more of it")
