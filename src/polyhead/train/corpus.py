@@ -2,7 +2,8 @@
 
 Sources: a list of strings, a text file, a .jsonl file (field `text`), or a folder of .txt and
 .jsonl files. Tokens are kept as `tokens.bin` (uint16, or uint32 for a vocabulary above 65536)
-beside `header.json`, in a folder named by the hash of the contents and of the tokenizer.
+beside `documents.bin` (int64, where each document ends) and `header.json`, in a folder named by
+the hash of the contents and of the tokenizer.
 """
 
 import hashlib
@@ -43,11 +44,16 @@ class Header:
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
-    """A stretch of a corpus: ids (memory-mapped, read-only) and how many bytes they stand for."""
+    """A stretch of a corpus: ids (memory-mapped, read-only) and how many bytes they stand for.
+
+    ends: where each document ends, its closing token included; rising, the last at the end of
+    `ids`. None where that is not known.
+    """
 
     ids: np.ndarray
     text_bytes: int
     digest: str
+    ends: np.ndarray | None = None
 
     @property
     def bytes_per_token(self) -> float:
@@ -58,9 +64,13 @@ class Tokens:
         """All but the last `held_out` tokens, and those."""
         at = len(self.ids) - held_out
         tail = _text_bytes(self.ids[at:], tokenizer)
+        before = after = None
+        if self.ends is not None:
+            before = np.append(self.ends[self.ends < at], at)
+            after = self.ends[self.ends > at] - at
         return (
-            Tokens(self.ids[:at], max(0, self.text_bytes - tail), f"{self.digest}[:{at}]"),
-            Tokens(self.ids[at:], tail, f"{self.digest}[{at}:]"),
+            Tokens(self.ids[:at], max(0, self.text_bytes - tail), f"{self.digest}[:{at}]", before),
+            Tokens(self.ids[at:], tail, f"{self.digest}[{at}:]", after),
         )
 
 
@@ -74,19 +84,22 @@ def load_tokens(
 ) -> Tokens:
     """Tokens of a corpus, from `cache` if they are there, else made and kept there.
 
-    Documents end with the tokenizer's `eos_id`, where it has one. An empty corpus and ids of
-    `vocab_size` or more raise DataError.
+    Documents end with the tokenizer's `eos_id`, or else its `sep_id`, where it has one. An empty
+    corpus and ids of `vocab_size` or more raise DataError.
     """
     source = _kept(source)
     digest = _digest(source, tokenizer)
     folder = Path(cache) / digest[:32]
-    if not (folder / "header.json").exists():
+    # Folders of the first release say nothing of documents; their tokens are the same.
+    if not all((folder / name).exists() for name in ("header.json", "documents.bin")):
         _write(folder, source, tokenizer, digest, vocab_size, progress)
     path = folder / "tokens.bin"
     try:
         header = Header(**json.loads((folder / "header.json").read_text()))
+        ends = np.fromfile(folder / "documents.bin", dtype=np.int64)
         size = header.tokens * np.dtype(header.dtype).itemsize
-        if path.stat().st_size != size or header.digest != digest:
+        whole = path.stat().st_size == size and len(ends) == header.documents
+        if not whole or header.digest != digest:
             raise ValueError(size)
     except (OSError, ValueError, TypeError):
         raise FileError(
@@ -95,7 +108,7 @@ def load_tokens(
     ids = np.memmap(path, dtype=header.dtype, mode="r", shape=(header.tokens,))
     if header.vocab_size > vocab_size:
         check_ids(ids, vocab_size)
-    return Tokens(ids, header.text_bytes, digest)
+    return Tokens(ids, header.text_bytes, digest, ends)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int) -> None:
@@ -141,7 +154,9 @@ def _write(
     temp = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     shutil.rmtree(temp, ignore_errors=True)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    tokens = text_bytes = count = done = 0
+    end = _end_id(tokenizer)
+    tokens = text_bytes = done = 0
+    ends: list[int] = []
     # Progress is told in bytes of files, in characters of a list.
     in_files = isinstance(source, str | os.PathLike)
     total = sum(p.stat().st_size for p in files(source)) if in_files else sum(map(len, source))
@@ -151,20 +166,24 @@ def _write(
             for pieces in _groups(_pieces(source)):
                 texts = [text for text, _ in pieces]
                 rows = tokenizer.encode_batch(texts, add_special_tokens=False)
-                for row, (text, ends) in zip(rows, pieces, strict=True):
-                    ids = [*row, tokenizer.eos_id] if ends and tokenizer.eos_id is not None else row
+                for row, (text, is_last) in zip(rows, pieces, strict=True):
+                    ids = [*row, end] if is_last and end is not None else row
                     array = np.asarray(ids, dtype=np.int64)
                     check_ids(array, vocab_size)
                     out.write(array.astype(dtype).tobytes())
                     size = len(text.encode())
-                    tokens, text_bytes, count = tokens + len(ids), text_bytes + size, count + ends
+                    tokens, text_bytes = tokens + len(ids), text_bytes + size
+                    ends += [tokens] if is_last else []
                     done += size if in_files else len(text)
                 if progress:
                     progress(min(done, total), total)
             _sync(out)
         if text_bytes == 0:
             raise DataError(f"the corpus is empty ({_name(source)}): give it text to learn from")
-        header = Header(_FORMAT, dtype.name, tokens, text_bytes, count, vocab_size, digest)
+        with open(temp / "documents.bin", "wb") as out:
+            out.write(np.asarray(ends, dtype=np.int64).tobytes())
+            _sync(out)
+        header = Header(_FORMAT, dtype.name, tokens, text_bytes, len(ends), vocab_size, digest)
         with open(temp / "header.json", "w") as out:
             json.dump(asdict(header), out)
             _sync(out)
@@ -174,6 +193,11 @@ def _write(
         raise FileError(f"cannot keep tokens in {folder}: {error.strerror}") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _end_id(tokenizer: Any) -> int | None:
+    """What closes a document, if anything."""
+    return tokenizer.sep_id if tokenizer.eos_id is None else tokenizer.eos_id
 
 
 def _sync(file: Any) -> None:
@@ -293,7 +317,7 @@ def _digest(source: _Kept, tokenizer: Any) -> str:
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """What tells tokenizers apart: all they know, as JSON, and how documents end."""
-    known = f"{tokenizer.backend.to_str()} {tokenizer.eos_id}"
+    known = f"{tokenizer.backend.to_str()} {_end_id(tokenizer)}"
     return hashlib.sha256(known.encode("utf-8", "replace")).hexdigest()
 
 
