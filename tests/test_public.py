@@ -18,7 +18,7 @@ CALLS = {
     "TextGenerator": "polyhead.generate.generator",
     "TrainConfig": "polyhead.train.config",
     "Trainer": "polyhead.train.loop",
-    "build": "polyhead.models.model",
+    "build": "polyhead.models.assemble",
     "families": "polyhead.models.registry",
     "load": "polyhead.models.load",
     "perplexity": "polyhead.tasks.perplexity",

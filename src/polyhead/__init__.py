@@ -17,7 +17,7 @@ _HOMES = {
     "Tokenizer": "text.tokenizer",
     "TrainConfig": "train.config",
     "Trainer": "train.loop",
-    "build": "models.model",
+    "build": "models.assemble",
     "capture": "explain.capture",
     "embed": "tasks.embed",
     "families": "models.registry",

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 
 from polyhead.cli.main import main
-from polyhead.models.model import build
+from polyhead.models.assemble import build
 from polyhead.text.tokenizer import Tokenizer
 
 CHATML = (

@@ -10,7 +10,7 @@ from polyhead.errors import ConfigError
 from polyhead.files.gguf import open_gguf
 from polyhead.models.llama_config import LlamaConfig
 from polyhead.models.load import load, tokenizer
-from polyhead.models.model import build
+from polyhead.models.assemble import build
 from polyhead.tasks.perplexity import perplexity
 
 from .conftest import TEXT, save_model

@@ -40,6 +40,7 @@ class Scripted(nn.Module):
         self.backbone = _ScriptBackbone(script, vocab)
         self.head = nn.Linear(vocab, vocab, bias=False)
         self.head.weight = nn.Parameter(torch.eye(vocab) * 20)
+        self.head_kind = "lm"
         self.device = torch.device("cpu")
 
 

@@ -151,7 +151,7 @@ def _tokenizer(corpus: Corpus) -> "Tokenizer":
 
 
 def _model(tokenizer: "Tokenizer") -> "TaskModel":
-    from polyhead.models.model import build
+    from polyhead.models.assemble import build
 
     # Normalised queries and keys stand the high learning rate that so short a run needs.
     return build("qwen3", seed=0, vocab_size=tokenizer.vocab_size, max_seq_len=CONTEXT, **SIZES)

@@ -138,7 +138,7 @@ def _by_part(model: "TaskModel") -> dict[str, int]:
 def _of_checkpoint(name: str) -> "tuple[Config, str, int]":
     """A checkpoint's config, its place, and the bytes of its weights as they are stored."""
     from polyhead.files.hub import resolve
-    from polyhead.models.config import from_hf
+    from polyhead.models.config_json import from_hf
     from polyhead.models.load import read_checkpoint
     from polyhead.models.registry import family_of
 
@@ -169,7 +169,7 @@ def _fresh(family: str, settings: tuple[str, ...]) -> "Config | None":
 def _on_meta(config: "Config") -> "TaskModel":
     import torch
 
-    from polyhead.models.model import assemble
+    from polyhead.models.assemble import assemble
     from polyhead.models.registry import family_of
 
     with torch.device("meta"):

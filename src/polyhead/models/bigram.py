@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from polyhead.models.backbone import place
 from polyhead.models.config import Config, Row, hf
+from polyhead.models.heads import language
 from polyhead.models.keys import Rule, Rules
 from polyhead.nn.cache import Cache, Caches, GrowingCache, StaticCache
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.mask import Mask
 
-ROWS = (Row("bigram", "BigramForCausalLM"),)
-PREFIX = "model."
+ROWS = (Row("bigram", "Bigram", "model.", {"lm": language()}),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,4 @@ class Bigram(nn.Module):
 
 def rules(config: BigramConfig) -> Rules:
     """The checkpoint map."""
-    return (
-        Rule("model.embed_tokens.weight", "embedding.weight"),
-        Rule("lm_head.weight", "head.weight"),
-    )
+    return (Rule("model.embed_tokens.weight", "embedding.weight"),)

@@ -15,7 +15,7 @@ from polyhead.files.gguf import GgufFile, open_gguf
 from polyhead.files.gguf_blocks import BY_NAME
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
-from polyhead.models.config import complete_hf, from_hf
+from polyhead.models.config_json import complete_hf, from_hf
 from polyhead.models.gguf_config import (
     config_from_metadata,
     family_of_config,

@@ -9,7 +9,8 @@ from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
 from polyhead.models.backbone import make_caches, place
 from polyhead.models.config import Config, Row, hf
-from polyhead.models.keys import Dropped, Rule, Rules, Tied
+from polyhead.models.heads import language, last_token_classifier, token_classifier
+from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import TransformerBlock
 from polyhead.nn.cache import Caches
@@ -22,7 +23,13 @@ from polyhead.nn.position import LearnedPositions
 ROWS = (
     Row(
         "gpt2",
-        "GPT2LMHeadModel",
+        "GPT2",
+        "transformer.",
+        {
+            "lm": language("LMHeadModel", "transformer.wte.weight"),
+            "classify": last_token_classifier(),
+            "tag": token_classifier(),
+        },
         harmless=frozenset(
             """n_ctx summary_activation summary_first_dropout summary_proj_to_labels summary_type
             summary_use_proj reorder_and_upcast_attn""".split()
@@ -120,9 +127,6 @@ class GPT2(nn.Module):
         )
 
 
-PREFIX = "transformer."
-
-
 def rules(config: GPT2Config) -> Rules:
     """The checkpoint map. Their Conv1D stores `[in, out]`."""
     layer, ours = "transformer.h.{i}.", "layers.{i}."
@@ -145,7 +149,4 @@ def rules(config: GPT2Config) -> Rules:
         *(Rule(f"transformer.ln_f.{kind}", f"norm.{kind}") for kind in ("weight", "bias")),
         Dropped(f"{layer}attn.bias"),
         Dropped(f"{layer}attn.masked_bias"),
-        Tied("lm_head.weight", "transformer.wte.weight")
-        if config.tie_embeddings
-        else Rule("lm_head.weight", "head.weight"),
     )

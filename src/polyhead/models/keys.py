@@ -1,7 +1,7 @@
 """Checkpoint names: rows read in both directions, theirs to ours and ours to theirs."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,12 +49,15 @@ Rules = Sequence[Rule | Dropped | Tied]
 
 
 def to_ours(
-    rules: Rules, theirs: Mapping[str, Tensor], shapes: Mapping[str, Size]
+    rules: Rules,
+    theirs: Mapping[str, Tensor],
+    shapes: Mapping[str, Size],
+    optional: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Their tensors under our names; views where they can be.
 
     shapes: what the model wants, by our names. A tensor that no rule knows, one that is missing
-    and one of another shape raise FileError.
+    and one of another shape raise FileError; of those in `optional`, the latter two are left out.
     """
     found: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
@@ -74,7 +77,11 @@ def to_ours(
     _complain(
         "holds", [*surplus, *(found.keys() - shapes.keys())], "that this model has no place for"
     )
-    _complain("lacks", list(shapes.keys() - found.keys()), "that this model needs")
+    for name in optional:
+        if name in found and found[name].shape != shapes[name]:
+            del found[name]
+    lacking = shapes.keys() - found.keys() - set(optional)
+    _complain("lacks", list(lacking), "that this model needs")
     for name, tensor in found.items():
         if not tensor.is_floating_point():
             raise FileError(f"{name} holds {tensor.dtype}, not numbers with a point; convert it")
@@ -84,6 +91,11 @@ def to_ours(
                 "by its config.json; the two do not belong together"
             )
     return found
+
+
+def knows(rules: Rules, name: str) -> bool:
+    """Whether a rule speaks of a tensor of theirs."""
+    return _matching(rules, name)[0] is not None
 
 
 def differ(rules: Rules, theirs: Mapping[str, Tensor]) -> bool:

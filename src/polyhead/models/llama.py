@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from polyhead.models.backbone import make_caches, place
-from polyhead.models.keys import Dropped, Rule, Rules, Tied
+from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.models.llama_config import LlamaConfig
 from polyhead.models.rope import make_rotary
 from polyhead.nn.attention import MultiHeadAttention
@@ -89,8 +89,6 @@ def _qk_norm(config: LlamaConfig) -> Callable[[int, int], nn.Module] | None:
     return None
 
 
-PREFIX = "model."
-
 ATTENTION: Rules = (
     Rule("model.embed_tokens.weight", "embedding.weight"),
     Rule("model.norm.weight", "norm.weight"),
@@ -122,13 +120,6 @@ FEEDFORWARD: Rules = tuple(
 )
 
 
-def head_rules(config: LlamaConfig) -> Rules:
-    """Where the language head's weight stands."""
-    if config.tie_embeddings:
-        return (Tied("lm_head.weight", "model.embed_tokens.weight"),)
-    return (Rule("lm_head.weight", "head.weight"),)
-
-
 def rules(config: LlamaConfig) -> Rules:
     """The checkpoint map."""
-    return (*ATTENTION, *FEEDFORWARD, *head_rules(config))
+    return (*ATTENTION, *FEEDFORWARD)

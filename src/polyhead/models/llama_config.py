@@ -7,6 +7,7 @@ from typing import Any
 from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
 from polyhead.models.config import Config, Row, hf
+from polyhead.models.heads import CAUSAL_HEADS
 from polyhead.models.rope import read_scaling
 
 QWEN = {
@@ -18,18 +19,23 @@ PLAIN = {"qk_norm": None, "use_window": True, "max_window_layers": 0, "layer_typ
 QWEN2_BIAS = {"qkv_bias": True, "out_bias": False, "qk_norm": None}
 MISTRAL = {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096}
 
+# What transformers' newer decoders share.
+DECODER: dict[str, Any] = {"prefix": "model.", "heads": CAUSAL_HEADS}
+
 ROWS = (
-    Row("llama", "LlamaForCausalLM", implied={**PLAIN, "window": None}),
-    Row("mistral", "MistralForCausalLM", absent=MISTRAL, implied=PLAIN),
+    Row("llama", "Llama", **DECODER, implied={**PLAIN, "window": None}),
+    Row("mistral", "Mistral", **DECODER, absent=MISTRAL, implied=PLAIN),
     Row(
         "qwen2",
-        "Qwen2ForCausalLM",
+        "Qwen2",
+        **DECODER,
         absent=QWEN,
         implied={"qkv_bias": True, "out_bias": False, "qk_norm": None},
     ),
     Row(
         "qwen3",
-        "Qwen3ForCausalLM",
+        "Qwen3",
+        **DECODER,
         absent={**QWEN, "head_dim": 128},
         implied={"qk_norm": "head"},
     ),

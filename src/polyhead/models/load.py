@@ -1,7 +1,8 @@
 """From a path or a name to a model and its tokenizer: Hugging Face directories and GGUF files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from polyhead.files.gguf import open_gguf
 from polyhead.files.hub import resolve
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.models import gguf
-from polyhead.models.config import from_hf
-from polyhead.models.model import HEADS, TaskModel, from_tensors
+from polyhead.models.assemble import from_tensors
+from polyhead.models.config import Config
+from polyhead.models.config_json import from_hf
+from polyhead.models.model import TaskModel
 from polyhead.models.registry import family_of
 from polyhead.text.tokenizer import Tokenizer
 
@@ -32,19 +35,29 @@ def load(
     device: torch.device | str | None = None,
     head: str | None = None,
     revision: str | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    problem: str | None = None,
+    tasks: Mapping[str, Any] | None = None,
 ) -> TaskModel:
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
     dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
-    GGUF's packed blocks become float32. device: None is the CPU. head: "lm" or "none"; None takes
-    it from the checkpoint's `architectures`. The model is in evaluation mode.
+    GGUF's packed blocks become float32. device: None is the CPU. head: "lm", "classify", "none"
+    and others; None takes it from the checkpoint's `architectures`. A head that is named here and
+    that the checkpoint does not have is drawn fresh, to be trained; `labels` are the names of its
+    classes, `problem` and `tasks` as in `Config`. The model is in evaluation mode.
 
     Raises ConfigError for what a config says that cannot be, FileError for broken files.
     """
     path = resolve(str(name), revision)
     data, tensors = read_checkpoint(path)
     config = from_hf(family_of(_model_type(data, path)).config, data)
-    model = from_tensors(config, tensors, _head(head, data), _dtype(dtype, data, path))
+    there = _head_of(config, data)
+    config = _told(config, labels, problem, tasks)
+    wanted = _asked(config, head, there)
+    is_new = wanted != there or (labels or tasks) is not None
+    model = from_tensors(config, tensors, wanted, _dtype(dtype, data, path), is_new)
     model.generation = read_json(path / "generation_config.json") if path.is_dir() else {}
     return model if device is None else _moved(model, device)
 
@@ -105,21 +118,36 @@ def _model_type(data: Mapping[str, Any], path: Path) -> str:
     return data["model_type"]
 
 
-def _head(asked: str | None, data: Mapping[str, Any]) -> str:
+def _told(
+    config: Config,
+    labels: Sequence[str] | None,
+    problem: str | None,
+    tasks: Mapping[str, Any] | None,
+) -> Config:
+    """The config with what the caller says of the head."""
+    said = {"labels": None if labels is None else tuple(labels), "problem": problem, "tasks": tasks}
+    return replace(config, **{name: value for name, value in said.items() if value is not None})
+
+
+def _head_of(config: Config, data: Mapping[str, Any]) -> str | None:
+    """The head that the checkpoint's `architectures` name; None for one not known here."""
+    row = config.row(config.model_type)
+    named = data.get("architectures") or [row.architecture(next(iter(row.heads), "none"))]
+    return row.head_of(str(named[0] if isinstance(named, list) else named))
+
+
+def _asked(config: Config, asked: str | None, there: str | None) -> str:
+    row = config.row(config.model_type)
     if asked is not None:
-        if asked not in HEADS:
-            raise ConfigError(f"head {asked!r} is not one of {', '.join(HEADS)}")
+        if asked != "none":
+            row.kind(asked)
         return asked
-    named = data.get("architectures") or ["ForCausalLM"]
-    architecture = str(named[0] if isinstance(named, list) else named)
-    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
-        return "lm"
-    if architecture.endswith("Model"):
-        return "none"
-    raise ConfigError(
-        f"architecture {architecture!r} has a head that is not supported; "
-        f"load it with head= one of {', '.join(HEADS)}"
-    )
+    if there is None:
+        raise ConfigError(
+            f"architecture {config.source['architectures']} has a head that is not supported; "
+            f"load it with head= one of {', '.join([*row.heads, 'none'])}"
+        )
+    return there
 
 
 def _dtype(

@@ -1,8 +1,7 @@
-"""A backbone and a head: built, called and saved alike in every family."""
+"""A backbone and a head: called and saved alike in every family."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,60 +10,109 @@ from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.safetensors import write_checkpoint
-from polyhead.models.config import Config, to_hf
-from polyhead.models.initialize import initialize
-from polyhead.models.keys import differ, to_ours, to_theirs
-from polyhead.models.registry import Family, family_of
-from polyhead.nn.head import LanguageHead
-
-HEADS = ("lm", "none")
+from polyhead.models.config import Config
+from polyhead.models.config_json import to_hf
+from polyhead.models.heads import within
+from polyhead.models.keys import Rules, to_theirs
+from polyhead.models.registry import family_of
+from polyhead.nn.head import Head, Heads, LanguageHead
 
 
 class TaskModel(nn.Module):
-    """A backbone with a head on it; without a head, the hidden states are the answer."""
+    """A backbone with a head on it; without a head, the hidden states are the answer.
 
-    def __init__(self, config: Config, backbone: nn.Module, head: nn.Module | None) -> None:
+    head_kind: the head's name, as `load` and `build` take it. pooler: the vector of a whole text,
+    where the checkpoint has one or the head reads it.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        backbone: nn.Module,
+        head: nn.Module | None,
+        pooler: nn.Module | None = None,
+        head_kind: str = "lm",
+    ) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
         self.head = head
+        self.pooler = pooler
+        self.head_kind = "none" if head is None else head_kind
         self.generation: dict[str, Any] = {}
         """What the checkpoint's `generation_config.json` holds."""
 
-    def forward(self, *inputs: Tensor, **named: Any) -> Tensor:
-        """The backbone's arguments; logits `[B, T, V]`, or hidden states without a head."""
-        hidden = self.backbone(*inputs, **named)
-        return hidden if self.head is None else self.head(hidden)
+    def forward(self, *inputs: Tensor, head: str | None = None, **named: Any) -> Tensor:
+        """The backbone's arguments; logits, or hidden states without a head.
+
+        head: which one, where the model has several.
+        """
+        mask = named.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
+        return self.answer(self.backbone(*inputs, **named), mask, head)
+
+    def answer(self, hidden: Tensor, attention_mask: Any = None, head: str | None = None) -> Tensor:
+        """The head's answer to hidden states `[B, T, E]` of the backbone."""
+        if self.head is None:
+            return hidden
+        top = self.head.pick(head) if isinstance(self.head, Heads) else self.head
+        reads_pooled = isinstance(top, Head) and top.reads_pooled
+        if reads_pooled:
+            assert self.pooler is not None
+            hidden = self.pooler(hidden)
+        needs_mask = isinstance(top, Head) and top.needs_mask
+        return top(hidden, attention_mask) if needs_mask else top(hidden)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Each text's vector in the space shared with images `[B, P]`, not yet of length 1."""
+        return self._tower("encode_text")(input_ids, attention_mask)
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """Each image's vector in the space shared with texts `[B, P]`, not yet of length 1."""
+        return self._tower("encode_image")(pixel_values)
+
+    def _tower(self, name: str) -> Any:
+        if not hasattr(self.backbone, name):
+            raise ConfigError(f"{self.config.model_type} has no {name}; that is for clip")
+        return getattr(self.backbone, name)
 
     def state_dict(self, *args: Any, **named: Any) -> dict[str, Any]:
         """Each weight once: a tied head's is the embedding's."""
         state = super().state_dict(*args, **named)
-        if self.is_tied:
-            prefix = named.get("prefix", "")
-            state.pop(f"{prefix}head.weight")
+        for name in self._tied():
+            state.pop(named.get("prefix", "") + name)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **named: Any) -> Any:
         """As torch's, and tied again afterwards."""
-        if self.is_tied:
-            state_dict = dict(state_dict)
-            state_dict["head.weight"] = state_dict["backbone.embedding.weight"]
+        if tied := self._tied():
+            shared = getattr(self.backbone, "embedding").weight  # noqa: B009
+            source = next(name for name, value in self.named_parameters() if value is shared)
+            state_dict = {**state_dict, **dict.fromkeys(tied, state_dict[source])}
         answer = super().load_state_dict(state_dict, *args, **named)
         self.tie()
         return answer
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head reads the embedding's weight."""
-        return isinstance(self.head, LanguageHead) and bool(
-            getattr(self.config, "tie_embeddings", False)
-        )
+        """Whether a head reads the embedding's weight."""
+        return bool(self._tied())
 
     def tie(self) -> None:
-        """Make a tied head share the embedding's weight (again)."""
-        if self.is_tied:
-            assert isinstance(self.head, LanguageHead)
-            self.head.tie(self.backbone.get_submodule("embedding"))  # pyright: ignore[reportArgumentType]
+        """Make tied heads share the embedding's weight (again)."""
+        for name in self._tied():
+            head = self.get_submodule(name.removesuffix(".weight"))
+            assert isinstance(head, LanguageHead)
+            head.tie(getattr(self.backbone, "embedding"))  # noqa: B009
+
+    def _tied(self) -> list[str]:
+        """The weights that are the embedding's."""
+        if self.head is None or not getattr(self.config, "tie_embeddings", False):
+            return []
+        return [
+            f"{name}.weight"
+            for name, part in self.head.named_modules(prefix="head")
+            if isinstance(part, LanguageHead)
+        ]
 
     @property
     def device(self) -> torch.device:
@@ -85,18 +133,19 @@ class TaskModel(nn.Module):
         data = to_hf(self.config)
         data["dtype"] = str(self.dtype).removeprefix("torch.")
         data.pop("torch_dtype", None)
-        if self.head is None:
-            family = family_of(self.config.model_type)
-            data["architectures"] = [family.headless(self.config.model_type)]
+        row = self.config.row(self.config.model_type)
+        named = data.get("architectures") or [""]
+        if row.head_of(str(named[0])) != self.head_kind:
+            data["architectures"] = [row.architecture(self.head_kind)]
         return data
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """The weights under Hugging Face's names."""
-        family = family_of(self.config.model_type)
         own = {name.removeprefix("backbone."): tensor for name, tensor in self.state_dict().items()}
-        theirs = to_theirs(family.rules(self.config), own)
+        theirs = to_theirs(checkpoint_rules(self.config, self.head_kind), own)
         if self.head is None:
-            return {name.removeprefix(family.prefix): value for name, value in theirs.items()}
+            prefix = self.config.row(self.config.model_type).prefix
+            return {name.removeprefix(prefix): value for name, value in theirs.items()}
         return theirs
 
     def save(self, directory: str | Path, force: bool = False) -> None:
@@ -121,89 +170,21 @@ class TaskModel(nn.Module):
             (folder / "generation_config.json").unlink(missing_ok=True)
 
 
+def checkpoint_rules(config: Config, head: str) -> Rules:
+    """The checkpoint map of a model with a head, whose parts stand under `head.`."""
+    rules = family_of(config.model_type).rules(config)
+    if head == "none":
+        return rules
+    return (*rules, *within("head.", config.row(config.model_type).kind(head).rules(config)))
+
+
 def require_causal(model: TaskModel) -> None:
     """Raise ConfigError unless the model predicts each token from those before it."""
-    if model.head is None:
+    if model.head is None or model.head_kind != "lm":
         raise ConfigError("the model has no language head; load it with head='lm'")
     kind = getattr(model.config, "kind", "decoder")
-    if kind != "decoder":
-        raise ConfigError(
-            f"the model is an {kind}; this needs a decoder: build it with kind=decoder"
-        )
-
-
-def build(family: str, *, seed: int | None = None, **fields: Any) -> TaskModel:
-    """A fresh model from its config's fields; a tied or untied language head as the config says.
-
-    seed: of the weights; None draws from torch's global state.
-    """
-    kind = family_of(family)
-    config = kind.config.fresh(family, **fields)
-    if seed is None:
-        return assemble(kind, config, "lm")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return assemble(kind, config, "lm")
-
-
-def assemble(family: Family, config: Config, head: str) -> TaskModel:
-    """Backbone and head of a config, with fresh weights (none on the meta device)."""
-    backbone = family.backbone(config)
-    top = family.head(config) if head == "lm" else None
-    model = TaskModel(config, backbone, top)
-    if not any(parameter.is_meta for parameter in model.parameters()):
-        initialize(model, getattr(config, "num_layers", 1), getattr(config, "init_std", 0.02))
-    model.tie()
-    return model
-
-
-def from_tensors(
-    config: Config, tensors: Mapping[str, Tensor], head: str, dtype: torch.dtype | None
-) -> TaskModel:
-    """A model that takes Hugging Face's tensors as its weights, without copying where it can."""
-    family = family_of(config.model_type)
-    if not any(name.startswith(family.prefix) for name in tensors):
-        tensors = _Prefixed(tensors, family.prefix)
-    if differ(family.rules(config), tensors):
-        # Said to be tied, but trained apart: transformers believes the tensors, too.
-        config = replace(config, tie_embeddings=False)
-    with torch.device("meta"):
-        model = assemble(family, config, head)
-    shapes = {
-        name.removeprefix("backbone."): value.shape for name, value in model.state_dict().items()
-    }
-    rules = family.rules(config)
-    if head == "none":
-        tensors = {name: tensors[name] for name in tensors if name.startswith(family.prefix)}
-    ours = to_ours(rules, tensors, shapes)
-    state = {
-        name if name.startswith("head.") else f"backbone.{name}": _ready(tensor, dtype)
-        for name, tensor in ours.items()
-    }
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
-class _Prefixed(Mapping[str, Tensor]):
-    """The tensors of a bare backbone, under the names they have below a head."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
-        self._tensors, self._prefix = tensors, prefix
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name.removeprefix(self._prefix)]
-
-    def __iter__(self) -> Iterator[str]:
-        return (n if n.startswith("lm_head.") else self._prefix + n for n in self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def _ready(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is not None:
-        tensor = tensor.to(dtype)
-    return tensor.contiguous()
+    if kind not in ("decoder", "image-text"):
+        raise ConfigError(f"the model is of the kind {kind}; this needs a decoder, such as gpt2")
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:

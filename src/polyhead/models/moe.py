@@ -10,17 +10,16 @@ from torch import nn
 from polyhead.errors import ConfigError
 from polyhead.models.config import Row, hf
 from polyhead.models.keys import Rule, Rules
-from polyhead.models.llama import ATTENTION, FEEDFORWARD, PREFIX, Llama, head_rules
-from polyhead.models.llama_config import PLAIN, LlamaConfig
+from polyhead.models.llama import ATTENTION, FEEDFORWARD, Llama
+from polyhead.models.llama_config import DECODER, PLAIN, LlamaConfig
 from polyhead.nn.feedforward import GatedFeedForward
 from polyhead.nn.moe import MixtureOfExperts
-
-__all__ = ["PREFIX", "MoE", "MoEConfig", "rules"]
 
 ROWS = (
     Row(
         "mixtral",
-        "MixtralForCausalLM",
+        "Mixtral",
+        **DECODER,
         absent={
             "num_key_value_heads": 8,
             "max_position_embeddings": 131072,
@@ -33,7 +32,8 @@ ROWS = (
     ),
     Row(
         "qwen2_moe",
-        "Qwen2MoeForCausalLM",
+        "Qwen2Moe",
+        **DECODER,
         absent={
             "num_key_value_heads": 16,
             "max_position_embeddings": 32768,
@@ -50,7 +50,8 @@ ROWS = (
     ),
     Row(
         "qwen3_moe",
-        "Qwen3MoeForCausalLM",
+        "Qwen3Moe",
+        **DECODER,
         absent={
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
@@ -66,7 +67,8 @@ ROWS = (
     ),
     Row(
         "olmoe",
-        "OlmoeForCausalLM",
+        "Olmoe",
+        **DECODER,
         absent={
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
@@ -164,5 +166,4 @@ def rules(config: MoEConfig) -> Rules:
         ),
         Rule(f"{moe}shared_expert_gate.weight", "layers.{i}.ffn.shared_gate.weight"),
         *FEEDFORWARD,
-        *head_rules(config),
     )

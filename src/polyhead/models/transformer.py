@@ -170,12 +170,8 @@ class Transformer(nn.Module):
         return caches
 
 
-PREFIX = "transformer."
-
-
 def rules(config: TransformerConfig) -> Rules:
     """The checkpoint map: our own names below a prefix."""
     with torch.device("meta"):
         names = list(Transformer(config).state_dict())
-    head = () if config.tie_embeddings else (Rule("head.weight", "head.weight"),)
-    return (*(Rule(PREFIX + name, name) for name in names), *head)
+    return tuple(Rule("transformer." + name, name) for name in names)

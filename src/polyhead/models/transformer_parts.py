@@ -6,6 +6,7 @@ from torch import nn
 
 from polyhead.errors import ConfigError
 from polyhead.models.config import Config, Row, hf
+from polyhead.models.heads import language, last_token_classifier, token_classifier
 from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
 from polyhead.nn.mask import Mask
 from polyhead.nn.moe import MixtureOfExperts
@@ -14,7 +15,12 @@ from polyhead.nn.patterns import big_bird, strided
 from polyhead.nn.position import Alibi, LearnedPositions, Position, SinusoidalPositions, T5Bias
 from polyhead.nn.rotary import Rotary
 
-ROWS = (Row("transformer", "TransformerLMHeadModel"),)
+HEADS = {
+    "lm": language("LMHeadModel", "transformer.embedding.weight", "head.weight"),
+    "classify": last_token_classifier(),
+    "tag": token_classifier(),
+}
+ROWS = (Row("transformer", "Transformer", "transformer.", HEADS),)
 CHOICES = {
     "kind": ("encoder-decoder", "decoder", "encoder"),
     "position": ("sinusoidal", "learned", "rotary", "alibi", "t5", "shaw", "none"),
