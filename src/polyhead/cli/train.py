@@ -205,7 +205,7 @@ def make_model(
 ) -> "TaskModel":
     """A fresh model: what --set says, the tokenizer's size, the context, and small sizes."""
     from polyhead.cli.fields import config_fields, parse_fields
-    from polyhead.models.model import build
+    from polyhead.models.assemble import build
     from polyhead.models.registry import family_of
 
     kind = family_of(family).config
