@@ -87,7 +87,7 @@ def load_tokens(
     Documents end with the tokenizer's `eos_id`, or else its `sep_id`, where it has one. An empty
     corpus and ids of `vocab_size` or more raise DataError.
     """
-    source = _kept(source)
+    source = kept(source)
     digest = _digest(source, tokenizer)
     folder = Path(cache) / digest[:32]
     # Folders of the first release say nothing of documents; their tokens are the same.
@@ -131,7 +131,7 @@ def documents(source: Source) -> Iterator[str]:
             text.clear()
 
 
-def _kept(source: Source) -> _Kept:
+def kept(source: Source) -> _Kept:
     """A source that can be read more than once."""
     if isinstance(source, str | os.PathLike | Sequence):
         return source
