@@ -9,16 +9,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.cache import (
-    Cache,
-    Caches,
-    CrossCache,
-    GrowingCache,
-    RollingCache,
-    StaticCache,
-)
+from polyhead.nn.cache import Cache, Caches, CrossCache, GrowingCache, StaticCache
 from polyhead.nn.mask import Mask
 from polyhead.nn.position import Position
+from polyhead.nn.rolling import RollingCache
 from polyhead.nn.rotary import Rotary
 
 CLOSE = dict(atol=1e-5, rtol=0.0)
@@ -250,3 +244,39 @@ def test_a_call_by_itself_may_name_its_positions(kind: str) -> None:
     with pytest.raises(ValueError, match="go on"):
         attention(x[:, :1], mask=mask, at=torch.tensor([[3]]), cache=caches[kind])
     assert caches[kind].lengths.tolist() == [9, 9]
+
+
+@kinds
+@positions
+def test_rows_that_are_selected_go_on_as_they_were(kind: str, position: str) -> None:
+    attention, at = layer_of(position)
+    x, rows = torch.randn(3, T, E), [2, 0, 2, 1, 1]
+    caches = Caches([CACHES[kind](3)])
+    keep = torch.arange(8) < torch.tensor([[8], [3], [6]])
+    places = caches.begin(8, keep)
+    attention(x[:, :8], mask=MASK[kind], position=at, at=places, cache=caches[0])
+    caches.end()
+    caches.select(rows)
+    assert caches.lengths.tolist() == [6, 8, 6, 3, 3]
+    step = torch.randn(5, 1, E)
+    selected = attention(step, mask=MASK[kind], position=at, cache=caches[0])
+    for row, source in enumerate(rows):
+        alone = Caches([CACHES[kind](1)])
+        held = int(keep[source].sum())
+        attention(x[source : source + 1, :held], mask=MASK[kind], position=at, cache=alone[0])
+        expected = attention(step[row : row + 1], mask=MASK[kind], position=at, cache=alone[0])
+        assert_close(selected[row : row + 1], expected, **CLOSE)
+
+
+def test_beams_share_the_memory_of_their_text() -> None:
+    attention, _ = layer_of("none")
+    memory, x = torch.randn(3, 7, E), torch.randn(3, 1, E)
+    seen = Mask(keep=torch.arange(7) < torch.tensor([[7], [2], [5]]))
+    cache = CrossCache()
+    attention(x, memory, seen, cache=cache)
+    step = torch.randn(6, 1, E)
+    shared = attention(step, memory, seen, cache=cache)
+    for row in range(6):
+        source = slice(row // 2, row // 2 + 1)
+        alone = Mask(keep=seen.keep[source])  # pyright: ignore[reportOptionalSubscript]
+        assert_close(shared[row : row + 1], attention(step[row : row + 1], memory[source], alone))

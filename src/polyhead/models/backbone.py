@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from polyhead.nn.cache import Cache, Caches, GrowingCache, RollingCache, StaticCache
+from polyhead.nn.cache import Cache, Caches, GrowingCache, StaticCache
 from polyhead.nn.mask import Lowered, Mask, as_mask
 from polyhead.nn.position import Position
+from polyhead.nn.rolling import RollingCache
 
 CAUSAL = Mask(causal=True)
 

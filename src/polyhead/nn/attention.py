@@ -79,7 +79,8 @@ class MultiHeadAttention(nn.Module):
     ) -> Tensor:
         """`[B, T, E]` to `[B, T, E]`.
 
-        memory `[B, K, kv_dim]` makes it cross-attention. `at` `[B|1, T]` are the positions of
+        memory `[B, K, kv_dim]` makes it cross-attention; a cached one of fewer rows serves each
+        an equal share of the tokens x `[B, 1, E]`. `at` `[B|1, T]` are the positions of
         x, None: those after what the cache holds. Outside a `Caches.begin`, a cache is begun and
         ended here. A `Lowered` mask is taken as it is; a `Mask`
         is placed over the cache first.
@@ -101,11 +102,17 @@ class MultiHeadAttention(nn.Module):
                 mask = cache.place(mask, at)
             mask = mask.lower(q.shape[2], k.shape[2], q.device)
         bias = None if position is None else position.bias(q, k, at, keys_at, self)
+        sharing = len(q) // len(k)
+        if sharing > 1:
+            # Rows that share a memory, as beams of one text do, are queries side by side.
+            q = q.unflatten(0, (-1, sharing)).transpose(1, 2).flatten(2, 3)
 
         if self.probes or (position is not None and position.has_values):
             heads = self._explicit(q, k, v, mask, bias, position, at, keys_at)
         else:
             heads = attend(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
+        if sharing > 1:
+            heads = heads.unflatten(2, (sharing, -1)).transpose(1, 2).flatten(0, 1)
         return self.out(heads.transpose(1, 2).flatten(2))
 
     def _alone(

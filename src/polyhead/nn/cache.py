@@ -15,6 +15,8 @@ from polyhead.nn.mask import Mask
 class Cache:
     """What attention asks of a cache. Keys and values are `[B, G, T, D]`."""
 
+    k: Tensor  # the buffers, whose first dimension are the rows
+    v: Tensor
     lengths: Tensor  # [B] int64, tokens held; `Caches` shares one tensor among the layers
     uniform: int | None = None  # the length of all rows, where the host knows it
     is_open = False  # between `Caches.begin` and `Caches.end`
@@ -43,6 +45,10 @@ class Cache:
     def check_truncation(self) -> None:
         """Raise ValueError where going back to fewer tokens would not leave them as they were."""
 
+    def select(self, rows: Tensor) -> None:
+        """Hold these rows `[N]` of what is held, in their order; a row may come several times."""
+        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+
 
 class StaticCache(Cache):
     """Buffers of `max_len` positions, allocated once: a decode step has fixed shapes."""
@@ -57,7 +63,7 @@ class StaticCache(Cache):
         self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
 
     def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        _write(self.k, self.v, k, v, at)
+        write(self.k, self.v, k, v, at)
         return self.k[:, :, :-1], self.v[:, :, :-1]
 
     def keys_at(self, at: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ class GrowingCache(Cache):
 
     def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         if self.uniform is None or self.longest - self.uniform != k.shape[2]:
-            _write(self.k, self.v, k, v, at)
+            write(self.k, self.v, k, v, at)
         else:
             self.k[:, :, self.uniform : self.longest] = k
             self.v[:, :, self.uniform : self.longest] = v
@@ -95,55 +101,6 @@ class GrowingCache(Cache):
             self.k, self.v = (_grown(x, max(length, 2 * capacity)) for x in (self.k, self.v))
 
 
-class RollingCache(Cache):
-    """A ring of the last `window` positions, for layers that see no further back."""
-
-    def __init__(
-        self, batch: int, num_kv_heads: int, head_dim: int, window: int, like: Tensor
-    ) -> None:
-        self.window = window
-        shape = (batch, num_kv_heads, window + 1, head_dim)
-        self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=like.device)
-        self.wrapped = False
-
-    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        last = at.max(1, keepdim=True).values
-        slots = torch.where((at >= 0) & (at > last - self.window), at % self.window, -1)
-        if at.shape[1] == 1:
-            _write(self.k, self.v, k, v, slots)
-            return self.k[:, :, :-1], self.v[:, :, :-1]
-        # Several tokens: the first of them sees what the last of them will overwrite.
-        seen_k = torch.cat([self.k[:, :, :-1], k], dim=2)
-        seen_v = torch.cat([self.v[:, :, :-1], v], dim=2)
-        _write(self.k, self.v, k, v, slots)
-        return seen_k, seen_v
-
-    def keys_at(self, at: Tensor) -> Tensor:
-        before = self.lengths[:, None] - 1
-        if at.shape[1] == 1:
-            return self._ring(torch.maximum(before, at))
-        return torch.cat([self._ring(before), at], dim=1)
-
-    def place(self, mask: Mask, at: Tensor) -> Mask:
-        return mask.placed(self.lengths, self.keys_at(at))
-
-    def reserve(self, length: int) -> None:
-        self.wrapped = self.wrapped or length > self.window
-
-    def check_truncation(self) -> None:
-        if self.wrapped:
-            raise ValueError(
-                f"a rolling cache of {self.window} has forgotten what truncation would need; "
-                "start again from the prompt"
-            )
-
-    def _ring(self, last: Tensor) -> Tensor:
-        """Positions `[B, window]` of the slots when `last` `[B, 1]` is the newest position."""
-        slots = torch.arange(self.window, device=last.device)
-        return (last - (last - slots) % self.window).clamp(min=-1)
-
-
 class CrossCache(Cache):
     """Keys and values of a memory that does not change: projected once, read at every step."""
 
@@ -153,6 +110,11 @@ class CrossCache(Cache):
         """Hold these; returns them."""
         self.held = (k, v)
         return self.held
+
+    def select(self, rows: Tensor) -> None:
+        if self.held is not None:
+            k, v = self.held
+            self.held = (k.index_select(0, rows), v.index_select(0, rows))
 
 
 class Caches(Sequence[Cache]):
@@ -219,6 +181,23 @@ class Caches(Sequence[Cache]):
         self.lengths.copy_(torch.tensor(kept))
         self.sync()
 
+    def select(self, rows: Sequence[int], memories: Sequence[int] | None = None) -> None:
+        """Go on with these rows, in their order; a row may come several times.
+
+        memories: rows of the cross-attention caches, each of which serves an equal share of the
+        rows; None leaves them as they are.
+        """
+        index = torch.tensor(rows, device=self.lengths.device)
+        self.lengths = self.lengths[index]
+        for layer in self.layers:
+            layer.select(index)
+            layer.lengths = self.lengths
+        if memories is not None:
+            for cross in self.cross:
+                cross.select(torch.tensor(memories, device=index.device))
+        self._rows = [self._rows[row] for row in rows]
+        self._know()
+
     def sync(self) -> None:
         """Learn the lengths from the device, after compiled or recorded steps changed them."""
         self._rows: list[int] = self.lengths.tolist()
@@ -238,7 +217,8 @@ class Caches(Sequence[Cache]):
             layer.uniform = self._rows[0] if even else None
 
 
-def _write(k_into: Tensor, v_into: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
+def write(k_into: Tensor, v_into: Tensor, k: Tensor, v: Tensor, at: Tensor) -> None:
+    """Put new keys and values into the slots `at` `[B, T]`; slot -1 is read by nobody."""
     rows = torch.arange(len(at), device=at.device)[:, None]
     k_into[rows, :, at] = k.transpose(1, 2)
     v_into[rows, :, at] = v.transpose(1, 2)

@@ -186,3 +186,12 @@ class SinusoidalPositions(nn.Module):
         half = torch.arange(0, self.d_model, 2, device=at.device)
         turns = at[..., None].float() * (10000.0 ** (-half.float() / self.d_model))
         return torch.stack([turns.sin(), turns.cos()], dim=-1).flatten(-2)[..., : self.d_model]
+
+
+class MarianPositions(SinusoidalPositions):
+    """All sines, then all cosines, as Marian's files store them (Junczys-Dowmunt et al. 2018)."""
+
+    def forward(self, at: Tensor) -> Tensor:
+        half = torch.arange(0, self.d_model, 2, device=at.device, dtype=torch.float64)
+        turns = at[..., None] * (10000.0 ** (-half / self.d_model))
+        return torch.cat([turns.sin(), turns.cos()[..., : self.d_model // 2]], dim=-1).float()
