@@ -45,6 +45,7 @@ class Progress:
     config: TrainConfig
     corpus: str
     valid_loss: float | None = None
+    score: float | None = None
     sums: Mapping[str, float] | None = None
 
 
@@ -95,10 +96,17 @@ def latest(run: Path) -> Path | None:
 
 
 def best(run: Path) -> Path | None:
-    """The kept checkpoint of lowest validation loss, None where none was validated."""
-    losses = {path: _valid_loss(path) for path in _all(run / "checkpoints")}
-    known = {path: loss for path, loss in losses.items() if loss is not None}
-    return min(known, key=lambda path: known[path]) if known else None
+    """The kept checkpoint of highest score or else of lowest validation loss, None where none was
+    validated."""
+    ranks = {path: _rank(path) for path in _all(run / "checkpoints")}
+    known = {path: rank for path, rank in ranks.items() if rank is not None}
+    return max(known, key=lambda path: known[path]) if known else None
+
+
+def best_score(run: Path) -> float | None:
+    """The highest score of the kept checkpoints, None where none has one."""
+    scores = [_validated(path).get("score") for path in _all(run / "checkpoints")]
+    return max((score for score in scores if score is not None), default=None)
 
 
 def clean(run: Path) -> None:
@@ -144,7 +152,8 @@ def restore(
         for name, value in rest.items():
             own[name].copy_(value)
     _set_rng(state["rng"], tensors)
-    return Progress(state["step"], old, corpus, state["valid_loss"], state["sums"])
+    score = state.get("score")
+    return Progress(state["step"], old, corpus, state["valid_loss"], score, state["sums"])
 
 
 def _tensors(
@@ -174,6 +183,7 @@ def _state(progress: Progress) -> dict[str, Any]:
         "config": progress.config.to_dict(),
         "corpus": progress.corpus,
         "valid_loss": progress.valid_loss,
+        "score": progress.score,
         "sums": dict(progress.sums or {}),
         "rng": {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]},
     }
@@ -259,11 +269,20 @@ def _all(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{_MANIFEST}"))
 
 
-def _valid_loss(checkpoint: Path) -> float | None:
+def _rank(checkpoint: Path) -> tuple[bool, float] | None:
+    """What is better is larger: any score before all losses."""
+    found = _validated(checkpoint)
+    score, loss = found.get("score"), found.get("valid_loss")
+    if score is not None:
+        return True, score
+    return None if loss is None else (False, -loss)
+
+
+def _validated(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / _TRAINER / "state.json").read_text())["valid_loss"]
-    except (OSError, ValueError, KeyError):
-        return None
+        return json.loads((checkpoint / _TRAINER / "state.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _prune(folder: Path, keep: int) -> None:

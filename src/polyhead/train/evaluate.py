@@ -12,8 +12,9 @@ from polyhead.errors import ConfigError, DataError
 from polyhead.generate.mode import evaluating
 from polyhead.generate.score import summed_nats
 from polyhead.train.corpus import Source, Tokens, check_ids, documents
-from polyhead.train.data import window_batch
+from polyhead.train.data import Dataset, once, window_batch
 from polyhead.train.objectives import Objective, causal_lm
+from polyhead.train.registry import Metric
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,31 @@ def score_tokens(
             nll += float(loss.parts.get("loss", loss.total))
             scored += loss.tokens
     return Score(nll, scored, scored * tokens.bytes_per_token)
+
+
+def score_dataset(
+    model: Any,
+    dataset: Dataset,
+    objective: Objective,
+    metric: Metric | None,
+    batch_size: int,
+    batches: int = 0,
+) -> dict[str, float]:
+    """`loss`, a mean over what counts, and the metric's figures, of `batches` batches or (0) all
+    rows, each once."""
+    total, counted = 0.0, 0
+    answers: list[tuple[torch.Tensor, ...]] = []
+    device = next(model.parameters()).device
+    with torch.inference_mode(), evaluating(model):
+        for batch in once(dataset, batch_size, batches):
+            loss = objective(model, batch.to(device))
+            total += float(loss.parts.get("loss", loss.total))
+            counted += loss.tokens
+            answers.append(tuple(answer.cpu() for answer in loss.answers))
+        if counted == 0:
+            raise DataError("nothing that is held out counts: every label is masked")
+        figures = {} if metric is None else metric(model, dataset, answers)
+    return {"loss": total / counted, **figures}
 
 
 def _check_window(context: int, stride: int, limit: int | None) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from polyhead.files.disk import atomic_file
 
-TIMES = ("seconds", "tokens_per_second", "memory_bytes")
+TIMES = ("seconds", "tokens_per_second", "rows_per_second", "memory_bytes")
 """Fields of a log line that a resumed run need not repeat."""
 
 
@@ -106,8 +106,8 @@ class View:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def step(self, step: int, loss: float, bits_per_byte: float, speed: float) -> None:
-        """Move the bar; cheap enough for every step."""
+    def step(self, step: int, loss: float, bits_per_byte: float | None, speed: float) -> None:
+        """Move the bar; cheap enough for every step. Speed is in tokens, or rows without bytes."""
         if self.live:
             figures = self._figures(step, loss, bits_per_byte, speed)
             self.bar.update(self.task, completed=step, figures=figures)
@@ -118,27 +118,36 @@ class View:
         if "sample" in record:
             self.say(f"step {step}  sample: {record['sample']}")
         elif "valid_loss" in record:
-            self.valid = f"  held out {record['valid_bits_per_byte']:.3f}"
-            self.say(
-                f"step {step}  held-out loss {record['valid_loss']:.4f}  "
-                f"{record['valid_bits_per_byte']:.4f} bits per byte"
-            )
+            names = [name for name in record if name.startswith("valid_")]
+            shown = [f"{_spoken(name)} {record[name]:.4f}" for name in names]
+            if "valid_bits_per_byte" in record:
+                shown[1] = f"{record['valid_bits_per_byte']:.4f} bits per byte"
+            best = record[names[min(1, len(names) - 1)]]
+            self.valid = f"  held out {best:.3f}"
+            self.say(f"step {step}  held-out {'  '.join(shown)}")
         elif "loss" in record and not self.live:
-            speed = record["tokens_per_second"]
-            figures = self._figures(step, record["loss"], record["bits_per_byte"], speed)
+            speed = record.get("tokens_per_second", record.get("rows_per_second", 0.0))
+            bits = record.get("bits_per_byte")
+            figures = self._figures(step, record["loss"], bits, speed)
             self.say(f"step {step}/{self.steps}  {figures}")
 
     def say(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def _figures(self, step: int, loss: float, bits_per_byte: float, speed: float) -> str:
+    def _figures(self, step: int, loss: float, bits_per_byte: float | None, speed: float) -> str:
         done = max(1, step - self.first)
         left = (time.monotonic() - self.began) / done * (self.steps - step)
         minutes, seconds = divmod(round(left), 60)
         hours, minutes = divmod(minutes, 60)
         clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+        bits = "" if bits_per_byte is None else f"  {bits_per_byte:.3f} bits per byte"
+        unit = "rows" if bits_per_byte is None else "tokens"
         return (
-            f"loss {loss:.4f}  {bits_per_byte:.3f} bits per byte{self.valid if self.live else ''}  "
-            f"{speed:,.0f} tokens/s  {clock} left"
+            f"loss {loss:.4f}{bits}{self.valid if self.live else ''}  "
+            f"{speed:,.0f} {unit}/s  {clock} left"
         )
+
+
+def _spoken(name: str) -> str:
+    return name.removeprefix("valid_").replace("_", " ")

@@ -1,7 +1,9 @@
 """The objectives by name: what each asks of the data and of the model, and what it measures."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 from polyhead.errors import ConfigError
@@ -56,3 +58,39 @@ def objective_named(name: str) -> ObjectiveKind:
     if name not in OBJECTIVES:
         raise ConfigError(f"objective {name!r} is not one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of an objective: those that were given, and what its two parts are to be passed."""
+
+    given: Mapping[str, Any]
+    dataset: Mapping[str, Any]
+    loss: Mapping[str, Any]
+
+
+def settled(kind: ObjectiveKind, given: Mapping[str, Any]) -> Options:
+    """Options with the defaults of what was not given. ConfigError for unknown names and types."""
+    known = {**kind.dataset_options, **kind.loss_options}
+    for name, value in given.items():
+        if name not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"{kind.name} has no option {name!r}; {has}")
+        default = known[name]
+        is_number = isinstance(default, float) and type(value) is int
+        if default is not None and type(value) is not type(default) and not is_number:
+            wanted = type(default).__name__
+            raise ConfigError(f"option {name} is {value!r}: it must be of type {wanted}")
+    parts = [
+        {name: given.get(name, default) for name, default in some.items()}
+        for some in (kind.dataset_options, kind.loss_options)
+    ]
+    return Options(dict(given), *parts)
+
+
+def sealed(kind: ObjectiveKind, options: Options, digest: str) -> str:
+    """What a checkpoint knows its data by: what it is, and what is asked of it."""
+    if kind.name == "causal-lm":
+        return digest
+    said = json.dumps([kind.name, dict(options.dataset), dict(options.loss)], default=str)
+    return sha256(f"{said} {digest}".encode()).hexdigest()
