@@ -15,7 +15,8 @@ from polyhead.nn.moe import Experts
 def initialize(model: nn.Module, num_layers: int, std: float = 0.02) -> None:
     """Normal with `std`, biases zero; what adds to the residual, std / sqrt(2 layers).
 
-    (Radford et al. 2019, section 2.3.) Norms stay as made.
+    (Radford et al. 2019, section 2.3.) Norms stay as made. A module that has an `initialize` of
+    its own begins by that, as T5 does, whose scores are not scaled.
     """
     residual = std / math.sqrt(2 * num_layers)
     for module in model.modules():
@@ -36,3 +37,7 @@ def initialize(model: nn.Module, num_layers: int, std: float = 0.02) -> None:
             nn.init.normal_(module.down.weight, std=residual)
         elif isinstance(module, Experts):
             nn.init.normal_(module.down, std=residual)
+    for module in model.modules():
+        own = getattr(module, "initialize", None)
+        if callable(own):
+            own()

@@ -1,4 +1,4 @@
-"""Marian: the transformer of the paper as OPUS' translators have it (Tiedemann and Thottingal 2020).
+"""Marian: the transformer of the paper, as the translators of OPUS have it (Tiedemann et al. 2020).
 
 Two stacks of models/transformer.py, post-norm, with sinusoids that are not interleaved and a bias
 on the logits (Junczys-Dowmunt et al. 2018).

@@ -4,6 +4,7 @@ Version 1.0 has ReLU and one embedding for both ends, whose logits are scaled; v
 have a gated GELU and a head of their own (Shazeer 2020, Chung et al. 2022).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,7 +28,7 @@ from polyhead.nn.norm import RMSNorm
 from polyhead.nn.position import T5Bias
 
 ENCODER = "T5EncoderModel"
-QKVO = ("q", "k", "v", "out")
+PARTS = (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))
 
 
 def make_head(config: "T5Config") -> LanguageHead:
@@ -39,7 +40,9 @@ def make_head(config: "T5Config") -> LanguageHead:
 
 
 HEADS = {
-    "lm": HeadKind("ForConditionalGeneration", make_head, language(embedding="shared.weight").rules),
+    "lm": HeadKind(
+        "ForConditionalGeneration", make_head, language(embedding="shared.weight").rules
+    ),
     "none": HeadKind("EncoderModel", lambda config: nn.Identity()),
 }
 ROWS = (
@@ -214,31 +217,31 @@ class T5(EncoderDecoder):
 
 def rules(config: T5Config) -> Rules:
     """The checkpoint map."""
-    stacks = ["encoder"] if config.kind == "encoder" else ["encoder", "decoder"]
     found: list[Rule | Dropped | Tied] = [Rule("shared.weight", "embedding.weight")]
-    for stack in stacks:
-        layer, ours = stack + ".block.{i}.layer.", stack + ".layers.{i}."
-        ffn = 2 if stack == "decoder" else 1
-        attentions = [("0.SelfAttention.", "attention."), ("1.EncDecAttention.", "cross.")][:ffn]
-        linear: list[tuple[str, str]] = [
-            (theirs + t, mine + o) for theirs, mine in attentions for t, o in zip("qkvo", QKVO)
-        ]
-        up = [("wi_0", "gate"), ("wi_1", "up")] if config.gated else [("wi", "up")]
-        linear += [(f"{ffn}.DenseReluDense.{t}", f"ffn.{o}") for t, o in [*up, ("wo", "down")]]
-        norms = ["attention_norm", "cross_norm"][:ffn] + ["ffn_norm"]
-        linear += [(f"{n}.layer_norm", norm) for n, norm in enumerate(norms)]
-        found += [Rule(f"{layer}{t}.weight", f"{ours}{o}.weight") for t, o in linear]
-        found += [
-            Rule(
-                f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-                f"{stack}.relative.table.weight",
-            ),
-            Rule(f"{stack}.final_layer_norm.weight", f"{stack}.norm.weight"),
-            Tied(f"{stack}.embed_tokens.weight", "shared.weight"),
-        ]
+    found += _stack_rules("encoder", (("0.SelfAttention", "attention"),), config)
+    if config.kind == "encoder-decoder":
+        both = (("0.SelfAttention", "attention"), ("1.EncDecAttention", "cross"))
+        found += _stack_rules("decoder", both, config)
     # Early files hold a table of the cross-attention that nothing reads.
     return (
         *found,
         Dropped("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"),
     )
 
+
+def _stack_rules(stack: str, attentions: Sequence[tuple[str, str]], config: T5Config) -> Rules:
+    ffn = len(attentions)
+    up = (("wi_0", "gate"), ("wi_1", "up")) if config.gated else (("wi", "up"),)
+    pairs = [(f"{ffn}.DenseReluDense.{t}", f"ffn.{o}") for t, o in (*up, ("wo", "down"))]
+    for number, (theirs, ours) in enumerate(attentions):
+        pairs += [(f"{theirs}.{t}", f"{ours}.{o}") for t, o in PARTS]
+        pairs.append((f"{number}.layer_norm", f"{ours}_norm"))
+    pairs.append((f"{ffn}.layer_norm", "ffn_norm"))
+    layer, ours = stack + ".block.{i}.layer.", stack + ".layers.{i}."
+    table = f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    return (
+        *(Rule(f"{layer}{t}.weight", f"{ours}{o}.weight") for t, o in pairs),
+        Rule(table, f"{stack}.relative.table.weight"),
+        Rule(f"{stack}.final_layer_norm.weight", f"{stack}.norm.weight"),
+        Tied(f"{stack}.embed_tokens.weight", "shared.weight"),
+    )

@@ -12,7 +12,14 @@ from polyhead.nn.mask import Mask
 from polyhead.nn.moe import MixtureOfExperts
 from polyhead.nn.norm import NORMS
 from polyhead.nn.patterns import big_bird, strided
-from polyhead.nn.position import Alibi, LearnedPositions, Position, SinusoidalPositions, T5Bias
+from polyhead.nn.position import (
+    Alibi,
+    LearnedPositions,
+    MarianPositions,
+    Position,
+    SinusoidalPositions,
+    T5Bias,
+)
 from polyhead.nn.rotary import Rotary
 
 HEADS = {
@@ -23,7 +30,7 @@ HEADS = {
 ROWS = (Row("transformer", "Transformer", "transformer.", HEADS),)
 CHOICES = {
     "kind": ("encoder-decoder", "decoder", "encoder"),
-    "position": ("sinusoidal", "learned", "rotary", "alibi", "t5", "shaw", "none"),
+    "position": ("sinusoidal", "marian", "learned", "rotary", "alibi", "t5", "shaw", "none"),
     "norm": tuple(NORMS),
     "activation": tuple(ACTIVATIONS),
     "pattern": ("none", "strided", "big_bird"),
@@ -36,7 +43,7 @@ class TransformerConfig(Config):
 
     num_layers: of each stack. window: keys a query sees. pattern: strided by `stride`, or
     big_bird with `window`, `num_global` and `num_random`. num_experts: 0 for none.
-    max_distance: of Shaw's and T5's tables.
+    max_distance: of Shaw's and T5's tables. attention_dropout: None is as dropout.
     """
 
     vocab_size: int = hf("vocab_size")
@@ -68,6 +75,7 @@ class TransformerConfig(Config):
     scale_embeddings: bool = hf("scale_embeddings", default=True)
     tie_embeddings: bool = hf("tie_embeddings", default=True)
     dropout: float = hf("dropout", default=0.0)
+    attention_dropout: float | None = hf("attention_dropout", default=None)
     init_std: float = hf("init_std", default=0.02)
 
     def __post_init__(self) -> None:
@@ -107,6 +115,8 @@ def absolute_position(config: TransformerConfig) -> nn.Module | None:
     """What is added to the embeddings, if anything."""
     if config.position == "sinusoidal":
         return SinusoidalPositions(config.d_model)
+    if config.position == "marian":
+        return MarianPositions(config.d_model)
     if config.position == "learned":
         return LearnedPositions(config.max_seq_len, config.d_model)
     return None
