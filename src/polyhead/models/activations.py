@@ -11,6 +11,7 @@ ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
     "relu2": "relu2",
+    "quick_gelu": "quick_gelu",
 }
 
 

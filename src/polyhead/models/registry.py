@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models import bigram, gpt2, llama, moe, transformer
+from polyhead.models import bert, bigram, clip, gpt2, llama, marian, moe, swin, t5, transformer, vit
+from polyhead.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from polyhead.models.config import Config, Row
 from polyhead.models.keys import Rules
 from polyhead.models.llama_config import LlamaConfig
 from polyhead.models.transformer_parts import TransformerConfig
+from polyhead.models.vit_config import DINOv2Config, ViTConfig
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,20 @@ class Family:
 
 
 FAMILIES = (
+    Family(bert.BertConfig, bert.Bert, bert.rules),
     Family(bigram.BigramConfig, bigram.Bigram, bigram.rules),
     Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.rules),
     Family(LlamaConfig, llama.Llama, llama.rules),
     Family(moe.MoEConfig, moe.MoE, moe.rules),
     Family(TransformerConfig, transformer.Transformer, transformer.rules),
+    Family(marian.MarianConfig, marian.Marian, marian.rules),
+    Family(t5.T5Config, t5.T5, t5.rules),
+    Family(ViTConfig, vit.ViT, vit.rules),
+    Family(DINOv2Config, vit.ViT, vit.rules),
+    Family(swin.SwinConfig, swin.Swin, swin.rules),
+    Family(CLIPConfig, clip.CLIP, clip.rules),
+    Family(CLIPTextConfig, clip.CLIPText, clip.text_rules),
+    Family(CLIPVisionConfig, clip.CLIPVision, clip.vision_rules),
 )
 
 

@@ -14,12 +14,18 @@ def relu_squared(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x sigmoid(1.702 x)`, which CLIP was trained with (Hendrycks and Gimpel 2016, section 2)."""
+    return x * (1.702 * x).sigmoid()
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "relu2": relu_squared,
+    "quick_gelu": quick_gelu,
 }
 
 
