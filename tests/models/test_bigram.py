@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from polyhead.models.load import load
 from polyhead.models.assemble import build
+from polyhead.models.load import load
 from polyhead.models.registry import families
 
 pytestmark = pytest.mark.skipif("bigram" not in families(), reason="no such family here")

@@ -73,7 +73,7 @@ class Config:
                 raise ConfigError(f"{item.name} is {value}; it must be from {least} to {most}")
             if item.name in ("norm_eps", "init_std") and value < 0:
                 raise ConfigError(f"{item.name} is {value}; it must not be below 0")
-            if item.name.endswith("dropout") and not 0 <= value < 1:
+            if item.name.endswith("dropout") and not 0 <= (value or 0) < 1:
                 raise ConfigError(f"{item.name} is {value}; it must be from 0 to below 1")
 
     @property

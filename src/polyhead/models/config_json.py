@@ -49,7 +49,8 @@ def from_hf(cls: type[C], data: JSON) -> C:
             values[item.name] = _read(item, key, value)
         elif item.default is MISSING:
             raise ConfigError(f"config.json has no {keys[0]!r}; it is needed")
-    _refuse_unread(data, read | row.harmless | HARMLESS)
+    fixed = {key for key, value in row.fixed.items() if data.get(key) == value}
+    _refuse_unread(data, read | fixed | row.harmless | HARMLESS)
     return cls(model_type=row.model_type, source=dict(data), **values)
 
 

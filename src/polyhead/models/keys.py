@@ -39,10 +39,11 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Tied:
-    """A tensor of theirs that repeats another; read if it stands there, never written."""
+    """A tensor of theirs that repeats another; read if it stands there, written only if told."""
 
     theirs: str
     same_as: str
+    is_written: bool = False
 
 
 Rules = Sequence[Rule | Dropped | Tied]
@@ -102,6 +103,7 @@ def differ(rules: Rules, theirs: Mapping[str, Tensor]) -> bool:
     """Whether a tensor that is said to repeat another does not."""
     return any(
         isinstance(rule, Tied)
+        and not rule.is_written
         and rule.theirs in theirs
         and rule.same_as in theirs
         and not torch.equal(theirs[rule.theirs], theirs[rule.same_as])
@@ -124,6 +126,9 @@ def to_theirs(rules: Rules, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names = [part.format(**indices) for part in parts]
             written.update(names)
             made.update(_joined(rule, indices, [ours[name] for name in names]))
+    for rule in rules:
+        if isinstance(rule, Tied) and rule.is_written and rule.same_as in made:
+            made[rule.theirs] = made[rule.same_as].clone()
     forgotten = ours.keys() - written
     assert not forgotten, f"no rule writes {sorted(forgotten)}"
     return made

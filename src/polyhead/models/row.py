@@ -23,6 +23,7 @@ class Row:
     keys:     `config.json` keys of the family that this type calls otherwise.
     absent:   values of `config.json` keys that the file leaves out.
     implied:  fields that the type fixes and `config.json` does not say.
+    fixed:    `config.json` keys that are understood with one value alone.
     harmless: further keys that change nothing.
     """
 
@@ -34,6 +35,7 @@ class Row:
     keys: Mapping[str, str] = field(default_factory=dict[str, str])
     absent: JSON = field(default_factory=dict[str, Any])
     implied: JSON = field(default_factory=dict[str, Any])
+    fixed: JSON = field(default_factory=dict[str, Any])
     harmless: frozenset[str] = frozenset()
 
     def kind(self, head: str) -> HeadKind:
