@@ -157,7 +157,7 @@ def test_labels_travel(tmp_path: Path) -> None:
 )
 def test_what_is_no_image_for_it_is_refused(pixels: object, says: str) -> None:
     model = ph.build("vit", d_ff=32, seed=0, **FRESH)
-    with pytest.raises(ValueError, match="pass|resize") as caught:
+    with pytest.raises(ValueError, match=r"pass|resize") as caught:
         model(pixels)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)

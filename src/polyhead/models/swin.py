@@ -8,7 +8,7 @@ from polyhead.errors import ConfigError
 from polyhead.models.config import Row, hf
 from polyhead.models.heads import HeadKind, both
 from polyhead.models.keys import Dropped, Rule, Rules
-from polyhead.models.vision_config import Size, VisionConfig, read_size, size_field, write_size
+from polyhead.models.vision_config import VisionConfig, read_size, write_size
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import FeedForward
 from polyhead.nn.image_head import MeanClassifier
@@ -41,7 +41,9 @@ ROWS = (
 class SwinConfig(VisionConfig):
     """Sizes and options of Swin. d_model: of the first stage; each further one doubles it."""
 
-    patch_size: Size = size_field("patch_size", 4)
+    patch_size: int | tuple[int, ...] = hf(
+        "patch_size", default=4, read=read_size, write=write_size
+    )
     d_model: int = hf("embed_dim", default=96)
     depths: tuple[int, ...] = hf("depths", default=(2, 2, 6, 2), read=read_size, write=write_size)
     num_heads: tuple[int, ...] = hf(

@@ -22,11 +22,6 @@ def write_size(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def size_field(key: str, default: int) -> Any:
-    """A field that holds a size."""
-    return hf(key, default=default, read=read_size, write=write_size)
-
-
 def pair(name: str, size: Size) -> Grid:
     """Height and width of a size; raises ConfigError where it is none."""
     both = (size, size) if isinstance(size, int) else tuple(size)
@@ -43,8 +38,12 @@ class VisionConfig(Config):
 
     kind: ClassVar[str] = "vision"
 
-    image_size: Size = size_field("image_size", 224)
-    patch_size: Size = size_field("patch_size", 16)
+    image_size: int | tuple[int, ...] = hf(
+        "image_size", default=224, read=read_size, write=write_size
+    )
+    patch_size: int | tuple[int, ...] = hf(
+        "patch_size", default=16, read=read_size, write=write_size
+    )
     num_channels: int = hf("num_channels", default=3)
     qkv_bias: bool = hf("qkv_bias", default=True)
     activation: str = hf("hidden_act", default="gelu", read=read_activation, write=write_activation)

@@ -65,14 +65,18 @@ class ViT(nn.Module):
         self.norm = LayerNorm(config.d_model, config.norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
+        x = self.embed(pixel_values)
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """What the first layer sees, `[B, T, E]`."""
         grid = self.patches.grid(pixel_values)
         extra = [self.class_token, *([self.distillation_token] if self.config.is_distilled else [])]
         rows = [token.expand(len(pixel_values), -1, -1) for token in extra]
         x = torch.cat([*rows, self.patches(pixel_values)], dim=1)
-        x = self.dropout(x + self.positions(grid))
-        for layer in self.layers:
-            x = layer(x)
-        return self.norm(x)
+        return self.dropout(x + self.positions(grid))
 
 
 def make_block(config: ViTConfig | DINOv2Config) -> TransformerBlock:

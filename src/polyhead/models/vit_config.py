@@ -7,7 +7,7 @@ from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
 from polyhead.models.config import Row, hf
 from polyhead.models.heads import HeadKind, both
-from polyhead.models.vision_config import Size, VisionConfig, size_field
+from polyhead.models.vision_config import VisionConfig, read_size, write_size
 from polyhead.nn.image_head import (
     ClassAndMeanClassifier,
     ClassTokenClassifier,
@@ -130,7 +130,9 @@ class ViTConfig(EncoderConfig):
 class DINOv2Config(EncoderConfig):
     """Sizes and options of DINOv2. is_gated: SwiGLU of two thirds of the width."""
 
-    patch_size: Size = size_field("patch_size", 14)
+    patch_size: int | tuple[int, ...] = hf(
+        "patch_size", default=14, read=read_size, write=write_size
+    )
     norm_eps: float = hf("layer_norm_eps", default=1e-6)
     mlp_ratio: float = hf("mlp_ratio", default=4)
     is_gated: bool = hf("use_swiglu_ffn", default=False)
