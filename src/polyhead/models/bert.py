@@ -22,7 +22,7 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import PostNormBlock
 from polyhead.nn.embedding import Table, TokenEmbedding
 from polyhead.nn.feedforward import FeedForward
-from polyhead.nn.mask import Mask
+from polyhead.nn.mask import Lowered, Mask
 from polyhead.nn.norm import LayerNorm
 from polyhead.nn.position import LearnedPositions
 
@@ -106,6 +106,11 @@ class BertConfig(Config):
         return self.pad_id + 1 if self.offset_by_padding and self.pad_id is not None else 0
 
     @property
+    def embedding_width(self) -> int:
+        """The width of the tables."""
+        return self.d_model
+
+    @property
     def max_tokens(self) -> int:
         return self.max_seq_len - self.offset
 
@@ -116,13 +121,17 @@ class Bert(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
-        self.positions = LearnedPositions(config.max_seq_len, config.d_model)
-        types = config.type_vocab_size
-        self.token_types = Table(types, config.d_model) if types else None
-        self.embedding_norm = LayerNorm(config.d_model, config.norm_eps)
+        width, types = config.embedding_width, config.type_vocab_size
+        self.embedding = TokenEmbedding(config.vocab_size, width)
+        self.positions = LearnedPositions(config.max_seq_len, width)
+        self.token_types = Table(types, width) if types else None
+        self.embedding_norm = LayerNorm(width, config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(self.make_block() for _ in range(config.num_layers))
+        self.layers = self.make_layers()
+
+    def make_layers(self) -> nn.ModuleList:
+        """The stack."""
+        return nn.ModuleList(self.make_block() for _ in range(self.config.num_layers))
 
     def make_block(self) -> PostNormBlock:
         """One layer."""
@@ -143,9 +152,8 @@ class Bert(nn.Module):
     ) -> Tensor:
         """token_type_ids `[B, T]`: zeros where none. position_ids: rows of the position table."""
         x = self.embedding(input_ids)
-        windows = [None] * len(self.layers)
         placed = place(
-            input_ids, attention_mask, position_ids, None, windows, None, x.dtype, base=Mask()
+            input_ids, attention_mask, position_ids, None, [None], None, x.dtype, base=Mask()
         )
         if position_ids is None:
             position_ids = self.places(input_ids, placed.at)
@@ -153,9 +161,12 @@ class Bert(nn.Module):
         if self.token_types is not None:
             kinds = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_types(kinds)
-        x = self.dropout(self.embedding_norm(x))
-        for layer, mask in zip(self.layers, placed.masks, strict=True):
-            x = layer(x, mask, None, placed.at)
+        return self.encode(self.dropout(self.embedding_norm(x)), placed.masks[0], placed.at)
+
+    def encode(self, x: Tensor, mask: Lowered, at: Tensor) -> Tensor:
+        """Embedded tokens through the stack."""
+        for layer in self.layers:
+            x = layer(x, mask, None, at)
         return x
 
     def places(self, input_ids: Tensor, at: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models import bert, bigram, clip, gpt2, llama, marian, moe, swin, t5, transformer, vit
+from polyhead.models import albert, bert, bigram, clip, gpt2, llama, llava, marian, moe, swin, t5, transformer, vit
 from polyhead.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from polyhead.models.config import Config, Row
 from polyhead.models.keys import Rules
 from polyhead.models.llama_config import LlamaConfig
+from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.transformer_parts import TransformerConfig
 from polyhead.models.vit_config import DINOv2Config, ViTConfig
 
@@ -34,6 +35,7 @@ class Family:
 
 FAMILIES = (
     Family(bert.BertConfig, bert.Bert, bert.rules),
+    Family(albert.AlbertConfig, albert.Albert, albert.rules),
     Family(bigram.BigramConfig, bigram.Bigram, bigram.rules),
     Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.rules),
     Family(LlamaConfig, llama.Llama, llama.rules),
@@ -47,6 +49,7 @@ FAMILIES = (
     Family(CLIPConfig, clip.CLIP, clip.rules),
     Family(CLIPTextConfig, clip.CLIPText, clip.text_rules),
     Family(CLIPVisionConfig, clip.CLIPVision, clip.vision_rules),
+    Family(LlavaConfig, llava.Llava, llava.rules),
 )
 
 
