@@ -1,7 +1,6 @@
 """Models made: fresh ones from a config, and those that take a checkpoint's tensors."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ def from_tensors(
     tensors = _under_known_names(config, tensors)
     if differ(checkpoint_rules(config, head), tensors):
         # Said to be tied, but trained apart: transformers believes the tensors, too.
-        config = replace(config, tie_embeddings=False)
+        config = config.untied()
     rules = list(checkpoint_rules(config, head))
     poolers = [rule for rule in rules if isinstance(rule, Rule) and _is_top(rule.ours, "pooler.")]
     has_pooler = any(knows(poolers, name) for name in tensors)
@@ -121,19 +120,23 @@ def _other_heads(config: Config) -> list[Dropped]:
 
 def _under_known_names(config: Config, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors as a checkpoint with a head names them."""
-    prefix = config.row(config.model_type).prefix
+    row = config.row(config.model_type)
+    prefix = row.prefix
     is_bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
     heads = _other_heads(config) if is_bare else []
     names = {
-        (prefix if is_bare and not knows(heads, name) else "") + _modern(name): name
+        (prefix if is_bare and not knows(heads, name) else "") + _modern(name, row.renamed): name
         for name in tensors
     }
     return _Named(tensors, names)
 
 
-def _modern(name: str) -> str:
+def _modern(name: str, renamed: Mapping[str, str]) -> str:
     for old, new in OLD_NAMES:
         name = name.replace(old, new)
+    for old, new in renamed.items():
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
     return name
 
 

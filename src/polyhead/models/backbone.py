@@ -41,7 +41,7 @@ def place(
     row holds.
     """
     num_tokens, device = input_ids.shape[1], input_ids.device
-    given = as_mask(attention_mask, input_ids.shape)
+    given = as_mask(attention_mask, input_ids.shape[:2])
     if caches is None:
         at = position_ids if position_ids is not None else _count(given, num_tokens, device)
     else:

@@ -5,7 +5,7 @@ writes the file.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Self
 
 from polyhead.errors import ConfigError
@@ -85,6 +85,10 @@ class Config:
     def max_tokens(self) -> int | None:
         """Tokens that a text may have; None where nothing bounds them."""
         return getattr(self, "max_seq_len", None)
+
+    def untied(self) -> Self:
+        """The same with a language head of its own."""
+        return replace(self, tie_embeddings=False)
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:

@@ -7,7 +7,21 @@ from typing import Any
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models import albert, bert, bigram, clip, gpt2, llama, llava, marian, moe, swin, t5, transformer, vit
+from polyhead.models import (
+    albert,
+    bert,
+    bigram,
+    clip,
+    gpt2,
+    llama,
+    llava,
+    marian,
+    moe,
+    swin,
+    t5,
+    transformer,
+    vit,
+)
 from polyhead.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from polyhead.models.config import Config, Row
 from polyhead.models.keys import Rules

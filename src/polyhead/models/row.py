@@ -25,6 +25,7 @@ class Row:
     implied:  fields that the type fixes and `config.json` does not say.
     fixed:    `config.json` keys that are understood with one value alone.
     harmless: further keys that change nothing.
+    renamed:  what tensors' names in older files begin with, in this order, and with today.
     """
 
     model_type: str
@@ -37,6 +38,7 @@ class Row:
     implied: JSON = field(default_factory=dict[str, Any])
     fixed: JSON = field(default_factory=dict[str, Any])
     harmless: frozenset[str] = frozenset()
+    renamed: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def kind(self, head: str) -> HeadKind:
         """One of the heads; raises ConfigError for one that this type does not have."""

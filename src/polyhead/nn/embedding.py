@@ -24,6 +24,7 @@ class Table(nn.Module):
 class TokenEmbedding(Table):
     """A vector for each token id, times `scale`: `[B, T]` to `[B, T, E]`.
 
+    Vectors `[B, T, E]` in the place of ids, as of images among a text, pass as they are.
     An id outside `[0, vocab_size)` raises ValueError on the CPU, where looking costs nothing.
     """
 
@@ -37,6 +38,8 @@ class TokenEmbedding(Table):
             raise ValueError(
                 f"input_ids are a {type(index).__name__}; pass a tensor [batch, tokens]"
             )
+        if index.dim() == 3 and index.is_floating_point():
+            return index
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check(index)
         x = super().forward(index)
