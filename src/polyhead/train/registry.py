@@ -9,6 +9,14 @@ from typing import Any
 from polyhead.errors import ConfigError
 from polyhead.train.data import Dataset, windows
 from polyhead.train.objectives import Loss, causal_lm
+from polyhead.train.supervised import (
+    class_figures,
+    classified_texts,
+    classify,
+    tag,
+    tag_figures,
+    tagged_words,
+)
 
 DatasetFactory = Callable[..., Dataset | None]
 """`(source, tokenizer, model, config, split, **options) -> dataset`.
@@ -48,6 +56,24 @@ class ObjectiveKind:
 
 _ROWS = (
     ObjectiveKind("causal-lm", "predict each token from those before it", "lm", windows, causal_lm),
+    ObjectiveKind(
+        "classify",
+        "classes of texts or pairs: one each, several, or a measure",
+        "classify",
+        classified_texts,
+        classify,
+        class_figures,
+        columns={"text": True, "label": True, "pair": False},
+    ),
+    ObjectiveKind(
+        "tag",
+        "a tag for every word: names, parts of speech",
+        "tag",
+        tagged_words,
+        tag,
+        tag_figures,
+        columns={"tokens": True, "tags": True},
+    ),
 )
 
 OBJECTIVES: dict[str, ObjectiveKind] = {row.name: row for row in _ROWS}
