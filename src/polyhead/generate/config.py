@@ -91,12 +91,12 @@ class GenerationConfig:
         that would change the text and that nothing here does (beams, n-gram bans, ...) raises
         ConfigError.
         """
+        known = {field.name for field in fields(cls)}
         for name, harmless in _UNSUPPORTED.items():
-            if raw.get(name) not in (None, *harmless):
+            if name not in known and raw.get(name) not in (None, *harmless):
                 raise ConfigError(
                     f"generation setting {name}={raw[name]!r} is not supported; remove it"
                 )
-        known = {field.name for field in fields(cls)}
         values = {name: raw[name] for name in known & raw.keys() if raw[name] is not None}
         if raw.get("stop_strings"):
             values["stop"] = raw["stop_strings"]
