@@ -12,6 +12,7 @@ ACTIVATION_NAMES = {
     "swish": "silu",
     "relu2": "relu2",
     "quick_gelu": "quick_gelu",
+    "tanh": "tanh",
 }
 
 

@@ -12,8 +12,12 @@ from polyhead.models.keys import Dropped, Rule, differ, knows, to_ours
 from polyhead.models.model import TaskModel, checkpoint_rules
 from polyhead.models.registry import Family, family_of
 
-# How the first BERT checkpoints call a norm's weight and bias.
-OLD_NAMES = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+# How the first BERT checkpoints call a norm's parts, and DeBERTa v3's source a layer.
+OLD_NAMES = (
+    ("LayerNorm.gamma", "LayerNorm.weight"),
+    ("LayerNorm.beta", "LayerNorm.bias"),
+    ("mask_predictions.classifer.", "mask_predictions.classifier."),
+)
 
 
 def build(
@@ -66,6 +70,7 @@ def from_tensors(
     """
     family = family_of(config.model_type)
     tensors = _under_known_names(config, tensors)
+    config = config.as_stored(tensors.keys())
     if differ(checkpoint_rules(config, head), tensors):
         # Said to be tied, but trained apart: transformers believes the tensors, too.
         config = config.untied()

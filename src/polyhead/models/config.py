@@ -4,7 +4,7 @@ Each field says where it stands in a Hugging Face `config.json`; models/config_j
 writes the file.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -85,6 +85,10 @@ class Config:
     def max_tokens(self) -> int | None:
         """Tokens that a text may have; None where nothing bounds them."""
         return getattr(self, "max_seq_len", None)
+
+    def as_stored(self, names: Collection[str]) -> Self:
+        """The same with what only the names of a checkpoint's tensors tell."""
+        return self
 
     def untied(self) -> Self:
         """The same with a language head of its own."""

@@ -21,6 +21,7 @@ class Rule:
     transpose: theirs is `[in, out]`.
     stack:     theirs come one for each value of this index; ours stacks them in dimension 0.
     reshape:   the same numbers in another shape.
+    heads:     the parts of ours follow one another in each of so many heads of theirs.
     """
 
     theirs: str
@@ -28,6 +29,7 @@ class Rule:
     transpose: bool = False
     stack: str | None = None
     reshape: bool = False
+    heads: int = 1
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,11 @@ def _split(
             f"{rule.theirs.format(**indices)} has {rows} rows and its config.json asks "
             f"for {' + '.join(map(str, sizes)) or 'none'}; the two do not belong together"
         )
-    yield from zip(names, tensor.split(sizes), strict=True)
+    if rule.heads == 1:
+        yield from zip(names, tensor.split(sizes), strict=True)
+        return
+    by_head = tensor.unflatten(0, (rule.heads, -1)).split([n // rule.heads for n in sizes], dim=1)
+    yield from zip(names, (part.flatten(0, 1) for part in by_head), strict=True)
 
 
 def _reshaped(tensor: Tensor, shape: Size | None) -> Tensor:
@@ -176,6 +182,9 @@ def _joined(rule: Rule, indices: Indices, parts: Sequence[Tensor]) -> Iterable[t
         for number, tensor in enumerate(parts[0].unbind()):
             yield rule.theirs.format(**indices, **{rule.stack: number}), tensor.contiguous()
         return
+    if rule.heads > 1:
+        by_head = [part.unflatten(0, (rule.heads, -1)) for part in parts]
+        parts = [torch.cat(by_head, dim=1).flatten(0, 1)]
     tensor = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     if rule.reshape:
         tensor = tensor.flatten()

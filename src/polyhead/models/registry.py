@@ -12,6 +12,7 @@ from polyhead.models import (
     bert,
     bigram,
     clip,
+    deberta,
     gpt2,
     llama,
     llava,
@@ -24,6 +25,7 @@ from polyhead.models import (
 )
 from polyhead.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from polyhead.models.config import Config, Row
+from polyhead.models.deberta_config import DebertaConfig
 from polyhead.models.keys import Rules
 from polyhead.models.llama_config import LlamaConfig
 from polyhead.models.llava_config import LlavaConfig
@@ -57,6 +59,7 @@ FAMILIES = (
     Family(TransformerConfig, transformer.Transformer, transformer.rules),
     Family(marian.MarianConfig, marian.Marian, marian.rules),
     Family(t5.T5Config, t5.T5, t5.rules),
+    Family(DebertaConfig, deberta.Deberta, deberta.rules),
     Family(ViTConfig, vit.ViT, vit.rules),
     Family(DINOv2Config, vit.ViT, vit.rules),
     Family(swin.SwinConfig, swin.Swin, swin.rules),

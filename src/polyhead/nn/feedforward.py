@@ -26,6 +26,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "relu2": relu_squared,
     "quick_gelu": quick_gelu,
+    "tanh": F.tanh,
 }
 
 

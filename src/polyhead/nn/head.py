@@ -11,10 +11,12 @@ from polyhead.nn.norm import LayerNorm
 class Head(nn.Module):
     """Takes hidden states `[B, T, E]`, or what a head says here that it wants.
 
+    reads:        the backbone's method that makes them; `forward` unless another.
     reads_pooled: the pooler's vector `[B, E]` in their place.
     needs_mask:   the attention mask `[B, T]` as a second argument, or None.
     """
 
+    reads = "forward"
     reads_pooled = False
     needs_mask = False
 
