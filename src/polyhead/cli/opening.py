@@ -54,11 +54,13 @@ def device_named(name: str | None) -> "torch.device":
 
 
 def model_path(path: Path) -> Path:
-    """A path, or of a training run's directory its newest checkpoint."""
+    """A path, or of a training run's directory its checkpoint: the best by the objective's metric,
+    where it has one, or the newest."""
     if path.is_dir() and not (path / "config.json").exists() and (path / "checkpoints").is_dir():
-        from polyhead.train.checkpoint import latest
+        from polyhead.train.checkpoint import best, best_score, latest
 
-        return latest(path) or path
+        chosen = latest(path) if best_score(path) is None else best(path)
+        return chosen or path
     return path
 
 

@@ -16,13 +16,12 @@ _SHOWN_SAMPLES = 6
 
 
 def curves_of(run: Path) -> dict[str, list[Point]]:
-    """Bits per byte by step, while training and on held-out text."""
+    """Bits per byte by step, or else the loss, while training and on what is held out."""
     records = read_log(run / "log.jsonl")
+    name = "bits_per_byte" if any("bits_per_byte" in r for r in records) else "loss"
     return {
-        "training": [(r["step"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r],
-        "held out": [
-            (r["step"], r["valid_bits_per_byte"]) for r in records if "valid_bits_per_byte" in r
-        ],
+        "training": [(r["step"], r[name]) for r in records if name in r],
+        "held out": [(r["step"], r[f"valid_{name}"]) for r in records if f"valid_{name}" in r],
     }
 
 
@@ -79,8 +78,13 @@ def facts_of(model: TaskModel, figures: dict[str, Any]) -> dict[str, str]:
     layers, width = getattr(config, "num_layers", None), getattr(config, "d_model", None)
     if layers and width:
         facts["size"] = f"{layers} layers, {width} wide"
-    if "tokens" in figures:
-        facts["tokens seen"] = f"{figures['tokens']:,}"
+    for unit in ("tokens", "rows"):
+        if unit in figures:
+            facts[f"{unit} seen"] = f"{figures[unit]:,}"
     if "valid_bits_per_byte" in figures:
         facts["held out"] = f"{figures['valid_bits_per_byte']:.3f} bits/byte"
+        return facts
+    for name, value in figures.items():
+        if name.startswith("valid_"):
+            facts[name.replace("valid_", "held-out ").replace("_", " ")] = f"{value:.4f}"
     return facts

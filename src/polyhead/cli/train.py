@@ -1,35 +1,39 @@
-"""`polyhead train`: a fresh model of any family, or a checkpoint, on text."""
+"""`polyhead train`: a fresh model of any family, or a checkpoint, on text or a table."""
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import given_fields, model_path, note, working
+from polyhead.cli.opening import given_fields, note
+from polyhead.cli.starting import FAMILIES, USUAL_FAMILY
 from polyhead.errors import ConfigError, FileError
 from polyhead.train.config import TrainConfig
 
 if TYPE_CHECKING:
     from polyhead.models.model import TaskModel
-    from polyhead.text.tokenizer import Tokenizer
+    from polyhead.train.records import ExampleColumns
+    from polyhead.train.registry import ObjectiveKind
 
 DEFAULTS = TrainConfig(sample_every=250, sample_tokens=200)
-SMALL_TEXT = 8_000_000  # characters; above it, "auto" learns merges
 _SNIPPET = 48
-# Sizes of a fresh model where --set says nothing: small enough to train on a laptop.
-SIZES: dict[str, Any] = {"d_model": 128, "num_layers": 4, "num_heads": 4}
 # What run.json keeps, and what of it a run that goes on cannot change.
-_KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid")
-_SETTLED = ("model", "set", "tokenizer", "vocab_size")
+_SPEC = ("objective", "roles", "columns", "problem", "options")
+_KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid", *_SPEC)
+_SETTLED = ("model", "set", "tokenizer", "vocab_size", *_SPEC)
+_TUPLES = ("set", "roles", "options")
+# A fresh head on a fresh model learns at a higher rate than a checkpoint should.
+FRESH = {"lr": 5e-4, "epochs": 10.0}
 
 
 @dataclass(frozen=True)
 class Args:
-    """Train a model on text, with validation, samples, checkpoints and a report.
+    """Train a model on text or on a table, with validation, checkpoints and a report.
 
     Examples:
       polyhead train pydocs --steps 500 --out runs/docs
@@ -37,6 +41,15 @@ class Args:
       polyhead train stdlib --tokenizer bpe --vocab-size 4096 --context 512 --out runs/code
       polyhead train more.jsonl --model runs/docs --lr 3e-4 --out runs/more
       polyhead train --out runs/docs --resume
+      polyhead train reviews.csv --objective classify --model minilm-l6 --label stars --out runs/r
+      polyhead train posts.tsv --objective classify --model minilm-l6 --columns rating,text
+        --label rating --out runs/posts
+      polyhead train names.jsonl --objective tag --model minilm-l6 --out runs/names
+
+    A table is .tsv, .csv, .jsonl or .parquet with named columns. For a table and a checkpoint the
+    settings' defaults are 3 epochs at --lr 5e-5 falling to 0, --batch-size 32, --warmup 50,
+    --weight-decay 0.01; for a table and a fresh model 10 epochs at 5e-4. A number of --steps given
+    takes the place of the epochs. What is printed is the best checkpoint by the objective's metric.
 
     The run directory holds config.toml, run.json, log.jsonl, checkpoints and report.html. Ctrl-C
     and SIGTERM save a checkpoint and exit with 130 and 143; --resume goes on, bit for bit.
@@ -44,9 +57,29 @@ class Args:
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """A .txt or .jsonl file, a folder of them, pydocs (Python's documentation) or stdlib (the
-    standard library's sources)."""
+    standard library's sources); for objectives on rows, a table."""
     model: str = "gpt2"
-    """A family for a fresh model (`polyhead info FAMILY` shows its fields), or a checkpoint."""
+    """A family for a fresh model (`polyhead info FAMILY` shows its fields), or a checkpoint. The
+    default is by the objective: bert where it needs an encoder."""
+    objective: str = "causal-lm"
+    """What to learn: causal-lm, masked-lm, classify, tag, answer, seq2seq, contrastive and others;
+    a wrong name lists them all."""
+    text: str | None = None
+    """The column of the text, where it is not called text."""
+    pair: str | None = None
+    """The column of a second text."""
+    label: str | None = None
+    """The column of the label, where it is not called label."""
+    roles: tuple[str, ...] = ()
+    """Further columns that are not called what they are for, as in question=q context=passage."""
+    columns: str | None = None
+    """Names of a headerless table's columns, from left to right, between commas. Without them the
+    columns of one go by number, from 0."""
+    problem: str | None = None
+    """single_label_classification, multi_label_classification or regression, where the values of
+    the label column (words and whole numbers, lists, fractions) do not say which."""
+    options: tuple[str, ...] = ()
+    """The objective's own settings, name=value."""
     set: tuple[str, ...] = ()
     """Fields of a fresh model's config, name=value; else a small model."""
     tokenizer: str = "auto"
@@ -69,45 +102,115 @@ class Args:
 
 def defaults(argv: Sequence[str]) -> Args:
     """The settings that flags win over: of --config, of the run that is resumed, or ours."""
-    settings = DEFAULTS
     named = _value_of(argv, "--config")
     if named is None and "--resume" in argv:
         run = Path(_value_of(argv, "--out") or DEFAULTS.out) / "config.toml"
         named = str(run) if run.exists() else None
-    if named is not None:
-        settings = TrainConfig.load(named)
-        if "--config" in argv and not given_fields(argv, ["out"]):
-            note(f"run directory: {settings.out}")
-    given = tuple(sorted(given_fields(argv, _SETTLED)))
-    kept = _read_run(Path(settings.out), argv) if "--resume" in argv else {}
-    return Args(**{"data": tyro.MISSING, **kept}, train=settings, given=given)
+    settings = TrainConfig.load(named) if named is not None else None
+    if settings is not None and "--config" in argv and not given_fields(argv, ["out"]):
+        note(f"run directory: {settings.out}")
+    out = Path(DEFAULTS.out if settings is None else settings.out)
+    kept = _read_run(out, argv) if "--resume" in argv else {}
+    given = tuple(sorted(given_fields(argv, (*_SETTLED, "text", "pair", "label"))))
+    objective = _value_of(argv, "--objective") or kept.get("objective", "causal-lm")
+    model = _value_of(argv, "--model") or FAMILIES.get(objective, USUAL_FAMILY)
+    settings = settings or _settings_for(objective, model, argv)
+    return Args(**{"data": tyro.MISSING, "model": model, **kept}, train=settings, given=given)
+
+
+def _settings_for(objective: str, model: str, argv: Sequence[str]) -> TrainConfig:
+    """The defaults of an objective and of a model, fresh or not."""
+    if objective == "causal-lm":
+        return DEFAULTS
+    from polyhead.models.registry import families
+    from polyhead.train.registry import objective_named
+
+    if not objective_named(objective).columns:
+        return TrainConfig()
+    settings = TrainConfig.fine_tuning(**(FRESH if model in families() else {}))
+    # Steps that are named take the place of the epochs.
+    return replace(settings, epochs=None) if given_fields(argv, ["steps"]) else settings
 
 
 def run(args: Args) -> int:
     """Train, then write the report."""
-    from polyhead.cli.corpora import corpus
     from polyhead.train.loop import Trainer
+    from polyhead.train.registry import objective_named
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    data = corpus(args.data)
-    valid = None if args.valid is None else corpus(args.valid)
+    kind = objective_named(args.objective)
+    columns = columns_of(args)
+    data = source_of(args.data, kind, columns)
+    valid = None if args.valid is None else source_of(args.valid, kind, columns)
     run_dir = Path(args.train.out)
     if args.resume:
         _check_settled(run_dir, args.given)
-    model, tokenizer = _resumed(run_dir) if args.resume else (None, None)
-    if model is None or tokenizer is None:
-        model, tokenizer = _start(args, data)
-    note(
-        f"{model.config.model_type}, {model.num_parameters():,} parameters, "
-        f"{tokenizer.vocab_size} tokens, on {args.data}"
-    )
-    about = {name: getattr(args, name) for name in _KEPT if getattr(args, name) is not None}
-    trainer = Trainer(model, tokenizer, args.train, about=about)
+    model, inputs = _resumed(run_dir, kind) if args.resume else (None, None)
+    if model is None or inputs is None:
+        model, inputs = _start(args, kind, data)
+    note(f"{_described(model, inputs)}, on {args.data}")
+    trainer = Trainer(
+        model, inputs, args.train, objective=kind, columns=columns,
+        options=option_values(kind, args.options), about=_about(args, kind, columns),
+    )  # fmt: skip
     figures = trainer.fit(data, valid, resume=args.resume, force=args.force)
-    _write_report(run_dir, args, model, tokenizer, figures)
-    print(figures["checkpoint"])
+    _write_report(run_dir, args, model, inputs, figures)
+    print(figures.get("best", figures["checkpoint"]))
     note(f"report: {run_dir / 'report.html'}")
     return 0
+
+
+def columns_of(args: Args) -> "ExampleColumns":
+    """Where the table has what the objective reads."""
+    from polyhead.train.records import ExampleColumns
+
+    roles: dict[str, str] = {}
+    for word in args.roles:
+        role, equals, column = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--roles {word!r} names no column; write role=column")
+        roles[role] = column
+    flags = {"text": args.text, "pair": args.pair, "label": args.label}
+    roles |= {role: column for role, column in flags.items() if column is not None}
+    return ExampleColumns(roles, tuple(args.columns.split(",")) if args.columns else ())
+
+
+def source_of(name: str, kind: "ObjectiveKind", columns: "ExampleColumns") -> Any:
+    """The table of an objective that reads one, or a corpus."""
+    from polyhead.cli.corpora import corpus
+    from polyhead.train.records import read_table
+
+    return read_table(name, kind.columns, columns) if kind.columns else corpus(name)
+
+
+def option_values(kind: "ObjectiveKind", words: Sequence[str]) -> dict[str, Any]:
+    """`name=value` words as the objective's options are typed."""
+    known = {**kind.dataset_options, **kind.loss_options}
+    values: dict[str, Any] = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--options {word!r} sets nothing; write name=value")
+        try:
+            values[name] = text if isinstance(known.get(name), str) else json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def _about(args: Args, kind: "ObjectiveKind", columns: "ExampleColumns") -> dict[str, Any]:
+    """What run.json is to say."""
+    about = {name: getattr(args, name) for name in _KEPT if getattr(args, name) is not None}
+    if kind.name == "causal-lm":
+        return {name: value for name, value in about.items() if name not in _SPEC}
+    roles = [f"{role}={column}" for role, column in columns.roles.items()]
+    spec = {"columns": args.columns, "roles": roles, "options": list(args.options)}
+    return {**about, **spec}
+
+
+def _described(model: "TaskModel", inputs: Any) -> str:
+    size = f", {inputs.vocab_size} tokens" if hasattr(inputs, "vocab_size") else ""
+    return f"{model.config.model_type}, {model.num_parameters():,} parameters{size}"
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
@@ -128,7 +231,7 @@ def _read_run(run_dir: Path, argv: Sequence[str]) -> dict[str, Any]:
     try:
         found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kept = {name: found[name] for name in _KEPT if name in found}
-        return {**kept, "set": tuple(kept.get("set", ()))}
+        return {**kept, **{name: tuple(kept.get(name, ())) for name in _TUPLES}}
     except (OSError, ValueError, TypeError):
         raise FileError(
             f"{path} cannot be read; remove it, and give DATA and --valid again"
@@ -144,82 +247,51 @@ def _check_settled(run_dir: Path, given: Sequence[str]) -> None:
         raise ConfigError(f"with --resume, {flags} is taken from the run {run_dir}: leave it out")
 
 
-def _resumed(run_dir: Path) -> "tuple[TaskModel | None, Tokenizer | None]":
+def _resumed(run_dir: Path, kind: "ObjectiveKind") -> "tuple[TaskModel | None, Any]":
     """Model and tokenizer of the run's newest checkpoint; what they hold, `fit` takes up."""
     import torch
 
-    from polyhead.models.load import load, tokenizer
+    from polyhead.cli.starting import inputs_of
+    from polyhead.models.load import load
     from polyhead.train.checkpoint import latest
 
     last = latest(run_dir)
     if last is None:
         return None, None
-    return load(last, dtype=torch.float32), tokenizer(last)
+    return load(last, dtype=torch.float32), inputs_of(last, kind)
 
 
-def _start(args: Args, data: str | list[str]) -> "tuple[TaskModel, Tokenizer]":
+def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, Any]":
     """A fresh model of a family with a tokenizer for the data, or a checkpoint to go on from."""
+    from polyhead.cli.starting import from_checkpoint, make_model, make_tokenizer
     from polyhead.models.registry import families
 
+    labels = None if kind.labels is None else kind.labels(data, args.problem)
     if args.model in families():
-        tokenizer = make_tokenizer(args.tokenizer, args.vocab_size, data)
-        return make_model(args.model, args.set, tokenizer, args.train), tokenizer
+        if kind.name in ("image-classify", "clip"):
+            raise ConfigError(
+                f"{kind.name} starts from a checkpoint, which says how images are made ready: "
+                f"name one with --model, not the family {args.model}"
+            )
+        texts = partial(_texts_of, data, kind)
+        tokenizer = make_tokenizer(args.tokenizer, args.vocab_size, texts, kind.name)
+        return make_model(args.model, args.set, tokenizer, args.train, kind, labels), tokenizer
     if args.set or args.tokenizer != "auto" or args.vocab_size is not None:
         raise ConfigError(
             f"--set, --tokenizer and --vocab-size are for a fresh model ({', '.join(families())}); "
             f"{args.model!r} is taken for a checkpoint, which has its own"
         )
-    import torch
-
-    from polyhead.files.hub import resolve
-    from polyhead.models.load import load, tokenizer
-
-    with working(f"loading {args.model}"):
-        path = model_path(resolve(args.model))
-        return load(path, dtype=torch.float32), tokenizer(path)
+    return from_checkpoint(args.model, kind, labels)
 
 
-def make_tokenizer(kind: str, vocab_size: int | None, data: str | list[str]) -> "Tokenizer":
-    """A tokenizer trained on the data, or one from a directory."""
-    from polyhead.text.tokenizer import Tokenizer
-    from polyhead.text.train import KINDS
+def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":
+    """What a tokenizer learns from: a corpus, or the texts of a table."""
     from polyhead.train.corpus import documents
 
-    if kind not in ("auto", *KINDS):
-        if not Path(kind).exists():
-            raise ConfigError(f"tokenizer {kind!r} is not auto, {', '.join(KINDS)}, or a directory")
-        return Tokenizer.load(Path(kind))
-    if kind == "auto":
-        size = 0
-        for text in documents(data):
-            size += len(text)
-            if size > SMALL_TEXT:
-                break
-        kind = "chars" if size <= SMALL_TEXT else "bpe"
-    with working("training the tokenizer"):
-        return Tokenizer.train(documents(data), kind=kind, vocab_size=vocab_size)
-
-
-def make_model(
-    family: str, settings: Sequence[str], tokenizer: "Tokenizer", config: TrainConfig
-) -> "TaskModel":
-    """A fresh model: what --set says, the tokenizer's size, the context, and small sizes."""
-    from polyhead.cli.fields import config_fields, parse_fields
-    from polyhead.models.assemble import build
-    from polyhead.models.registry import family_of
-
-    kind = family_of(family).config
-    values = parse_fields(kind, settings)
-    known = config_fields(kind)
-    for name, value in {**SIZES, "max_seq_len": config.context}.items():
-        if name in known:
-            values.setdefault(name, value)
-    values.setdefault("vocab_size", tokenizer.vocab_size)
-    if family == "transformer":  # the paper's is an encoder-decoder, which texts alone do not train
-        values.setdefault("kind", "decoder")
-    if "d_ff" in known:
-        values.setdefault("d_ff", 4 * values["d_model"])
-    return build(family, seed=config.seed, **values)
+    if not kind.columns:
+        return documents(data)
+    columns = [values for role, values in data.columns.items() if role not in ("label", "tags")]
+    return ((v if isinstance(v, str) else " ".join(map(str, v))) for c in columns for v in c)
 
 
 def _snippet(args: Args) -> str:
@@ -231,18 +303,20 @@ def _snippet(args: Args) -> str:
 
 
 def _write_report(
-    run_dir: Path, args: Args, model: "TaskModel", tokenizer: "Tokenizer", figures: dict[str, Any]
+    run_dir: Path, args: Args, model: "TaskModel", inputs: Any, figures: dict[str, Any]
 ) -> None:
     from polyhead.cli.reporting import attention_of, curves_of, facts_of, samples_of
     from polyhead.train.report import Report, write_report
 
-    samples = samples_of(run_dir)
+    is_text = args.objective == "causal-lm"
+    caption = {} if is_text else {"curves_caption": "Loss by step; lower is better."}
     report = Report(
         title=f"{model.config.model_type} on {args.data}",
-        summary=f"{figures['step']} steps; run directory {run_dir}",
+        summary=f"{figures['step']} steps of {args.objective}; run directory {run_dir}",
         facts=facts_of(model, figures),
         curves=curves_of(run_dir),
-        attention=attention_of(model, tokenizer, _snippet(args)),
-        samples=samples,
+        attention=attention_of(model, inputs, _snippet(args)) if is_text else None,
+        samples=samples_of(run_dir),
+        **caption,
     )
     write_report(run_dir / "report.html", report)

@@ -60,7 +60,7 @@ def save(
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
         model.save(temp, force=True)
-        tokenizer.save(temp, force=True)
+        tokenizer.save(temp)
         write_checkpoint(temp / _TRAINER, _tensors(model, optimizer))
         (temp / _TRAINER / "state.json").write_text(json.dumps(_state(progress)))
         _sync_files(temp)

@@ -80,10 +80,10 @@ class TextInputs:
 
 @dataclass(frozen=True)
 class Labels:
-    """Names of a column's classes, and which kind of problem they make."""
+    """Names of a column's classes, and which kind of problem they make, where there are kinds."""
 
     names: tuple[str, ...]
-    problem: str
+    problem: str | None
 
 
 def labels_of(values: Iterable[Any], problem: str | None = None) -> Labels:

@@ -8,13 +8,17 @@ from typing import Any
 
 from polyhead.errors import ConfigError
 from polyhead.train.data import Dataset, windows
+from polyhead.train.examples import Labels
 from polyhead.train.objectives import Loss, causal_lm
+from polyhead.train.records import Table
 from polyhead.train.supervised import (
     class_figures,
+    class_labels,
     classified_texts,
     classify,
     tag,
     tag_figures,
+    tag_labels,
     tagged_words,
 )
 
@@ -37,6 +41,7 @@ class ObjectiveKind:
 
     head:    what the model needs, as `load(…, head=)` names it; "" where any will do.
     loss:    `(model, batch, **options) -> Loss`.
+    labels:  `(table, problem) -> Labels`, what a fresh head is to tell apart, where it has classes.
     columns: the columns it reads of a table, by the name of their role, and whether each must be
              there; empty where the source is plain text.
     options: settings of its own and their defaults; those a factory or a loss names are passed to
@@ -49,6 +54,7 @@ class ObjectiveKind:
     dataset: DatasetFactory
     loss: Callable[..., Loss]
     metric: Metric | None = None
+    labels: Callable[[Table, str | None], Labels] | None = None
     columns: Mapping[str, bool] = field(default_factory=dict[str, bool])
     dataset_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loss_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -63,6 +69,7 @@ _ROWS = (
         classified_texts,
         classify,
         class_figures,
+        class_labels,
         columns={"text": True, "label": True, "pair": False},
     ),
     ObjectiveKind(
@@ -72,6 +79,7 @@ _ROWS = (
         tagged_words,
         tag,
         tag_figures,
+        tag_labels,
         columns={"tokens": True, "tags": True},
     ),
 )

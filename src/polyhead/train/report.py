@@ -32,14 +32,16 @@ class AttentionMap:
 class Report:
     """What the page shows; what is empty is left out.
 
-    curves: points (step, bits per byte) by name. bars: name and bits per byte; the first is ours.
-    samples: (step, text). facts: name and value, as they shall stand there.
+    curves: points (step, value) by name, and curves_caption what they show. bars: name and bits
+    per byte; the first is ours. samples: (step, text). facts: name and value, as they shall
+    stand there.
     """
 
     title: str
     summary: str = ""
     facts: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+    curves_caption: str = "Bits per byte by step; lower is better."
     bars: Sequence[tuple[str, float]] = ()
     bars_caption: str = ""
     attention: AttentionMap | None = None
@@ -70,7 +72,7 @@ def render(report: Report) -> str:
         parts.append(f"<dl>{rows}</dl>")
     curves = {name: _finite(points) for name, points in report.curves.items()}
     if any(curves.values()):
-        parts.append(_figure("Loss", line_chart(curves), "Bits per byte by step; lower is better."))
+        parts.append(_figure("Loss", line_chart(curves), report.curves_caption))
     if report.bars:
         parts.append(_figure("Comparison", bar_chart(report.bars), report.bars_caption))
     if report.attention is not None:

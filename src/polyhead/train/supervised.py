@@ -18,9 +18,11 @@ from polyhead.train.examples import (
     SEVERAL,
     SINGLE,
     LabelledBatch,
+    Labels,
     TextInputs,
     as_numpy,
     digest_of,
+    labels_of,
     numbered,
     part_of,
     problem_of,
@@ -95,6 +97,11 @@ def _labelled(
         problem,
         names,
     )
+
+
+def class_labels(table: Table, problem: str | None = None) -> Labels:
+    """What the label column of a table holds."""
+    return labels_of(table.columns["label"], problem)
 
 
 def classify(model: Any, batch: ClassBatch) -> Loss:
@@ -208,10 +215,11 @@ def tagged_words(
     return Examples(rows, TagCollator(inputs, names), config.seed, seal)
 
 
-def tags_of(table: Table) -> tuple[str, ...]:
+def tag_labels(table: Table, problem: str | None = None) -> Labels:
     """The tags of a table, "O" first."""
     rows = (_split(v, "tags", table.name, n) for n, v in enumerate(table.columns["tags"]))
-    return tuple(sorted({tag for row in rows for tag in row}, key=lambda tag: (tag != "O", tag)))
+    names = sorted({tag for row in rows for tag in row}, key=lambda tag: (tag != "O", tag))
+    return Labels(tuple(names), None)
 
 
 def _split(value: Any, role: str, where: str, row: int) -> list[str]:

@@ -1,0 +1,143 @@
+"""What a run of `polyhead train` starts from: a fresh model of a family, or a checkpoint."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from polyhead.cli.opening import model_path, working
+from polyhead.errors import ConfigError
+from polyhead.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from polyhead.models.model import TaskModel
+    from polyhead.text.tokenizer import Tokenizer
+    from polyhead.train.examples import Labels
+    from polyhead.train.registry import ObjectiveKind
+
+SMALL_TEXT = 8_000_000  # characters; above it, "auto" learns merges
+# Sizes of a fresh model where --set says nothing: small enough to train on a laptop.
+SIZES: dict[str, Any] = {"d_model": 128, "num_layers": 4, "num_heads": 4}
+# The family of a fresh model where --model says nothing.
+FAMILIES = {
+    "causal-lm": "gpt2",
+    "seq2seq": "transformer",
+    "span-corruption": "t5",
+    "image-classify": "vit",
+    "clip": "clip",
+}
+USUAL_FAMILY = "bert"
+
+
+def from_checkpoint(
+    name: str, kind: "ObjectiveKind", labels: "Labels | None"
+) -> "tuple[TaskModel, Any]":
+    """A checkpoint with the head of an objective, and what makes its inputs.
+
+    The head it has is kept where its classes are those of the data; else it is drawn fresh.
+    """
+    import torch
+
+    from polyhead.files.hub import resolve
+    from polyhead.models.load import load
+
+    with working(f"loading {name}"):
+        path = model_path(resolve(name))
+        told: dict[str, Any] = {}
+        if labels is not None and not _knows(path, labels):
+            told = {"labels": labels.names, "problem": labels.problem}
+        head = kind.head or None
+        model = load(path, dtype=torch.float32, head=head, **told)
+        return model, inputs_of(path, kind)
+
+
+def inputs_of(path: Path, kind: "ObjectiveKind") -> Any:
+    """The tokenizer of a directory, or the processor of its images, or both."""
+    if kind.name == "image-classify":
+        from polyhead.images import Processor
+
+        return Processor.load(path)
+    from polyhead.models.load import tokenizer
+
+    if kind.name == "clip":
+        from polyhead.images import Processor
+        from polyhead.train.contrastive import TextsAndImages
+
+        return TextsAndImages(tokenizer(path), Processor.load(path))
+    return tokenizer(path)
+
+
+def _knows(path: Path, labels: "Labels") -> bool:
+    """Whether the classes of a checkpoint's head are those of the data."""
+    from polyhead.models.load import read_json
+
+    data = read_json(path / "config.json") if path.is_dir() else {}
+    named = data.get("id2label")
+    known = set(named.values()) if isinstance(named, dict) else set[str]()
+    same_problem = data.get("problem_type") in (None, labels.problem)
+    return set(labels.names) <= known and same_problem
+
+
+def make_tokenizer(
+    kind: str,
+    vocab_size: int | None,
+    texts: Callable[[], Iterable[str]],
+    objective: str = "causal-lm",
+) -> "Tokenizer":
+    """A tokenizer trained on texts, which are asked for twice, or one from a directory.
+
+    "auto" is by the objective: wordpiece, whose special tokens encoders need; bpe for sequences to
+    sequences; for causal-lm chars where the texts are few, else bpe.
+    """
+    from polyhead.text.tokenizer import Tokenizer
+    from polyhead.text.train import KINDS
+
+    if kind not in ("auto", *KINDS):
+        if not Path(kind).exists():
+            raise ConfigError(f"tokenizer {kind!r} is not auto, {', '.join(KINDS)}, or a directory")
+        return Tokenizer.load(Path(kind))
+    if kind == "auto" and objective == "causal-lm":
+        size = 0
+        for text in texts():
+            size += len(text)
+            if size > SMALL_TEXT:
+                break
+        kind = "chars" if size <= SMALL_TEXT else "bpe"
+    elif kind == "auto":
+        kind = "bpe" if objective == "seq2seq" else "wordpiece"
+    with working("training the tokenizer"):
+        return Tokenizer.train(texts(), kind=kind, vocab_size=vocab_size)
+
+
+def make_model(
+    family: str,
+    settings: Sequence[str],
+    tokenizer: "Tokenizer",
+    config: TrainConfig,
+    kind: "ObjectiveKind",
+    labels: "Labels | None" = None,
+) -> "TaskModel":
+    """A fresh model: what --set says, the tokenizer's size, the context, and small sizes."""
+    from polyhead.cli.fields import config_fields, parse_fields
+    from polyhead.models.assemble import build
+    from polyhead.models.registry import family_of
+
+    made = family_of(family).config
+    values = parse_fields(made, settings)
+    known = config_fields(made)
+    for name, value in {**SIZES, "max_seq_len": config.context}.items():
+        if name in known:
+            values.setdefault(name, value)
+    values.setdefault("vocab_size", tokenizer.vocab_size)
+    if family == "transformer":  # the paper's is both, which texts alone do not train
+        values.setdefault("kind", _transformer_kind(kind))
+    if "d_ff" in known:
+        values.setdefault("d_ff", 4 * values["d_model"])
+    if labels is not None:
+        values |= {"labels": labels.names, "problem": labels.problem}
+    return build(family, head=kind.head or None, seed=config.seed, **values)
+
+
+def _transformer_kind(kind: "ObjectiveKind") -> str:
+    if kind.name == "causal-lm":
+        return "decoder"
+    return "encoder-decoder" if kind.name in ("seq2seq", "span-corruption") else "encoder"
