@@ -131,7 +131,7 @@ def _fill(
     left = max(budget, int(sizes.min()))
     for word in draw.permutation(len(first)).tolist():
         if sizes[word] <= left:
-            chosen.append(np.arange(first[word], after[word]))
+            chosen.append(np.arange(int(first[word]), int(after[word])))
             left -= int(sizes[word])
         if left == 0:
             break
@@ -224,9 +224,9 @@ class MaskedWindows:
         return self.frame.around(body)
 
 
-def drawn(seed: int, row: int) -> np.random.Generator:
-    """The random numbers of one row of the run."""
-    return np.random.default_rng((seed, row))
+def drawn(seed: int, row: int, stream: int = 0) -> np.random.Generator:
+    """The random numbers of one row of the run; each use of them has a stream of its own."""
+    return np.random.default_rng((seed, row, stream))
 
 
 def masked_windows(
@@ -282,17 +282,18 @@ def masked_loss(model: Any, hidden: Tensor, batch: LanguageBatch) -> Loss:
     """The masked language model's loss of a backbone's answer `[B, T, E]`."""
     rows = batch.labels != IGNORE
     labels = batch.labels[rows]
-    top = model.head.pick("lm") if isinstance(model.head, Heads) else model.head
-    decoder, states = _before_vocabulary(model, top, hidden, rows, batch)
+    decoder, states = before_vocabulary(model, hidden, rows)
     nll = head_cross_entropy(decoder, states, labels)
-    answers = () if model.training else (_hits(decoder, states.detach(), labels),)
+    answers = () if model.training else (hits(decoder, states.detach(), labels),)
     return Loss(nll, len(labels), {"loss": nll.detach()}, answers, lambda: decoder(states))
 
 
-def _before_vocabulary(
-    model: Any, top: Any, hidden: Tensor, rows: Tensor, batch: LanguageBatch
-) -> tuple[Any, Tensor]:
-    """The last product of a language head, and what it reads at the hidden tokens [N, E]."""
+def before_vocabulary(model: Any, hidden: Tensor, rows: Tensor) -> tuple[Any, Tensor]:
+    """The last product of a model's language head, and what it reads at some tokens [N, E].
+
+    rows: which tokens, bool [B, T].
+    """
+    top = model.head.pick("lm") if isinstance(model.head, Heads) else model.head
     if isinstance(top, MaskedLanguageHead):
         return top.decoder, top.transform(hidden[rows])
     if isinstance(top, LanguageHead):
@@ -303,7 +304,7 @@ def _before_vocabulary(
 
 
 @torch.no_grad()
-def _hits(decoder: Any, states: Tensor, labels: Tensor) -> Tensor:
+def hits(decoder: Any, states: Tensor, labels: Tensor) -> Tensor:
     """Whether the likeliest token is the right one, bool [N]; few logits are held at once."""
     size = max(1, CHUNK_LOGITS // decoder.weight.shape[0])
     parts = zip(states.split(size), labels.split(size), strict=True)

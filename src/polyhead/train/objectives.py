@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.errors import ConfigError
 from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
 
 IGNORE = -100
@@ -39,6 +40,30 @@ class LanguageBatch:
             for name, value in vars(self).items()
         }
         return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqBatch(LanguageBatch):
+    """`input_ids` for an encoder; for a decoder `decoder_input_ids`, and the `labels` to answer."""
+
+    decoder_input_ids: Tensor
+    decoder_attention_mask: Tensor | None = None
+
+
+def shifted(labels: Tensor, start_id: int, pad_id: int) -> Tensor:
+    """What a decoder reads to answer `labels` [B, T]: a start token, then the labels before."""
+    before = labels[:, :-1]
+    before = before.masked_fill(before == IGNORE, pad_id)
+    return torch.cat([torch.full_like(labels[:, :1], start_id), before], 1)
+
+
+def start_of(model: Any, tokenizer: Any) -> int:
+    """What a decoder begins with: as the checkpoint says, or else the padding token."""
+    named = (getattr(model.config, "source", None) or {}).get("decoder_start_token_id")
+    start = tokenizer.pad_id if named is None else named
+    if start is None:
+        raise ConfigError("neither model nor tokenizer names a token that decoders start with")
+    return start
 
 
 @dataclass(frozen=True)
