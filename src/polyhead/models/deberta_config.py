@@ -128,6 +128,10 @@ class DebertaConfig(Config):
             raise ConfigError(f"pooler_width is {self.pooler_width}; it is d_model, {self.d_model}")
         if self.conv_width and not self.conv_width % 2:
             raise ConfigError(f"conv_width is {self.conv_width}; it must be odd, or 0 for none")
+        if self.conv_width and self.num_layers < 2:
+            raise ConfigError(
+                "a convolution stands between two layers; use num_layers of 2 or more"
+            )
         if self.position_buckets > 0 and self.max_distance - 1 <= self.position_buckets // 2:
             raise ConfigError(
                 f"{self.position_buckets} buckets need a reach above half of them, not "
@@ -148,15 +152,16 @@ class DebertaConfig(Config):
     def as_stored(self, names: Collection[str]) -> Self:
         """The config with the masked-LM decoder that a checkpoint's names tell.
 
-        Microsoft's stand under `lm_predictions` beside positions that the input does not take;
-        transformers discards those, and writes `cls.predictions` or only `lm_predictions`.
+        Microsoft's files hold positions that the input does not take; transformers discards them,
+        and writes a head under `cls.predictions` or `lm_predictions`.
         """
         if any(name.startswith("cls.predictions.") for name in names):
             return replace(self, decoder="legacy")
-        if not any(name.startswith("lm_predictions.") for name in names):
-            return self
-        is_enhanced = POSITIONS in names and not self.biased_input
-        return replace(self, decoder="enhanced" if is_enhanced else "plain", tie_embeddings=True)
+        if POSITIONS in names and not self.biased_input:
+            return replace(self, decoder="enhanced", tie_embeddings=True)
+        if any(name.startswith("lm_predictions.") for name in names):
+            return replace(self, decoder="plain", tie_embeddings=True)
+        return self
 
     @property
     def embedding_width(self) -> int:
