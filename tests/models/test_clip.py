@@ -178,15 +178,20 @@ def test_a_text_alone_equals_the_text_in_a_batch(eos: int, tmp_path: Path) -> No
             assert all(difference(batch[row], alone) <= CLOSE for batch in batches)
 
 
+@pytest.mark.parametrize("projected", [False, True], ids=["bare", "projected"])
 @torch.no_grad()
-def test_the_text_tower_alone(tmp_path: Path) -> None:
-    theirs = shaken(transformers.CLIPTextModel(transformers.CLIPTextConfig(**TEXT)))
+def test_the_text_tower_alone(projected: bool, tmp_path: Path) -> None:
+    kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+    theirs = shaken(kind(transformers.CLIPTextConfig(**TEXT)))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = ph.load(tmp_path / "theirs")
     ids, _ = CASES[0].inputs()
     wanted = theirs(ids)
-    assert difference(ours(ids), wanted.last_hidden_state) <= CLOSE
-    assert difference(ours.backbone.pool(ours(ids), ids), wanted.pooler_output) <= CLOSE
+    assert difference(ours.backbone(ids), wanted.last_hidden_state) <= CLOSE
+    if projected:
+        assert difference(ours(ids), wanted.text_embeds) <= CLOSE
+    else:
+        assert difference(ours.backbone.pooled(ids), wanted.pooler_output) <= CLOSE
     ours.save(tmp_path / "ours")
     same_files(tmp_path / "theirs", tmp_path / "ours")
 
@@ -280,8 +285,10 @@ def test_a_tower_from_its_fields() -> None:
         ph.build("clip", text=dict(text, heads=2), vision=vision)
     with pytest.raises(ConfigError, match="d_model 8 does not divide into 3 heads"):
         ph.build("clip", text=dict(text, num_heads=3), vision=vision)
-    with pytest.raises(ConfigError, match="patch_size is 5; it must be from 1 to image_size, 4"):
+    with pytest.raises(ConfigError, match="patch_size is 5; it must be from 1 to 4"):
         ph.build("clip", text=text, vision=dict(vision, patch_size=5))
+    with pytest.raises(ConfigError, match="projection_dim is 0"):
+        ph.build("clip", text=text, vision=vision, projection_dim=0)
 
 
 def test_images_of_another_size_are_refused() -> None:

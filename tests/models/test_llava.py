@@ -143,6 +143,7 @@ def test_features_hidden_states_and_logits_equal(case: Case, tmp_path: Path) -> 
     ours = ph.load(tmp_path)
     pixels = images(3)
     ids = torch.tensor([case.row(2, 3, 7), case.row(9, 3 + case.num_features)])
+    assert ours.config.tokens_per_image == case.num_features
     seen = torch.stack(list(theirs.get_image_features(pixels).pooler_output))
     assert difference(ours.backbone.image_features(pixels), seen) <= CLOSE
     wanted = theirs(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
@@ -255,7 +256,8 @@ def test_a_row_alone_equals_the_row_in_a_batch(case: Case, tmp_path: Path) -> No
     width = max(map(len, rows))
     lengths = torch.tensor([len(row) for row in rows])
     keep = torch.arange(width) < lengths[:, None]
-    right = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    # Padding that looks like an image is none.
+    right = torch.tensor([row + [IMAGE] * (width - len(row)) for row in rows])
     left = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     batch, shifted = model(right, pixels, keep), model(left, pixels, keep.flip(1))
     caches = model.backbone.make_caches(3)

@@ -59,11 +59,10 @@ class CLIPText(nn.Module):
             x = layer(x, mask, None, placed.at)
         return self.norm(x)
 
-    def pool(
-        self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor | Mask | None = None
-    ) -> Tensor:
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor | Mask | None = None) -> Tensor:
         """The states `[B, E]` at each text's first end-of-text token, or, as transformers does,
         at its first token where there is none."""
+        hidden = self(input_ids, attention_mask)
         keep = as_mask(attention_mask, input_ids.shape).keep
         ids = input_ids if keep is None else input_ids.masked_fill(~keep, NO_ID)
         eos = self.config.eos_token_id
@@ -138,8 +137,7 @@ class CLIP(nn.Module):
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | Mask | None = None) -> Tensor:
         """Each text's vector in the shared space, `[texts, P]`, before it is normalised."""
-        hidden = self.text(input_ids, attention_mask)
-        return self.text_projection(self.text.pool(hidden, input_ids, attention_mask))
+        return self.text_projection(self.text.pooled(input_ids, attention_mask))
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Each image's vector in the shared space, `[images, P]`, before it is normalised."""

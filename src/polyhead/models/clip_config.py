@@ -10,18 +10,30 @@ from polyhead.models.config import Config, Row, hf
 from polyhead.models.heads import HeadKind
 from polyhead.models.keys import Rule
 from polyhead.models.nested import made_part, read_part, write_part
-from polyhead.nn.clip_head import ClassTokenNorm, ImageProjection, Similarity
+from polyhead.nn.clip_head import ClassTokenNorm, ImageProjection, Similarity, TextProjection
 
 # Old files hold, for each tower, all that a config of transformers could say.
 UNREAD = frozenset({"dropout", "gradient_checkpointing", "tie_word_embeddings", "vocab_size"})
 
-TEXT_ROW = Row("clip_text_model", "CLIPText", "text_model.", harmless=UNREAD)
+TEXT_ROW = Row(
+    "clip_text_model",
+    "CLIPText",
+    "text_model.",
+    {
+        "project": HeadKind(
+            "ModelWithProjection",
+            lambda config: TextProjection(config.d_model, config.projection_dim),
+            lambda config: (Rule("text_projection.weight", "projection.weight"),),
+        )
+    },
+    harmless=UNREAD,
+)
 VISION_ROW = Row(
     "clip_vision_model",
     "CLIPVision",
     "vision_model.",
     {
-        "embed": HeadKind(
+        "project": HeadKind(
             "ModelWithProjection",
             lambda config: ImageProjection(config.d_model, config.projection_dim),
             lambda config: (Rule("visual_projection.weight", "projection.weight"),),
@@ -41,6 +53,12 @@ ROW = Row(
         )
     },
 )
+
+
+def check_size(name: str, size: int, most: int = 2**24) -> None:
+    """Raise ConfigError for a size out of bounds."""
+    if not 1 <= size <= most:
+        raise ConfigError(f"{name} is {size}; it must be from 1 to {most}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +81,7 @@ class CLIPTowerConfig(Config):
         super().__post_init__()
         if self.d_model % self.num_heads:
             raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
+        check_size("projection_dim", self.projection_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +116,9 @@ class CLIPVisionConfig(CLIPTowerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.patch_size <= self.image_size:
-            raise ConfigError(
-                f"patch_size is {self.patch_size}; it must be from 1 to image_size, "
-                f"{self.image_size}"
-            )
+        check_size("num_channels", self.num_channels, 2**12)
+        check_size("image_size", self.image_size, 2**14)
+        check_size("patch_size", self.patch_size, self.image_size)
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:
@@ -146,6 +163,7 @@ class CLIPConfig(Config):
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "vision", vision)
         super().__post_init__()
+        check_size("projection_dim", self.projection_dim)
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:

@@ -17,7 +17,7 @@ from polyhead.models.nested import part_backbone, part_rules
 from polyhead.nn.cache import Caches
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.feedforward import activation_named
-from polyhead.nn.mask import Mask
+from polyhead.nn.mask import Mask, as_mask
 
 
 class Tower(Protocol):
@@ -46,7 +46,8 @@ class Projector(nn.Module):
 class Llava(nn.Module):
     """Token ids `[B, T]` and images `[N, C, height, width]` to hidden states `[B, T, E]`.
 
-    The text's image tokens are as many as the images' features, in their order.
+    The batch's image tokens, padding left out, are as many as the images' features, in their
+    order. A row may have several images, or none.
     """
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -76,7 +77,10 @@ class Llava(nn.Module):
     ) -> Tensor:
         """Without images it is the decoder. Counts that do not agree raise DataError."""
         x = self.embedding(input_ids)
+        mask = as_mask(attention_mask, input_ids.shape)
         is_image = input_ids == self.config.image_token_id
+        if mask.keep is not None:
+            is_image = is_image & mask.keep
         if pixel_values is not None:
             features = self.image_features(pixel_values).flatten(0, 1).to(x.dtype)
             _check_count(is_image, len(features))
@@ -84,7 +88,7 @@ class Llava(nn.Module):
         elif input_ids.shape[1] > 1:
             # One token alone is a step of decoding, which may draw any.
             _check_count(is_image, 0)
-        return self.language(x, attention_mask, caches, position_ids)
+        return self.language(x, mask, caches, position_ids)
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
         """What the decoder reads of each image, `[N, tokens, E]`."""

@@ -1,5 +1,6 @@
 """LLaVA's configuration: an image tower's, a decoder's, and what joins them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
@@ -136,6 +137,16 @@ class LlavaConfig(Config):
 
     def untied(self) -> Self:
         return replace(self, tie_embeddings=False, text=self.text.untied())
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens of an image of the tower's own size."""
+        tower: Any = self.vision
+        if tower.model_type == "clip_vision_model":
+            tokens = 1 + tower.num_patches
+        else:
+            tokens = 1 + tower.is_distilled + math.prod(tower.grid)
+        return tokens - (self.keep == "default")
 
     @property
     def vocab_size(self) -> int:

@@ -18,10 +18,8 @@ class ClassTokenNorm(nn.Module):
         return self.norm(hidden[:, 0])
 
 
-class ImageProjection(Head):
-    """An image's vector in the shared space: `[B, E]` to `[B, P]`."""
-
-    reads_pooled = True
+class Projection(Head):
+    """The vector of a text or of an image in the shared space: `[B, E]` to `[B, P]`."""
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__()
@@ -29,6 +27,18 @@ class ImageProjection(Head):
 
     def forward(self, pooled: Tensor) -> Tensor:
         return self.projection(pooled)
+
+
+class ImageProjection(Projection):
+    """Of what the pooler makes of an image."""
+
+    reads_pooled = True
+
+
+class TextProjection(Projection):
+    """Of a text's state at its end."""
+
+    reads = "pooled"
 
 
 class Similarity(Head):
