@@ -249,13 +249,35 @@ def test_what_a_file_leaves_out_is_what_transformers_says(tmp_path: Path) -> Non
     assert ours.logit_scale_init == theirs.logit_scale_init_value
 
 
+# What transformers 4 wrote of a tower beyond its sizes.
+VERSION_4 = {
+    "_name_or_path": "", "add_cross_attention": False, "architectures": None,
+    "bad_words_ids": None, "begin_suppress_tokens": None, "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": None, "decoder_start_token_id": None,
+    "diversity_penalty": 0.0, "do_sample": False, "dropout": 0.0, "early_stopping": False,
+    "encoder_no_repeat_ngram_size": 0, "exponential_decay_length_penalty": None,
+    "finetuning_task": None, "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "initializer_factor": 1.0, "is_decoder": False, "is_encoder_decoder": False,
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "length_penalty": 1.0, "max_length": 20,
+    "min_length": 0, "no_repeat_ngram_size": 0, "num_beam_groups": 1, "num_beams": 1,
+    "num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False,
+    "output_scores": False, "prefix": None, "problem_type": None, "pruned_heads": {},
+    "remove_invalid_values": False, "repetition_penalty": 1.0, "return_dict": True,
+    "return_dict_in_generate": False, "sep_token_id": None, "suppress_tokens": None,
+    "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False,
+    "tie_encoder_decoder": False, "tie_word_embeddings": True, "tokenizer_class": None,
+    "top_k": 50, "top_p": 1.0, "torch_dtype": None, "torchscript": False,
+    "transformers_version": "4.24.0", "typical_p": 1.0, "use_bfloat16": False,
+}  # fmt: skip
+
+
 def test_the_older_key_of_a_tower_wins(tmp_path: Path) -> None:
     """`text_config_dict`, where it says anything, replaces the whole of `text_config`."""
     data = {
         "model_type": "clip",
-        "text_config": {**TEXT, "dropout": 0.0, "tie_word_embeddings": True},
-        "text_config_dict": {"hidden_size": 48, "num_attention_heads": 4},
-        "vision_config": {**VISION, "vocab_size": 9},
+        "text_config": {**VERSION_4, **TEXT},
+        "text_config_dict": {**VERSION_4, "hidden_size": 48, "num_attention_heads": 4},
+        "vision_config": {**VERSION_4, **VISION, "vocab_size": 9},
         "vision_config_dict": None,
     }
     (tmp_path / "config.json").write_text(json.dumps(data))

@@ -398,6 +398,10 @@ def test_what_a_file_leaves_out_is_what_transformers_says(
     assert ours.feature_layers == (theirs.vision_feature_layer,)
 
 
+def test_an_image_of_llava_1_5_is_576_tokens() -> None:
+    assert from_hf(LlavaConfig, LLAVA_1_5).tokens_per_image == 576
+
+
 SMALL = dict(vocab_size=9, d_model=8, d_ff=8, num_layers=1, num_heads=2)
 SMALL_TOWER = dict(d_model=6, d_ff=8, num_layers=2, num_heads=3, image_size=4, patch_size=2)
 
