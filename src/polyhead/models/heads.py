@@ -9,6 +9,7 @@ from torch import nn
 from polyhead.errors import ConfigError
 from polyhead.models.keys import Dropped, Rule, Rules, Tied
 from polyhead.nn.head import Classifier, Heads, LanguageHead, LastTokenClassifier, SpanHead
+from polyhead.nn.pooling import Pooling
 
 
 def no_rules(config: Any) -> Rules:
@@ -155,6 +156,9 @@ def _moved(rule: Rule | Dropped | Tied, ours: str, theirs: str) -> Rule | Droppe
         moved = tuple(ours + name for name in rule.ours)
     return replace(rule, theirs=theirs + rule.theirs, ours=moved)
 
+
+EMBED = HeadKind("Model", lambda config: Pooling())
+"""One vector a text; how it is pooled stands beside the model, not in its config."""
 
 CAUSAL_HEADS: Mapping[str, HeadKind] = {
     "lm": language(),

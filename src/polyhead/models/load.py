@@ -19,6 +19,7 @@ from polyhead.models.config import Config
 from polyhead.models.config_json import from_hf
 from polyhead.models.model import TaskModel
 from polyhead.models.registry import family_of
+from polyhead.models.sentence import read_sentences
 from polyhead.text.tokenizer import Tokenizer
 
 DTYPES = {
@@ -58,6 +59,10 @@ def load(
     wanted = _asked(config, head, there)
     is_new = wanted != there or (labels or tasks) is not None
     model = from_tensors(config, tensors, wanted, _dtype(dtype, data, path), is_new)
+    if path.is_dir() and (sentences := read_sentences(path)) is not None:
+        model.sentences = sentences
+        if wanted == "embed":
+            model.head = sentences.pooling.to(model.dtype)
     model.generation = read_json(path / "generation_config.json") if path.is_dir() else {}
     return model if device is None else _moved(model, device)
 

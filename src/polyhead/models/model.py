@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from polyhead.models.config_json import to_hf
 from polyhead.models.heads import within
 from polyhead.models.keys import Rules, to_theirs
 from polyhead.models.registry import family_of
+from polyhead.models.sentence import Sentences, write_sentences
 from polyhead.nn.head import Head, Heads, LanguageHead
+from polyhead.nn.pooling import Pooling
 
 
 class TaskModel(nn.Module):
@@ -41,6 +44,8 @@ class TaskModel(nn.Module):
         self.head_kind = "none" if head is None else head_kind
         self.generation: dict[str, Any] = {}
         """What the checkpoint's `generation_config.json` holds."""
+        self.sentences: Sentences | None = None
+        """What a sentence-transformers directory says of embedding texts."""
 
     def forward(self, *inputs: Tensor, head: str | None = None, **named: Any) -> Tensor:
         """The backbone's arguments; logits, or hidden states without a head.
@@ -48,19 +53,30 @@ class TaskModel(nn.Module):
         head: which one, where the model has several.
         """
         mask = named.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
-        return self.answer(self.backbone(*inputs, **named), mask, head)
+        return self.answer(self.hidden(*inputs, head=head, **named), mask, head)
+
+    def hidden(self, *inputs: Tensor, head: str | None = None, **named: Any) -> Tensor:
+        """The states that the head reads `[B, T, E]`: the backbone's, or its mask decoder's."""
+        top = self._top(head)
+        reads = top.reads if isinstance(top, Head) else "forward"
+        return (self.backbone if reads == "forward" else getattr(self.backbone, reads))(
+            *inputs, **named
+        )
 
     def answer(self, hidden: Tensor, attention_mask: Any = None, head: str | None = None) -> Tensor:
-        """The head's answer to hidden states `[B, T, E]` of the backbone."""
-        if self.head is None:
+        """The head's answer to the states `[B, T, E]` that it reads, as `hidden` gives them."""
+        top = self._top(head)
+        if top is None:
             return hidden
-        top = self.head.pick(head) if isinstance(self.head, Heads) else self.head
         reads_pooled = isinstance(top, Head) and top.reads_pooled
         if reads_pooled:
             assert self.pooler is not None
             hidden = self.pooler(hidden)
         needs_mask = isinstance(top, Head) and top.needs_mask
         return top(hidden, attention_mask) if needs_mask else top(hidden)
+
+    def _top(self, name: str | None) -> nn.Module | None:
+        return self.head.pick(name) if isinstance(self.head, Heads) else self.head
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Each text's vector in the space shared with images `[B, P]`, not yet of length 1."""
@@ -142,8 +158,11 @@ class TaskModel(nn.Module):
     def hf_tensors(self) -> dict[str, Tensor]:
         """The weights under Hugging Face's names."""
         own = {name.removeprefix("backbone."): tensor for name, tensor in self.state_dict().items()}
+        bare = self.head_kind in ("none", "embed")
+        if bare:
+            own = {name: tensor for name, tensor in own.items() if not name.startswith("head.")}
         theirs = to_theirs(checkpoint_rules(self.config, self.head_kind), own)
-        if self.head is None:
+        if bare:
             prefix = self.config.row(self.config.model_type).prefix
             return {name.removeprefix(prefix): value for name, value in theirs.items()}
         return theirs
@@ -163,6 +182,11 @@ class TaskModel(nn.Module):
         tensors = {name: tensor.detach() for name, tensor in self.hf_tensors().items()}
         write_checkpoint(folder, tensors)
         _write_json(folder / "config.json", self.hf_config())
+        sentences = self.sentences
+        if isinstance(self.head, Pooling):
+            sentences = replace(sentences or Sentences(), pooling=self.head)
+        if sentences is not None and self.head_kind in ("none", "embed"):
+            write_sentences(folder, sentences, getattr(self.config, "d_model"))  # noqa: B009
         if self.generation:
             _write_json(folder / "generation_config.json", self.generation)
         else:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models.heads import HeadKind, multitask
+from polyhead.models.heads import EMBED, HeadKind, multitask
 
 JSON = Mapping[str, Any]
 
@@ -44,10 +44,11 @@ class Row:
         """One of the heads; raises ConfigError for one that this type does not have."""
         if head == "multitask":
             return multitask(self.heads)
+        if head == "embed":
+            return EMBED
         if head not in self.heads:
-            raise ConfigError(
-                f"{self.model_type} has no head {head!r}; it has {', '.join([*self.heads, 'none'])}"
-            )
+            there = ", ".join([*self.heads, "embed", "none"])
+            raise ConfigError(f"{self.model_type} has no head {head!r}; it has {there}")
         return self.heads[head]
 
     def architecture(self, head: str) -> str:
