@@ -7,16 +7,23 @@ __version__ = "0.1.0"
 
 # Names are fetched when first used, so that `import polyhead` and `polyhead --help` cost little.
 _HOMES = {
+    "Answerer": "tasks.answer",
+    "Classifier": "tasks.classify",
     "ConfigError": "errors",
     "DataError": "errors",
     "FileError": "errors",
+    "Filler": "tasks.fill",
     "GenerationConfig": "generate.config",
+    "ImageClassifier": "tasks.classify",
     "Mask": "nn.mask",
     "PolyheadError": "errors",
+    "Similar": "tasks.similar",
+    "Tagger": "tasks.tag",
     "TextGenerator": "generate.generator",
     "Tokenizer": "text.tokenizer",
     "TrainConfig": "train.config",
     "Trainer": "train.loop",
+    "ZeroShotClassifier": "tasks.classify",
     "build": "models.assemble",
     "capture": "explain.capture",
     "embed": "tasks.embed",

@@ -25,6 +25,8 @@ class Batch:
     token_type_ids  [B, T]     0 for the first text, 1 for the second, as the tokenizer frames them
     offsets         [B, T, 2]  first and last + 1 character of the token in its text; 0, 0 if none
     sequence_ids    [B, T]     0 first text, 1 second, -1 special or padding
+    word_ids        [B, T]     the word of its text that the token is of, as the tokenizer cuts
+                               words; -1 special or padding
     text_index      [B]        which of the given texts the row is (a window) of
     """
 
@@ -33,6 +35,7 @@ class Batch:
     token_type_ids: Tensor
     offsets: Tensor
     sequence_ids: Tensor
+    word_ids: Tensor
     text_index: Tensor
 
     def __len__(self) -> int:
@@ -55,6 +58,7 @@ class _Row(NamedTuple):
     types: list[int]
     offsets: list[tuple[int, int]]
     sequences: list[int]
+    words: list[int]
 
 
 def collate(
@@ -101,7 +105,8 @@ def _check(max_len: int | None, truncate: bool, stride: int | None, multiple: in
 
 def _row(encoding: tokenizers.Encoding) -> _Row:
     sequences = [-1 if s is None else s for s in encoding.sequence_ids]
-    return _Row(encoding.ids, encoding.type_ids, encoding.offsets, sequences)
+    words = [-1 if w is None else w for w in encoding.word_ids]
+    return _Row(encoding.ids, encoding.type_ids, encoding.offsets, sequences, words)
 
 
 def _windows(row: _Row, max_len: int, stride: int | None, index: int) -> list[_Row]:
@@ -170,6 +175,7 @@ def _cut(row: _Row, spans: list[tuple[int, int]], kept: list[tuple[int, int]]) -
         list(compress(row.types, keep)),
         list(compress(row.offsets, keep)),
         list(compress(row.sequences, keep)),
+        list(compress(row.words, keep)),
     )
 
 
@@ -193,5 +199,6 @@ def _pad(rows: list[_Row], owners: list[int], pad_id: int, multiple: int) -> Bat
         token_type_ids=padded("types", 0),
         offsets=padded("offsets", 0, 2),
         sequence_ids=padded("sequences", -1),
+        word_ids=padded("words", -1),
         text_index=torch.tensor(owners),
     )
