@@ -137,13 +137,13 @@ def batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
 
 def recommended(model: TaskModel) -> Mapping[str, Any]:
     """The checkpoint's `generation_config.json`, or what old files say of it in `config.json`."""
-    return model.generation or model.config.source
+    return model.generation or model.hf_config()
 
 
 def start_id(model: TaskModel, tokenizer: Tokenizer | None = None) -> int | None:
     """What the decoder reads first: as the checkpoint says, or the tokenizer's bos or pad."""
     for name in ("decoder_start_token_id", "bos_token_id"):
-        for source in (model.generation, model.config.source):
+        for source in (model.generation, model.hf_config()):
             if source.get(name) is not None:
                 return int(source[name])
     if tokenizer is None:
@@ -153,7 +153,7 @@ def start_id(model: TaskModel, tokenizer: Tokenizer | None = None) -> int | None
 
 def end_ids(model: TaskModel, tokenizer: Tokenizer | None = None) -> frozenset[int]:
     """The tokens that end an answer."""
-    for source in (model.generation, model.config.source):
+    for source in (model.generation, model.hf_config()):
         if (said := source.get("eos_token_id")) is not None:
             return frozenset(said if isinstance(said, list) else [said])
     return frozenset() if tokenizer is None else frozenset(tokenizer.eos_ids)

@@ -70,6 +70,7 @@ class MarianConfig(Config):
 
     Fields without `decoder_` are the encoder's, or both stacks'; of the decoder's, None is as
     many. vocab_size: of the source. share_embeddings: one table for source and target.
+    pad_id: None is the last of the vocabulary; start_id, which the decoder reads first: as pad_id.
     """
 
     vocab_size: int = hf("vocab_size", default=58101)
@@ -91,10 +92,24 @@ class MarianConfig(Config):
     dropout: float = hf("dropout", default=0.0)
     attention_dropout: float = hf("attention_dropout", default=0.0)
     init_std: float = hf("init_std", default=0.02)
+    pad_id: int | None = hf("pad_token_id", default=None)
+    start_id: int | None = hf("decoder_start_token_id", default=None)
     kind = "encoder-decoder"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Said in full: where a file is silent, transformers has the sizes and ids of one of OPUS'.
+        implied = {
+            "decoder_d_ff": self.d_ff,
+            "num_decoder_layers": self.num_layers,
+            "num_decoder_heads": self.num_heads,
+            "pad_id": self.vocab_size - 1,
+        }
+        for name, value in implied.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.start_id is None:
+            object.__setattr__(self, "start_id", self.pad_id)
         for side in self.encoder, self.decoder:
             if side.d_model % side.num_heads:
                 raise ConfigError(
