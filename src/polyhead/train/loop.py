@@ -69,6 +69,8 @@ class Trainer:
         self.sample, self.callbacks, self.about, self.quiet = sample, callbacks, about, quiet
         self.run = Path(self.config.out)
         self._check_model()
+        if self.kind.prepare is not None:
+            self.model = self.kind.prepare(model)
 
     def fit(
         self,
@@ -148,7 +150,7 @@ class Trainer:
                     "set context to that or less"
                 )
             self.sample = self.sample or write_sample
-        elif kind.head and self.model.head_kind != kind.head:
+        elif kind.head and self.model.head_kind not in (kind.head, *kind.also):
             raise ConfigError(
                 f"{kind.name} needs a model with the head {kind.head!r}, and this one's is "
                 f"{self.model.head_kind!r}: load or build it with head={kind.head!r}"

@@ -7,10 +7,24 @@ from hashlib import sha256
 from typing import Any
 
 from polyhead.errors import ConfigError
+from polyhead.train.answering import answer, answer_figures, answered_contexts
+from polyhead.train.contrastive import (
+    captioned_images,
+    clip,
+    contrastive,
+    paired_texts,
+    recall_figures,
+)
+from polyhead.train.corruption import corrupted_windows, span_corruption
 from polyhead.train.data import Dataset, windows
 from polyhead.train.examples import Labels
+from polyhead.train.images import classified_images
+from polyhead.train.masked import hit_rate, masked_lm, masked_windows
 from polyhead.train.objectives import Loss, causal_lm
+from polyhead.train.pairs import nsp, nsp_pairs, pair_accuracy, sop, sop_pairs
 from polyhead.train.records import Table
+from polyhead.train.replaced import detection, prepared, replaced_token, replaced_windows
+from polyhead.train.seq2seq import seq2seq, translated_texts, translation_figures
 from polyhead.train.supervised import (
     class_figures,
     class_labels,
@@ -41,6 +55,8 @@ class ObjectiveKind:
 
     head:    what the model needs, as `load(…, head=)` names it; "" where any will do.
     loss:    `(model, batch, **options) -> Loss`.
+    also:    other heads that will do.
+    prepare: `(model) -> model`, what is trained in its place.
     labels:  `(table, problem) -> Labels`, what a fresh head is to tell apart, where it has classes.
     columns: the columns it reads of a table, by the name of their role, and whether each must be
              there; empty where the source is plain text.
@@ -54,14 +70,66 @@ class ObjectiveKind:
     dataset: DatasetFactory
     loss: Callable[..., Loss]
     metric: Metric | None = None
+    also: tuple[str, ...] = field(default=(), kw_only=True)
+    prepare: Callable[[Any], Any] | None = field(default=None, kw_only=True)
     labels: Callable[[Table, str | None], Labels] | None = None
     columns: Mapping[str, bool] = field(default_factory=dict[str, bool])
     dataset_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loss_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
+_MASKING = {"choice": "token", "ratio": 0.15, "mask": 0.8, "random": 0.1, "max_span": 10}
 _ROWS = (
     ObjectiveKind("causal-lm", "predict each token from those before it", "lm", windows, causal_lm),
+    ObjectiveKind(
+        "masked-lm",
+        "fill in tokens, whole words or spans",
+        "lm",
+        masked_windows,
+        masked_lm,
+        hit_rate,
+        dataset_options=_MASKING,
+    ),
+    ObjectiveKind(
+        "nsp",
+        "fill in tokens, and tell whether one segment follows the other",
+        "pretraining",
+        nsp_pairs,
+        nsp,
+        pair_accuracy,
+        also=("nsp",),
+        dataset_options=_MASKING,
+    ),
+    ObjectiveKind(
+        "sop",
+        "fill in tokens, and tell which of two segments comes first",
+        "pretraining",
+        sop_pairs,
+        sop,
+        pair_accuracy,
+        also=("sop",),
+        dataset_options=_MASKING,
+    ),
+    ObjectiveKind(
+        "replaced-token",
+        "find the tokens that a small generator put in",
+        "rtd",
+        replaced_windows,
+        replaced_token,
+        detection,
+        prepare=prepared,
+        dataset_options={"choice": "token", "ratio": 0.15, "max_span": 10},
+        loss_options={"weight": 50.0},
+    ),
+    ObjectiveKind(
+        "span-corruption",
+        "write out the spans that were taken from a text",
+        "lm",
+        corrupted_windows,
+        span_corruption,
+        hit_rate,
+        dataset_options={"density": 0.15, "mean_span": 3.0},
+    ),
     ObjectiveKind(
         "classify",
         "classes of texts or pairs: one each, several, or a measure",
@@ -81,6 +149,59 @@ _ROWS = (
         tag_figures,
         tag_labels,
         columns={"tokens": True, "tags": True},
+    ),
+    ObjectiveKind(
+        "answer",
+        "the span of a context that answers a question, or none",
+        "answer",
+        answered_contexts,
+        answer,
+        answer_figures,
+        columns={
+            **dict.fromkeys(("question", "context"), True),
+            **dict.fromkeys(("answer", "start", "answers"), False),
+        },
+        dataset_options={"stride": 64},
+    ),
+    ObjectiveKind(
+        "image-classify",
+        "classes of images",
+        "classify",
+        classified_images,
+        classify,
+        class_figures,
+        class_labels,
+        columns={"image": True, "label": True},
+    ),
+    ObjectiveKind(
+        "seq2seq",
+        "write the target of a source: translation, summaries",
+        "lm",
+        translated_texts,
+        seq2seq,
+        translation_figures,
+        columns={"source": True, "target": True},
+        loss_options={"smoothing": 0.1},
+    ),
+    ObjectiveKind(
+        "contrastive",
+        "vectors in which texts are near that belong together",
+        "embed",
+        paired_texts,
+        contrastive,
+        recall_figures,
+        columns={"text": True, "pair": True, "negative": False},
+        loss_options={"scale": 20.0, "symmetric": False, "chunk": 0},
+    ),
+    ObjectiveKind(
+        "clip",
+        "vectors in which a text is near its image",
+        "contrastive",
+        captioned_images,
+        clip,
+        recall_figures,
+        columns={"image": True, "text": True},
+        loss_options={"chunk": 0},
     ),
 )
 

@@ -74,7 +74,7 @@ def classified_texts(
     for role in table.columns.keys() - {"label"}:
         strings(table.columns[role], role, table.name)
     inputs = TextInputs.of(tokenizer, model, config)
-    made = _labelled(table, model.config, config, split)
+    made = labelled(table, model.config, config, split)
     if made is None:
         return None
     rows, problem, names = made
@@ -82,10 +82,13 @@ def classified_texts(
     return Examples(rows, ClassCollator(inputs, problem, names), config.seed, seal)
 
 
-def _labelled(
+def labelled(
     table: Table, made: Any, config: TrainConfig, split: Split
 ) -> tuple[Labelled, str, tuple[str, ...]] | None:
-    """One side of a table with its labels; the whole column is checked first."""
+    """One side of a table with its labels, the problem they make, and their names.
+
+    The whole column is checked first.
+    """
     problem = problem_of(made, table.columns["label"])
     names = made.labels or tuple(str(number) for number in range(made.num_labels))
     numbered(table.columns["label"], names, problem, table.name)
