@@ -46,6 +46,9 @@ class Model(nn.Module):
     def forward(self, ids):
         return self.head(self.backbone(ids)[:, 0])
 
+    def hidden(self, ids, head=None):
+        return self.backbone(ids)
+
 
 def classify(model, batch):
     logits = model(batch.input_ids)

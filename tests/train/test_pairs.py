@@ -28,15 +28,17 @@ def bert() -> Tokenizer:
     return Tokenizer.train([text(50)], kind="wordpiece", vocab_size=60)
 
 
-def model_of(tokenizer, head="nsp"):
+def model_of(tokenizer, head="nsp", family="bert"):
     sizes = {"d_model": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 64, "d_ff": 32}
     options = {"dropout": 0.0, "attention_dropout": 0.0}
-    return ph.build("bert", head=head, seed=0, vocab_size=tokenizer.vocab_size, **sizes, **options)
+    return ph.build(family, head=head, seed=0, vocab_size=tokenizer.vocab_size, **sizes, **options)
 
 
 def made(kind, tokenizer, tmp_path, head="nsp", documents=DOCUMENTS, split="all", **fields):
     config = TrainConfig(**{"context": 27, "out": str(tmp_path), "seed": 3, **fields})
-    return MAKERS[kind](documents, tokenizer, model_of(tokenizer, head), config, split)
+    family = "albert" if kind == "sop" else "bert"
+    model = model_of(tokenizer, kind if head == "nsp" else head, family)
+    return MAKERS[kind](documents, tokenizer, model, config, split)
 
 
 def segments(batch, row, tokenizer):
@@ -166,7 +168,7 @@ def test_the_loss_is_bert_s(head, bert, tmp_path):
 
 def test_order_asks_its_own_head(bert, tmp_path):
     batch = made("sop", bert, tmp_path).batch(0, 6)
-    model = model_of(bert)
+    model = model_of(bert, "sop", "albert")
     loss = sop(model, batch)
     loss.total.backward()
     assert model.pooler.dense.weight.grad.abs().sum() > 0
@@ -183,3 +185,6 @@ def test_what_is_missing_is_named(bert, tokenizer, tmp_path):
         made("sop", bert, tmp_path, context=10)
     with pytest.raises(ConfigError, match="cls and a sep"):
         made("sop", tokenizer, tmp_path)
+    config = TrainConfig(context=27, out=str(tmp_path))
+    with pytest.raises(ConfigError, match="heads for lm, nsp, and none for sop"):
+        sop_pairs(DOCUMENTS, bert, model_of(bert, "pretraining"), config, "all")

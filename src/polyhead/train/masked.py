@@ -257,6 +257,12 @@ def framed(
     progress: Progress | None,
 ) -> Windows | None:
     """Windows that leave a row of `config.context` tokens room for a frame."""
+    limit = model.config.max_tokens
+    if limit is not None and config.context > limit:
+        raise ConfigError(
+            f"context is {config.context}, and the model takes {limit} tokens: set context to "
+            "that or less"
+        )
     if config.context <= frame:
         raise ConfigError(
             f"context is {config.context}, and {frame} of a row are special: set it above that"
@@ -267,7 +273,8 @@ def framed(
 
 def masked_lm(model: Any, batch: LanguageBatch) -> Loss:
     """Cross-entropy of the hidden tokens; the head sees their positions alone."""
-    hidden = model.backbone(batch.input_ids, **extras(batch))
+    name = "lm" if isinstance(model.head, Heads) else None
+    hidden = model.hidden(batch.input_ids, head=name, **extras(batch))
     return masked_loss(model, hidden, batch)
 
 
@@ -279,7 +286,7 @@ def extras(batch: Any) -> dict[str, Any]:
 
 
 def masked_loss(model: Any, hidden: Tensor, batch: LanguageBatch) -> Loss:
-    """The masked language model's loss of a backbone's answer `[B, T, E]`."""
+    """The masked language model's loss of the states `[B, T, E]` that its head reads."""
     rows = batch.labels != IGNORE
     labels = batch.labels[rows]
     decoder, states = before_vocabulary(model, hidden, rows)

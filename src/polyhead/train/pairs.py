@@ -153,8 +153,10 @@ def pairs(
     config: TrainConfig,
     split: Split,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> Pairs | None:
-    """Pairs of `config.context` tokens at most; masked as well where the model has an LM head too.
+    """Pairs of `config.context` tokens at most; masked as well where the model has an LM head too,
+    by settings that are Masking's.
 
     ConfigError without [CLS] and [SEP]; DataError for next sentence over a single document.
     """
@@ -167,25 +169,29 @@ def pairs(
     found = framed(FRAME, source, tokenizer, model, config, split, progress)
     if found is None:
         return None
-    masking = Masking.of(tokenizer) if _has_language_head(model) else None
+    masking = Masking.of(tokenizer, **settings) if _has_language_head(model, kind) else None
     special = np.zeros(tokenizer.vocab_size, bool)
     special[list(tokenizer.special_ids)] = True
     first, size, owner = stretches(found.tokens, room, special)
     if len(first) == 0 or (kind == "nsp" and owner[0] == owner[-1]):
+        if split == "valid":
+            return None
         need = "two documents" if kind == "nsp" else "one document"
         raise DataError(f"the text has not {need} of {LEAST} tokens: give a text a document")
     frame = (cls, sep, tokenizer.pad_id or 0)
     return Pairs(found.tokens, first, size, owner, kind, room, config.seed, frame, masking)
 
 
-def _has_language_head(model: Any) -> bool:
+def _has_language_head(model: Any, kind: Kind) -> bool:
+    if isinstance(model.head, Heads) and kind not in model.head:
+        raise ConfigError(f"the model has heads for {', '.join(model.head)}, and none for {kind}")
     return isinstance(model.head, Heads) and "lm" in model.head
 
 
 def _pair_loss(kind: Kind, model: Any, batch: PairBatch) -> Loss:
     """Cross-entropy of the pairs, and of the masked tokens where there are any."""
-    hidden = model.backbone(batch.input_ids, **extras(batch))
     name = kind if isinstance(model.head, Heads) else None
+    hidden = model.hidden(batch.input_ids, head=name, **extras(batch))
     logits = model.answer(hidden, batch.attention_mask, name)
     nll = F.cross_entropy(logits.float(), batch.pair_labels, reduction="sum")
     answers = (logits.detach().argmax(-1) == batch.pair_labels,)

@@ -140,6 +140,11 @@ def with_generator(
     return ReplacedTokenModel(discriminator, generator, sharing)
 
 
+def prepared(model: Any) -> ReplacedTokenModel:
+    """A discriminator with a generator as `with_generator` makes it, unless it has one."""
+    return model if isinstance(model, ReplacedTokenModel) else with_generator(model)
+
+
 def _table(model: TaskModel) -> Table:
     table = model.backbone.get_submodule("embedding")
     assert isinstance(table, Table)
@@ -189,7 +194,7 @@ def replaced_token(model: ReplacedTokenModel, batch: ReplacedBatch, weight: floa
     """
     given = extras(batch)
     gaps = batch.labels != IGNORE
-    states = model.generator.backbone(batch.input_ids, **given)
+    states = model.generator.hidden(batch.input_ids, **given)
     generator = masked_loss(model.generator, states, batch)
     decoder, before = before_vocabulary(model.generator, states.detach(), gaps)
     ids = batch.input_ids.masked_scatter(gaps, sample(decoder, before, batch.draws[gaps]))
