@@ -1,0 +1,89 @@
+"""Fair timing: contenders in turn, forwards and backwards, and the ratio of their times.
+
+Each pair of slices lies side by side in time, so a slow minute touches both. The ratio's interval
+is a bootstrap over the pairs; the same contender against itself says how much is noise.
+"""
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster, with a 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def slices(calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds a call of each contender, one slice a round, in the order A B B A."""
+    for name, call in calls.items():
+        print(f"warming up {name}", file=sys.stderr)
+        call()
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            times[name].append(seconds_a_call(calls[name], seconds))
+    return times
+
+
+def seconds_a_call(call: Call, seconds: float) -> float:
+    """Mean time of a call over a slice of at least so many seconds."""
+    began, count = time.perf_counter(), 0
+    while True:
+        call()
+        count += 1
+        spent = time.perf_counter() - began
+        if spent >= seconds:
+            return spent / count
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
+    """Median of the pairs' ratios, and a bootstrap interval of it."""
+    pairs = [a / b for a, b in zip(slow, fast, strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return Ratio(statistics.median(pairs), medians[50], medians[1949])
+
+
+def with_itself(times: Sequence[float]) -> Ratio:
+    """The ratio of every second slice to its neighbour: what is noise."""
+    even = len(times) // 2 * 2
+    return ratio(times[0:even:2], times[1:even:2])
+
+
+def product_gflops(dtype: torch.dtype, size: int = 2048) -> float:
+    """What the machine's own matrix product reaches now."""
+    a, b = torch.randn(2, size, size).to(dtype)
+    out = torch.empty(size, size, dtype=dtype)
+    return 2 * size**3 / seconds_a_call(lambda: torch.mm(a, b, out=out), 1.0) / 1e9
+
+
+def memory_of(call: Call) -> float:
+    """The most memory in MiB that a call holds beside what was there (Linux)."""
+    call()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = _status("VmRSS")
+    call()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
