@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from polyhead.errors import FileError
-from polyhead.text import from_sentencepiece, vocab_files
+from polyhead.text import from_sentencepiece, marian, vocab_files
 from polyhead.text.special import ROLES, SpecialTokens, TokenizerParts, add_special, frame
 
 _CONFIG = "tokenizer_config.json"
@@ -52,14 +52,16 @@ def _read_directory(path: Path, special: Mapping[str, str | None] | None) -> Tok
         parts = _read_json(path / "tokenizer.json")
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         parts = vocab_files.read_bpe(path / "vocab.json", path / "merges.txt", config)
+    elif (path / "source.spm").is_file() and (path / "vocab.json").is_file():
+        parts = marian.read(path, read_json(path / "vocab.json"))
     elif models := sorted(path.glob("*.model")):
         parts = from_sentencepiece.read_model(models[0], config)
     elif (path / "vocab.txt").is_file():
         parts = vocab_files.read_wordpiece(path / "vocab.txt", config)
     else:
         raise FileError(
-            f"no tokenizer in {path}: none of tokenizer.json, vocab.json with merges.txt, *.model, "
-            "vocab.txt is there"
+            f"no tokenizer in {path}: none of tokenizer.json, vocab.json with merges.txt or "
+            "source.spm, *.model, vocab.txt is there"
         )
     return _finish(
         parts,

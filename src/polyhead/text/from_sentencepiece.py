@@ -136,12 +136,7 @@ def read_model(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
             f"{path} belongs to a {owner}, which changes its ids or its text; "
             "convert the tokenizer to tokenizer.json"
         )
-    try:
-        model, named = _parse(path.read_bytes(), config)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from None
-    except _BadModelError as error:
-        raise FileError(f"{path} is no SentencePiece model: {error}") from None
+    model, named = parse(path, config)
     backend = build(model)
     bos, eos = _FRAMES.get(owner, (False, False))
     frame(
@@ -150,6 +145,16 @@ def read_model(path: Path, config: Mapping[str, Any]) -> TokenizerParts:
         named.eos if config.get("add_eos_token", eos) else None,
     )
     return TokenizerParts(backend=backend, special=named)
+
+
+def parse(path: Path, config: Mapping[str, Any] | None = None) -> tuple[PieceModel, SpecialTokens]:
+    """What a .model file holds. Errors: FileError."""
+    try:
+        return _parse(path.read_bytes(), config or {})
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from None
+    except _BadModelError as error:
+        raise FileError(f"{path} is no SentencePiece model: {error}") from None
 
 
 class _BadModelError(Exception):
