@@ -106,8 +106,8 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """`[B, h * w, E]` to `[B, h * w, E]`."""
         seen = windows.cut(self.attention_norm(x))
-        found = self.attention(seen, mask=windows.lowered(len(x)), position=self.bias)
-        x = x + self.drop_path(self.dropout(windows.join(found, len(x))))
+        found = windows.join(self.attention(seen, position=self.bias.within(windows)))
+        x = x + self.drop_path(self.dropout(found))
         return x + self.drop_path(self.dropout(self.ffn(self.ffn_norm(x))))
 
 
@@ -130,8 +130,8 @@ class SwinStage(nn.Module):
         # A grid no larger than a window is one that does not shift.
         is_small = min(grid) <= self.edge
         edge, shift = (min(grid), 0) if is_small else (self.edge, self.edge // 2)
-        straight = Windows.of(grid, edge, 0, x.device)
-        shifted = Windows.of(grid, edge, shift, x.device) if shift else straight
+        straight = Windows.of(x, grid, edge, 0)
+        shifted = Windows.of(x, grid, edge, shift) if shift else straight
         for layer, block in enumerate(self.layers):
             x = block(x, shifted if layer % 2 else straight)
         return x if self.merge is None else self.merge(x, grid)

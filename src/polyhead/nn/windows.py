@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyhead.nn.attention import MultiHeadAttention
-from polyhead.nn.mask import EVERYTHING, Lowered
 from polyhead.nn.patches import Grid
 from polyhead.nn.patterns import shifted_windows
-from polyhead.nn.position import Position
+from polyhead.nn.position import Position, PreparedBias
 
 
 @dataclass(frozen=True)
@@ -22,58 +20,56 @@ class Windows:
 
     slots:  `[n * M * M]` the token that stands in each place of each window.
     places: `[h * w]` the place where each token stands.
-    filled: `[n * M * M]` where a place has a token at all; None where all have.
-    mask:   `[n, 1, M * M, M * M]` which places of a shifted window see each other, or None.
+    filled: `[n * M * M, 1]` where a place has a token at all; None where all have.
+    hidden: `[B * n, 1, M * M, M * M]` minus infinity where places of a shifted window do not see
+            each other, else zero; None where all do.
     """
 
+    num_images: int
     edge: int
     slots: Tensor
     places: Tensor
     filled: Tensor | None
-    mask: Tensor | None
+    hidden: Tensor | None
 
     @classmethod
-    def of(cls, grid: Grid, edge: int, shift: int, device: torch.device) -> "Windows":
-        """Windows of `edge` tokens; the grid, padded at the bottom and the right, is rolled."""
+    def of(cls, x: Tensor, grid: Grid, edge: int, shift: int) -> "Windows":
+        """Windows of `edge` tokens over x `[B, h * w, E]`.
+
+        The grid is padded at the bottom and the right, then rolled by `shift`.
+        """
         height, width = (-(-side // edge) * edge for side in grid)
-        token = torch.arange(grid[0] * grid[1], device=device).view(grid)
+        token = torch.arange(grid[0] * grid[1], device=x.device).view(grid)
         token = F.pad(token, (0, width - grid[1], 0, height - grid[0]), value=-1)
         if shift:
             token = token.roll((-shift, -shift), (0, 1))
         slots = token.view(height // edge, edge, width // edge, edge).transpose(1, 2).flatten()
         filled = slots >= 0
-        is_padded = height * width > grid[0] * grid[1]
-        places = torch.empty_like(token).flatten()[: grid[0] * grid[1]]
+        places = torch.empty_like(slots[: grid[0] * grid[1]])
         places[slots[filled]] = filled.nonzero().flatten()
-        mask = shifted_windows(height, width, edge, shift) if shift else None
+        hidden = None
+        if shift:
+            seen = shifted_windows(height, width, edge, shift).dense(edge**2, edge**2, x.device)
+            hidden = x.new_zeros(seen.shape).masked_fill(~seen, float("-inf"))
+            hidden = hidden.repeat(len(x), 1, 1, 1)
+        is_padded = len(slots) > len(places)
         return cls(
-            edge,
-            slots.clamp(min=0),
-            places,
-            filled if is_padded else None,
-            None if mask is None else mask.dense(edge * edge, edge * edge, device),
+            len(x), edge, slots.clamp(min=0), places, filled[:, None] if is_padded else None, hidden
         )
 
     def cut(self, x: Tensor) -> Tensor:
         """Tokens `[B, h * w, E]` in their windows `[B * n, M * M, E]`; what is padded is zero."""
         x = x.index_select(1, self.slots)
-        if self.filled is not None:
-            x = x * self.filled[:, None]
+        x = x if self.filled is None else x * self.filled
         return x.view(-1, self.edge**2, x.shape[-1])
 
-    def join(self, x: Tensor, num_images: int) -> Tensor:
+    def join(self, x: Tensor) -> Tensor:
         """Windows `[B * n, M * M, E]` as tokens `[B, h * w, E]` again."""
-        return x.view(num_images, -1, x.shape[-1]).index_select(1, self.places)
-
-    def lowered(self, num_images: int) -> Lowered:
-        """The mask for the windows of several images."""
-        if self.mask is None:
-            return EVERYTHING
-        return Lowered(dense=self.mask.repeat(num_images, 1, 1, 1))
+        return x.view(self.num_images, -1, x.shape[-1]).index_select(1, self.places)
 
 
-class WindowBias(Position):
-    """A learned bias for each head and offset within a window of M × M: `[1, H, M², M²]`.
+class WindowBias(nn.Module):
+    """A learned bias for each head and offset within a window of M × M tokens.
 
     A smaller window reads the middle of the table.
     """
@@ -84,16 +80,19 @@ class WindowBias(Position):
         table = torch.empty((2 * edge - 1) ** 2, num_heads)
         self.table = nn.Parameter(table if table.is_meta else table.normal_(std=0.02))
 
-    def bias(
-        self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: MultiHeadAttention
-    ) -> Tensor:
-        edge = round(q.shape[2] ** 0.5)
-        at = torch.arange(edge, device=q.device)
-        apart = at[:, None] - at + self.edge - 1
-        # [rows of q, columns of q, rows of k, columns of k]
-        index = apart[:, None, :, None] * (2 * self.edge - 1) + apart[None, :, None, :]
-        biases = self.table[index.flatten()].view(edge**2, edge**2, -1)
-        return biases.permute(2, 0, 1)[None].contiguous().to(q.dtype)
+    def within(self, windows: Windows) -> Position:
+        """The bias of these windows `[B * n | 1, H, M * M, M * M]`, what they hide included."""
+        biases = self.biases(windows.edge)
+        # Adding what is hidden costs a fifth of masking it: both tables are small, the sum is not.
+        return PreparedBias(biases if windows.hidden is None else biases + windows.hidden)
+
+    def biases(self, edge: int) -> Tensor:
+        """`[1, H, edge², edge²]`."""
+        at = torch.arange(edge, device=self.table.device)
+        row = 2 * self.edge - 1
+        place = (at[:, None] * row + at).flatten()
+        index = place[:, None] - place + (self.edge - 1) * (row + 1)
+        return self.table[index.flatten()].T.reshape(1, -1, edge**2, edge**2)
 
 
 class PatchMerging(nn.Module):
