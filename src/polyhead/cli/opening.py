@@ -32,13 +32,20 @@ class Opening:
 
     def open(self, name: str) -> "tuple[TaskModel, Tokenizer]":
         """A model and its tokenizer, ready to run."""
+        from polyhead.models.load import tokenizer
+
+        model, path = self.open_model(name)
+        return model, tokenizer(path)
+
+    def open_model(self, name: str) -> "tuple[TaskModel, Path]":
+        """A model, ready to run, and where it lies."""
         with working(f"loading {name}"):
             from polyhead.files.hub import resolve
-            from polyhead.models.load import load, tokenizer
+            from polyhead.models.load import load
 
             path = model_path(resolve(name, self.revision))
             model = load(path, dtype=None if self.dtype == "auto" else self.dtype)
-            return model.to(device_named(self.device)), tokenizer(path)
+            return model.to(device_named(self.device)), path
 
 
 def device_named(name: str | None) -> "torch.device":

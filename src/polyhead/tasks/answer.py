@@ -106,12 +106,11 @@ class Answerer:
                     max_len=self.window,
                     stride=stride,
                     most_tokens=most_tokens,
+                    progress=_after(done, len(questions), progress),
                 ):
                     for row, spans in self._spans(batch, top_k):
                         gathered[some[row]].add(*spans)
                 done += len(some)
-                if progress is not None:
-                    progress(done, len(questions))
         return [one.best(top_k, self.handle_impossible_answer) for one in gathered]
 
     def _by_stride(self, questions: Sequence[str]) -> dict[int, list[int]]:
@@ -184,6 +183,11 @@ def best_spans(
     scores, at = products.flatten(1).topk(min(top_k, longest * width))
     starts = at % width
     return scores, starts, starts + at // width
+
+
+def _after(done: int, every: int, progress: Progress | None) -> Progress | None:
+    """A progress that goes on from what is done."""
+    return None if progress is None else lambda now, _: progress(done + now, every)
 
 
 def _words(batch: Batch, row: int) -> list[list[int]]:

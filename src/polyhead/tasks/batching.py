@@ -60,13 +60,13 @@ def batches(
         )
         owners = torch.tensor(some)[encoded.text_index]
         lengths = encoded.lengths
-        # Stable, so that the windows of a text, of which the last is the shortest, keep their order.
+        # Stable, so that a text's windows, of which the last is the shortest, keep their order.
         order = lengths.argsort(descending=True, stable=True)
         for rows in _rows(lengths[order].tolist(), most_tokens):
             yield _part(encoded, owners, order[rows.start : rows.stop])
+            if progress is not None:
+                progress(done + len(some) * rows.stop // len(order), len(texts))
         done += len(some)
-        if progress is not None:
-            progress(done, len(texts))
 
 
 def inputs(model: TaskModel, batch: Batch) -> dict[str, Tensor]:
