@@ -253,6 +253,16 @@ def test_the_divergence_of_equals_is_zero():
     torch.testing.assert_close(divergence(logits, logits + 3.0), torch.zeros(28), atol=1e-6, rtol=0)
 
 
+def test_what_is_ruled_out_gives_no_nan():
+    clean, moved = (torch.randn(3, 4).requires_grad_() for _ in range(2))
+    away = torch.tensor([False, True, False, True])
+    found = divergence(*(x.masked_fill(away, float("-inf")) for x in (moved, clean)))
+    torch.testing.assert_close(found, divergence(moved[:, ~away], clean[:, ~away]))
+    for gradient in torch.autograd.grad(found.sum(), [moved, clean]):
+        assert gradient.isfinite().all()
+        assert not gradient[:, away].any()
+
+
 def test_what_cannot_be_sifted_says_so():
     model, batch = Model(), batch_of()
     with pytest.raises(ConfigError, match="no logits"):

@@ -7,6 +7,7 @@ import torch
 
 import polyhead as ph
 from polyhead.errors import ConfigError
+from polyhead.generate.seq2seq import start_id
 from polyhead.text.tokenizer import Tokenizer
 from polyhead.train.config import TrainConfig
 from polyhead.train.corruption import (
@@ -154,7 +155,7 @@ def test_inputs_and_targets_make_up_the_text(t5, tmp_path, settings, context):
         assert used == sentinels[: len(used)]
         assert [token for token in labels if token in sentinels] == used
     assert batch.tokens() == batch.labels.numel()
-    assert (batch.decoder_input_ids[:, 0] == t5.pad_id).all()
+    assert (batch.decoder_input_ids[:, 0] == start_id(model_of(t5), t5)).all()
     assert torch.equal(batch.decoder_input_ids[:, 1:], batch.labels[:, :-1])
     halves = [train.batch(i, 4) for i in (4, 5)]
     assert torch.equal(torch.cat([half.labels for half in halves]), batch.labels)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULTS = TrainConfig(sample_every=250, sample_tokens=200)
 _SNIPPET = 48
 # What run.json keeps, and what of it a run that goes on cannot change.
-_SPEC = ("objective", "roles", "columns", "problem", "options")
+_SPEC = ("objective", "roles", "columns", "problem", "options", "sift")
 _KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid", *_SPEC)
 _SETTLED = ("model", "set", "tokenizer", "vocab_size", *_SPEC)
 _TUPLES = ("set", "roles", "options")
@@ -80,6 +80,9 @@ class Args:
     the label column (words and whole numbers, lists, fractions) do not say which."""
     options: tuple[str, ...] = ()
     """The objective's own settings, name=value."""
+    sift: float = 0.0
+    """Above 0: adversarial training on the embeddings beside the objective (SiFT), with that
+    weight; 5 is usual. Takes three passes where there was one."""
     set: tuple[str, ...] = ()
     """Fields of a fresh model's config, name=value; else a small model."""
     tokenizer: str = "auto"
@@ -150,7 +153,7 @@ def run(args: Args) -> int:
         model, inputs = _start(args, kind, data)
     note(f"{_described(model, inputs)}, on {args.data}")
     trainer = Trainer(
-        model, inputs, args.train, objective=kind, columns=columns,
+        model, inputs, args.train, objective=kind, columns=columns, sift=args.sift,
         options=option_values(kind, args.options), about=_about(args, kind, columns),
     )  # fmt: skip
     figures = trainer.fit(data, valid, resume=args.resume, force=args.force)

@@ -19,6 +19,7 @@ from polyhead.train.objectives import Loss, Objective
 
 NORM = "embedding_norm"
 _EPS = 1e-7  # of the norm without weights
+_LOWEST = -1e9
 _SMALL = 1e-6  # keeps a gradient of zero from being divided by
 
 
@@ -104,7 +105,8 @@ def divergence(moved: Tensor, clean: Tensor) -> Tensor:
     """
     if moved.shape[-1] == 1:
         return (moved.float() - clean.float()).square().flatten()
-    p, q = clean.float().log_softmax(-1), moved.float().log_softmax(-1)
+    # What is ruled out (-inf, as padding is for an answer's ends) stays so, and gives no nan.
+    p, q = (side.float().clamp(min=_LOWEST).log_softmax(-1) for side in (clean, moved))
     there = F.kl_div(q, p.detach(), reduction="none", log_target=True)
     back = F.kl_div(p, q.detach(), reduction="none", log_target=True)
     return (there + back).sum(-1).flatten()

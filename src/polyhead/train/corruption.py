@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from polyhead.errors import ConfigError
+from polyhead.generate.seq2seq import start_id
 from polyhead.nn.head import Heads
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Progress, Source
@@ -22,7 +23,6 @@ from polyhead.train.objectives import (
     Seq2SeqBatch,
     head_cross_entropy,
     shifted,
-    start_of,
 )
 
 
@@ -155,7 +155,9 @@ def corrupted_windows(
     if found is None:
         return None
     sentinels = sentinels_of(tokenizer, corruption.counts(found.context)[1])
-    start, pad = start_of(model, tokenizer), tokenizer.pad_id
+    start, pad = start_id(model, tokenizer), tokenizer.pad_id
+    if start is None:
+        raise ConfigError("the tokenizer has no token that starts a target: give it a pad token")
     return CorruptedWindows(
         found, corruption, sentinels, tokenizer.eos_id, start, start if pad is None else pad
     )

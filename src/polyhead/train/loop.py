@@ -13,7 +13,7 @@ import torch
 
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel, require_causal
-from polyhead.train import checkpoint, rundir
+from polyhead.train import adversarial, checkpoint, rundir
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset, Windows
@@ -40,6 +40,7 @@ class Trainer:
     TrainConfig.fine_tuning(). objective: a name of `registry.OBJECTIVES`, a row like those, or a
     function `(model, batch) -> Loss` over windows of text. columns: where a table has what the
     objective reads, as ExampleColumns or {role: column}. options: the objective's own settings.
+    sift: above 0, adversarial training beside the objective, with that weight (5 as published).
     sample: writes a text every `sample_every` steps; the default continues `sample_prompt`.
     callbacks: see `Callback`. about: what run.json is to say of a run that begins. quiet: no view.
     """
@@ -53,6 +54,7 @@ class Trainer:
         objective: str | ObjectiveKind | Objective = "causal-lm",
         columns: ExampleColumns | Mapping[str, str] | None = None,
         options: Mapping[str, Any] | None = None,
+        sift: float = 0.0,
         sample: Sample | None = None,
         callbacks: Sequence[Callback] = (),
         about: Mapping[str, Any] | None = None,
@@ -66,6 +68,10 @@ class Trainer:
         )
         self.options = settled(self.kind, options or {})
         self.objective: Objective = partial(self.kind.loss, **self.options.loss)
+        self.sift = sift
+        if sift:
+            adversarial.embedding_norm(model)
+            self.objective = adversarial.sift(self.objective, weight=sift)
         self.sample, self.callbacks, self.about, self.quiet = sample, callbacks, about, quiet
         self.run = Path(self.config.out)
         self._check_model()
@@ -98,6 +104,7 @@ class Trainer:
         torch.manual_seed(self.config.seed)
         optimizer = MasterAdamW(self.model, self.config)
         digest = sealed(self.kind, self.options, train.digest)
+        digest += f" sift {self.sift}" if self.sift else ""
         progress = checkpoint.Progress(0, self.config, digest)
         last = checkpoint.latest(self.run) if resume else None
         if last is not None:
@@ -166,6 +173,8 @@ class Trainer:
         if self.kind.name == "causal-lm":
             return {}
         spec: dict[str, Any] = {"objective": self.kind.name, "options": self.options.given}
+        if self.sift:
+            spec["sift"] = self.sift
         if self.kind.columns:
             spec["roles"] = dict(self.columns.roles)
             spec["columns"] = list(self.columns.names)

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.errors import ConfigError
 from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
 
 IGNORE = -100
@@ -55,15 +54,6 @@ def shifted(labels: Tensor, start_id: int, pad_id: int) -> Tensor:
     before = labels[:, :-1]
     before = before.masked_fill(before == IGNORE, pad_id)
     return torch.cat([torch.full_like(labels[:, :1], start_id), before], 1)
-
-
-def start_of(model: Any, tokenizer: Any) -> int:
-    """What a decoder begins with: as the checkpoint says, or else the padding token."""
-    named = (getattr(model.config, "source", None) or {}).get("decoder_start_token_id")
-    start = tokenizer.pad_id if named is None else named
-    if start is None:
-        raise ConfigError("neither model nor tokenizer names a token that decoders start with")
-    return start
 
 
 @dataclass(frozen=True)

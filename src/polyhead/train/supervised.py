@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -118,7 +119,16 @@ def classify(model: Any, batch: ClassBatch) -> Loss:
     else:
         total = (logits - batch.labels).square().mean(-1).sum()
     answers = logits.detach(), batch.labels
-    return Loss(total, batch.tokens(), {"loss": total.detach()}, answers, lambda: logits)
+    compared = partial(_distributions, logits, batch.problem)
+    return Loss(total, batch.tokens(), {"loss": total.detach()}, answers, compared)
+
+
+def _distributions(logits: Tensor, problem: str) -> Tensor:
+    """Rows of logits that each make one distribution, or one measure."""
+    if problem == SINGLE:
+        return logits
+    rows = logits.flatten()[:, None]
+    return rows if problem == REGRESSION else torch.cat([torch.zeros_like(rows), rows], 1)
 
 
 def class_figures(
