@@ -322,6 +322,23 @@ def test_a_head_that_differs_is_not_tied(tmp_path: Path) -> None:
     assert torch.equal(again(ids), model(ids))
 
 
+@pytest.mark.parametrize("said", [None, False])
+@torch.no_grad()
+def test_older_files_say_of_the_decoder_alone_that_it_is_tied(
+    said: bool | None, tmp_path: Path
+) -> None:
+    case = next(case for case in CASES if case.name == "qwen2-tied")
+    case.make().save_pretrained(tmp_path)
+    data = {**config_of(tmp_path), "tie_word_embeddings": said}
+    (tmp_path / "config.json").write_text(
+        json.dumps({key: value for key, value in data.items() if value is not None})
+    )
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path).eval()
+    ids, pixels = torch.tensor([case.row(2, 4)]), images(1)
+    wanted = theirs(input_ids=ids, pixel_values=pixels).logits
+    assert difference(ph.load(tmp_path)(ids, pixels), wanted) <= CLOSE
+
+
 # As https://huggingface.co/llava-hf/llava-1.5-7b-hf has it.
 LLAVA_1_5 = {
     "architectures": ["LlavaForConditionalGeneration"],
@@ -399,7 +416,9 @@ def test_what_a_file_leaves_out_is_what_transformers_says(
 
 
 def test_an_image_of_llava_1_5_is_576_tokens() -> None:
-    assert from_hf(LlavaConfig, LLAVA_1_5).tokens_per_image == 576
+    config = from_hf(LlavaConfig, LLAVA_1_5)
+    assert config.tokens_per_image == 576
+    assert config.with_room([1, 32000, 5, 32000]) == [1, *[32000] * 576, 5, *[32000] * 576]
 
 
 SMALL = dict(vocab_size=9, d_model=8, d_ff=8, num_layers=1, num_heads=2)

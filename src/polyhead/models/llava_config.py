@@ -1,7 +1,7 @@
 """LLaVA's configuration: an image tower's, a decoder's, and what joins them."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -147,6 +147,11 @@ class LlavaConfig(Config):
         else:
             tokens = 1 + tower.is_distilled + math.prod(tower.grid)
         return tokens - (self.keep == "default")
+
+    def with_room(self, ids: Sequence[int]) -> list[int]:
+        """Ids with each image token as often as an image has features."""
+        times = {self.image_token_id: self.tokens_per_image}
+        return [token for token in ids for _ in range(times.get(token, 1))]
 
     @property
     def vocab_size(self) -> int:
