@@ -5,7 +5,6 @@ on the logits (Junczys-Dowmunt et al. 2018).
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,14 +22,12 @@ from polyhead.nn.head import LanguageHead
 
 
 class TranslationHead(LanguageHead):
-    """Logits of the target's vocabulary, and a bias `[1, V]` that is not trained."""
+    """Logits of the target's vocabulary, with a bias `[1, V]` that is not trained."""
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
         super().__init__(d_model, vocab_size)
-        self.register_buffer("final_bias", torch.zeros(1, vocab_size))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + cast(Tensor, self.final_bias)
+        del self.bias
+        self.register_buffer("bias", torch.zeros(1, vocab_size))
 
 
 def head_rules(config: "MarianConfig") -> Rules:
@@ -40,7 +37,7 @@ def head_rules(config: "MarianConfig") -> Rules:
         if config.tie_embeddings
         else Rule("lm_head.weight", "weight")
     )
-    return weight, Rule("final_logits_bias", "final_bias")
+    return weight, Rule("final_logits_bias", "bias")
 
 
 HEADS = {
