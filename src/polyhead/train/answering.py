@@ -170,11 +170,10 @@ def answer(model: Any, batch: SpanBatch) -> Loss:
     logits = model(**batch.inputs).float()
     away = batch.inputs["attention_mask"][..., None] == 0
     logits = logits.masked_fill(away, float("-inf"))
-    ends = logits.transpose(1, 2)
-    total = F.cross_entropy(ends, batch.labels, reduction="sum") / 2
+    ends = logits.transpose(1, 2).flatten(0, 1)
+    total = F.cross_entropy(ends, batch.labels.flatten(), reduction="sum") / 2
     answers = () if model.training else read_off(logits.detach(), batch)
-    rows = ends.flatten(0, 1)
-    return Loss(total, batch.tokens(), {"loss": total.detach()}, answers, lambda: rows)
+    return Loss(total, batch.tokens(), {"loss": total.detach()}, answers, lambda: ends)
 
 
 def read_off(logits: Tensor, batch: SpanBatch) -> tuple[Tensor, ...]:

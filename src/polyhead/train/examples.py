@@ -226,7 +226,8 @@ def _several(value: Any) -> list[str]:
 
 
 def _in_order(name: str) -> tuple[bool, float, str]:
-    return (False, int(name), name) if _is_whole(name) else (True, 0.0, name)
+    number = _number(name)
+    return number is None, number or 0.0, name
 
 
 def as_numpy(rows: Sequence[Tensor]) -> np.ndarray:

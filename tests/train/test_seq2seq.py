@@ -1,0 +1,120 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import polyhead as ph
+from polyhead.errors import ConfigError, DataError
+from polyhead.text.tokenizer import Tokenizer
+from polyhead.train.loop import Trainer
+from polyhead.train.objectives import IGNORE
+from polyhead.train.records import read_table
+from polyhead.train.registry import OBJECTIVES
+from polyhead.train.seq2seq import seq2seq
+
+from .tables import WORDS, bert, sentences, settings, wordpiece
+
+KIND = OBJECTIVES["seq2seq"]
+TURNED = dict(zip(WORDS, [w.upper() for w in WORDS], strict=True))
+
+
+def rows_of(count, seed=0):
+    return [
+        {"source": " ".join(w), "target": " ".join(TURNED[x] for x in w)}
+        for w in sentences(count, seed, 6)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [" ".join([*WORDS, *TURNED.values()])] * 4
+    return Tokenizer.train(
+        texts, kind="bpe", vocab_size=600, special_tokens={"bos": "<s>", "eos": "</s>"}
+    )
+
+
+def transformer(tokenizer, **fields):
+    sizes = {"d_model": 32, "num_layers": 1, "num_heads": 2, "d_ff": 64, "max_seq_len": 64}
+    values = {"kind": "encoder-decoder", "vocab_size": tokenizer.vocab_size, "dropout": 0.0}
+    return ph.build("transformer", seed=0, **{**sizes, **values, **fields})
+
+
+def dataset_of(rows, tokenizer, model, out, **more):
+    table = read_table(rows, KIND.columns)
+    return KIND.dataset(table, tokenizer, model, settings(out, held_out=0.0, **more), "train")
+
+
+def test_targets_end_and_the_decoder_reads_them_a_step_later(tmp_path, tokenizer):
+    dataset = dataset_of(rows_of(5), tokenizer, transformer(tokenizer), tmp_path)
+    batch = dataset.batch(0, 5)
+    for at, row in enumerate(dataset.order(0, 5).tolist()):
+        ids = tokenizer.encode(dataset.rows[row]["target"], add_special_tokens=False)
+        labels = batch.labels[at]
+        kept = labels[labels != IGNORE].tolist()
+        assert kept == [*ids, tokenizer.eos_id]
+        read = batch.inputs["decoder_input_ids"][at, : len(kept)].tolist()
+        assert read == [tokenizer.bos_id, *ids]
+        assert batch.inputs["decoder_attention_mask"][at].sum() == len(kept)
+    assert batch.tokens() == int((batch.labels != IGNORE).sum())
+    cut = dataset_of(rows_of(5), tokenizer, transformer(tokenizer), tmp_path, context=4)
+    assert cut.batch(0, 5).labels.shape[1] == 4
+    assert (cut.batch(0, 5).labels == tokenizer.eos_id).any(1).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_smoothing_is_torchs(tmp_path, tokenizer, smoothing):
+    model = transformer(tokenizer).train()
+    batch = dataset_of(rows_of(6), tokenizer, model, tmp_path).batch(0, 6)
+    found = seq2seq(model, batch, smoothing=smoothing)
+    with torch.no_grad():
+        logits = model(**batch.inputs).flatten(0, 1)
+        expected, plain = (
+            F.cross_entropy(
+                logits, batch.labels.flatten(), reduction="sum", label_smoothing=epsilon
+            )
+            for epsilon in (smoothing, 0.0)
+        )
+    assert float(found.total.detach()) == pytest.approx(float(expected), rel=1e-5)
+    assert float(found.parts["loss"]) == pytest.approx(float(plain), rel=1e-5)
+    assert float(sum(found.parts.values())) == pytest.approx(float(expected), rel=1e-5)
+    # What is validated is the plain one.
+    assert float(seq2seq(model.eval(), batch, smoothing).total) == pytest.approx(
+        float(plain), rel=1e-5
+    )
+
+
+def test_padding_changes_nothing(tmp_path, tokenizer):
+    model = transformer(tokenizer).eval()
+    dataset = dataset_of(rows_of(6), tokenizer, model, tmp_path)
+    with torch.no_grad():
+        together = float(seq2seq(model, dataset.collate([dataset.rows[i] for i in range(6)])).total)
+        alone = sum(
+            float(seq2seq(model, dataset.collate([dataset.rows[i]])).total) for i in range(6)
+        )
+    assert together == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["transformer", "t5"])
+def test_a_translator_learns_and_is_judged_by_what_it_writes(tmp_path, tokenizer, family):
+    sizes = {"d_model": 48, "num_layers": 1, "num_heads": 4, "d_ff": 96, "dropout": 0.0}
+    if family == "transformer":
+        model = transformer(tokenizer, **sizes)
+    else:
+        model = ph.build("t5", seed=0, vocab_size=tokenizer.vocab_size, **sizes)
+    config = settings(tmp_path / "run", steps=150, batch_size=32, lr=1e-2, held_out=0.05)
+    trainer = Trainer(model, tokenizer, config, objective="seq2seq", quiet=True)
+    result = trainer.fit(rows_of(400))
+    assert result["valid_bleu"] > 60
+    assert result["valid_bleu_low"] <= result["valid_bleu"] <= result["valid_bleu_high"] + 1e-6
+    assert result["valid_chrf"] > 60
+
+
+def test_what_cannot_translate_is_said(tmp_path, tokenizer):
+    rows = rows_of(3)
+    with pytest.raises(ConfigError, match="needs an encoder-decoder.*a bert"):
+        dataset_of(rows, wordpiece(), bert(wordpiece(), "lm"), tmp_path)
+    endless = Tokenizer.train(["a b"], kind="chars", special_tokens={"eos": None, "bos": None})
+    with pytest.raises(ConfigError, match="no token that"):
+        dataset_of(rows, endless, transformer(endless), tmp_path)
+    with pytest.raises(DataError, match="target of row 1 is missing"):
+        spoilt = [rows[0], {"source": "a", "target": None}]
+        dataset_of(spoilt, tokenizer, transformer(tokenizer), tmp_path)
