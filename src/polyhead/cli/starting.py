@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 SMALL_TEXT = 8_000_000  # characters; above it, "auto" learns merges
 # Sizes of a fresh model where --set says nothing: small enough to train on a laptop.
 SIZES: dict[str, Any] = {"d_model": 128, "num_layers": 4, "num_heads": 4}
+SENTINELS = 100  # as T5 has
 # The family of a fresh model where --model says nothing.
 FAMILIES = {
     "causal-lm": "gpt2",
     "seq2seq": "transformer",
     "span-corruption": "t5",
+    "sop": "albert",
+    "replaced-token": "deberta-v2",
     "image-classify": "vit",
     "clip": "clip",
 }
@@ -86,7 +89,8 @@ def make_tokenizer(
     """A tokenizer trained on texts, which are asked for twice, or one from a directory.
 
     "auto" is by the objective: wordpiece, whose special tokens encoders need; bpe for sequences to
-    sequences; for causal-lm chars where the texts are few, else bpe.
+    sequences, and with sentinels for span-corruption; for causal-lm chars where the texts are few,
+    else bpe.
     """
     from polyhead.text.tokenizer import Tokenizer
     from polyhead.text.train import KINDS
@@ -103,9 +107,11 @@ def make_tokenizer(
                 break
         kind = "chars" if size <= SMALL_TEXT else "bpe"
     elif kind == "auto":
-        kind = "bpe" if objective == "seq2seq" else "wordpiece"
+        kind = "bpe" if objective in ("seq2seq", "span-corruption") else "wordpiece"
+    sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)]
+    extra = sentinels if objective == "span-corruption" else []
     with working("training the tokenizer"):
-        return Tokenizer.train(texts(), kind=kind, vocab_size=vocab_size)
+        return Tokenizer.train(texts(), kind=kind, vocab_size=vocab_size, extra_tokens=extra)
 
 
 def make_model(
@@ -128,6 +134,8 @@ def make_model(
         if name in known:
             values.setdefault(name, value)
     values.setdefault("vocab_size", tokenizer.vocab_size)
+    if "position_buckets" in known:  # DeBERTa's usual 256 do not fit a short context
+        values.setdefault("position_buckets", min(256, values["max_seq_len"]))
     if family == "transformer":  # the paper's is both, which texts alone do not train
         values.setdefault("kind", _transformer_kind(kind))
     if "d_ff" in known:
