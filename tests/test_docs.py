@@ -15,7 +15,7 @@ BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 def blocks(language: str) -> list[object]:
     """The fenced blocks of a language, each with the note that stands before it."""
     found = []
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
         for note, fence, body in BLOCK.findall(text):
             line = text[: text.index(body)].count("\n")
