@@ -28,6 +28,8 @@ VERBS = {
     "fill": "say what stands behind a mask in a text",
     "embed": "turn texts into vectors",
     "similar": "rank texts by how alike they are to another",
+    "translate": "translate texts, or the lines of a file",
+    "summarize": "make texts short",
     "perplexity": "measure how well a model predicts a text",
     "convert": "rewrite a model as Hugging Face directory or GGUF file",
     "pull": "fetch a model by name; without a name, list the names",

@@ -1,6 +1,6 @@
 """Answers of encoder-decoders: greedy, drawn, or by beams; every source is encoded once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,11 +48,13 @@ class Seq2Seq:
         config: SearchConfig | None = None,
         *,
         tokens_at_once: int = TOKENS_AT_ONCE,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Hypothesis]]:
         """The answers to each source's ids: up to `num_beams` of them, the best first.
 
         config: None is what the checkpoint recommends. tokens_at_once: source tokens of a batch,
-        times beams. Errors: DataError for a source without tokens, or with ids out of range.
+        times beams. progress: called with the sources that are done, and with all. Errors:
+        DataError for a source without tokens, or with ids out of range.
         """
         config = self.settings() if config is None else config
         rows = [list(source) for source in sources]
@@ -68,6 +70,8 @@ class Seq2Seq:
                 answers = self._answers(chosen, config, [seeds[i] for i in batch])
                 for i, answer in zip(batch, answers, strict=True):
                     found[i] = answer
+                if progress is not None:
+                    progress(sum(map(bool, found)), len(rows))
         return found
 
     def _answers(

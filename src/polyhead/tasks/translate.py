@@ -1,0 +1,112 @@
+"""Texts rewritten by an encoder-decoder: translations and summaries."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from polyhead.generate.search import Hypothesis
+from polyhead.generate.search_config import SearchConfig
+from polyhead.generate.seq2seq import Seq2Seq, recommended
+from polyhead.models.model import TaskModel
+from polyhead.tasks.batching import Progress
+from polyhead.text.tokenizer import Tokenizer, check_text
+
+
+class Rewriting(str):
+    """A text that a model wrote, with its ids and its score.
+
+    score: log-probability / length ** length_penalty; 0 where there were no beams to compare.
+    """
+
+    token_ids: tuple[int, ...]
+    score: float
+
+    def __new__(cls, text: str, answer: Hypothesis) -> Self:
+        self = super().__new__(cls, text)
+        self.token_ids, self.score = answer
+        return self
+
+
+class Translator:
+    """Texts to translations: `Translator(model, tokenizer)(["Good morning."], num_beams=4)`.
+
+    prefix: put before every text, as T5 wants it ("translate English to German: "). What the
+    checkpoint says of generating holds where a call does not, and of a T5's task, too.
+    Errors: ConfigError for a model that is no encoder-decoder with a language head.
+    """
+
+    task = "translation"
+    default_prefix = ""
+
+    def __init__(
+        self, model: TaskModel, tokenizer: Tokenizer, *, prefix: str | None = None
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.writer = Seq2Seq(model, tokenizer)
+        self.said = self._said(prefix)
+        stated = self.said.get("prefix", self.default_prefix)
+        self.prefix = stated if prefix is None else prefix
+
+    def _said(self, prefix: str | None) -> Mapping[str, Any]:
+        """What the checkpoint recommends: for this task, and, of several, for this prefix."""
+        tasks: Mapping[str, Mapping[str, Any]] = (
+            self.model.config.source.get("task_specific_params") or {}
+        )
+        fitting = [params for name, params in tasks.items() if name.startswith(self.task)]
+        if prefix is not None:
+            fitting = [params for params in fitting if params.get("prefix") == prefix]
+        own = fitting[0] if len(fitting) == 1 else {}
+        return {"num_beams": 4, **recommended(self.model), **own}
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        *,
+        num_beams: int | None = None,
+        max_new_tokens: int | None = None,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> list[Rewriting]:
+        """One text for each, in their order; a blank one stays blank.
+
+        num_beams, max_new_tokens: None is what the checkpoint says, or 4 and 256. settings: further
+        fields of `SearchConfig`. Texts longer than the model lose their end.
+        """
+        if num_beams is not None:
+            settings["num_beams"] = num_beams
+        if max_new_tokens is not None:
+            settings["max_new_tokens"] = max_new_tokens
+        config = SearchConfig.from_hf(self.said, **settings)
+        wanted = [texts] if isinstance(texts, str) else list(texts)
+        for number, text in enumerate(wanted):
+            check_text(text, f"text {number}")
+        found = [Rewriting("", Hypothesis(()))] * len(wanted)
+        full = [number for number, text in enumerate(wanted) if text.strip()]
+        if full:
+            sources = [self._encode(wanted[number]) for number in full]
+            answers = self.writer.generate(sources, config, progress=progress)
+            for number, (best, *_) in zip(full, answers, strict=True):
+                found[number] = Rewriting(self.tokenizer.decode(best.ids).strip(), best)
+        return found
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self.tokenizer.encode(self.prefix + text)
+        most = self.model.config.max_tokens
+        if most is None or len(ids) <= most:
+            return ids
+        # The token that ends a source, where there is one, stays its last.
+        return [*ids[: most - 1], ids[-1]]
+
+
+class Summarizer(Translator):
+    """Texts to summaries: `Summarizer(model, tokenizer)([article])`, as `Translator` does it.
+
+    prefix: None is what the checkpoint says for summaries, or "summarize: " for a T5.
+    """
+
+    task = "summarization"
+
+    def __init__(
+        self, model: TaskModel, tokenizer: Tokenizer, *, prefix: str | None = None
+    ) -> None:
+        self.default_prefix = "summarize: " if model.config.model_type == "t5" else ""
+        super().__init__(model, tokenizer, prefix=prefix)
