@@ -17,6 +17,7 @@ from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.sampling import Sampler, row_seeds
 from polyhead.generate.writer import TextWriter
+from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel, require_causal
 from polyhead.nn.cache import Caches
 from polyhead.text.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class TextGenerator:
         config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         batch_size: int = 32,
+        images: Sequence[Tensor | None] | None = None,
     ) -> list[Generation]: ...
 
     def generate(
@@ -69,12 +71,14 @@ class TextGenerator:
         config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         batch_size: int = 32,
+        images: Sequence[Tensor | None] | None = None,
     ) -> Generation | list[Generation]:
         """The text after each prompt: one `Generation` for a string, a list for a list.
 
         prompts: texts, or lists of token ids. config: one for all, or a list of one a prompt.
-        Up to `batch_size` rows run together. Errors: DataError for a prompt that is longer than
-        the model, for ids out of range, and for logits that are not numbers.
+        Up to `batch_size` rows run together. images: for each prompt, the pixel values
+        `[N, C, height, width]` of its N image tokens, or None. Errors: DataError for a prompt that
+        is longer than the model, for ids out of range, and for logits that are not numbers.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
@@ -82,7 +86,7 @@ class TextGenerator:
             prompts = list(prompts)
         single = _is_one(prompts)
         wanted = cast(Sequence[Prompt], [prompts] if single else prompts)
-        rows = self._rows(wanted, config)
+        rows = self._rows(wanted, config, images)
         by_length = sorted(rows, key=lambda row: len(row.prompt))
         with evaluating(self.model):
             for start in range(0, len(rows), batch_size):
@@ -124,6 +128,7 @@ class TextGenerator:
         self,
         prompts: Sequence[Prompt],
         config: GenerationConfig | Sequence[GenerationConfig] | None,
+        images: Sequence[Tensor | None] | None = None,
     ) -> list["_Row"]:
         shared = not isinstance(config, Sequence)
         if not isinstance(config, Sequence):
@@ -134,9 +139,23 @@ class TextGenerator:
             raise ConfigError(f"{len(configs)} configs for {len(prompts)} prompts; give one each")
         vocab_size = getattr(self.model.config, "vocab_size")  # noqa: B009
         ids = [encode_prompt(prompt, self.tokenizer, vocab_size) for prompt in prompts]
+        pixels = [None] * len(ids) if images is None else list(images)
+        if len(pixels) != len(ids):
+            raise ConfigError(f"images for {len(pixels)} of {len(ids)} prompts; give each its own")
+        if images is not None:
+            ids = [self._with_room(prompt) for prompt in ids]
         room = [self._room(prompt) for prompt in ids]
         seeds = row_seeds(configs, ids, shared)
-        return [_Row(self.tokenizer, *each) for each in zip(ids, configs, seeds, room, strict=True)]
+        return [
+            _Row(self.tokenizer, *each)
+            for each in zip(ids, configs, seeds, room, pixels, strict=True)
+        ]
+
+    def _with_room(self, prompt: list[int]) -> list[int]:
+        """Each image token as often as an image has features."""
+        if not isinstance(self.model.config, LlavaConfig):
+            raise ConfigError(f"{self.model.config.model_type} reads no images; leave them out")
+        return self.model.config.with_room(prompt)
 
     def _room(self, prompt: Sequence[int]) -> int | None:
         most = getattr(self.model.config, "max_seq_len", None)
@@ -207,7 +226,9 @@ class TextGenerator:
         keep = None
         if any(len(p) < width for p in prompts):
             keep = torch.arange(width, device=lengths.device) < lengths[:, None]
-        hidden = self.model.backbone(ids, attention_mask=keep, caches=caches)
+        shown = [row.pixels.to(lengths.device) for row in rows if row.pixels is not None]
+        extra = {"pixel_values": torch.cat(shown)} if shown else {}
+        hidden = self.model.backbone(ids, attention_mask=keep, caches=caches, **extra)
         last = hidden[torch.arange(len(rows), device=lengths.device), lengths - 1]
         return cast(nn.Module, self.model.head)(last)
 
@@ -226,7 +247,9 @@ class _Row:
         config: GenerationConfig,
         seed: int,
         room: int | None,
+        pixels: Tensor | None = None,
     ) -> None:
+        self.pixels = pixels
         self.prompt, self.config, self.seed = prompt, config, seed
         self.limit = config.max_new_tokens if room is None else min(config.max_new_tokens, room)
         self.ends = _end_ids(tokenizer, config)
