@@ -56,7 +56,8 @@ class TextInputs:
     @classmethod
     def of(cls, tokenizer: Any, model: Any, config: TrainConfig) -> Self:
         """For a model: at most what it takes, and token types where it knows them."""
-        limit = getattr(model.config, "max_tokens", None)
+        # Of two towers, the texts'.
+        limit = getattr(getattr(model.config, "text", model.config), "max_tokens", None)
         length = config.context if limit is None else min(config.context, limit)
         takes = inspect.signature(model.backbone.forward).parameters
         return cls(tokenizer, length, "token_type_ids" in takes)
