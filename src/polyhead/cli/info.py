@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import model_path
 from polyhead.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.tree import Tree
     from torch import Tensor, nn
 
-    from polyhead.models.config import Config
     from polyhead.models.model import TaskModel
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "4 bit": 0.5}
 _WIDTH = 100
+_LONGEST = 400
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,13 @@ class Args:
 
     Examples:
       polyhead info smollm2-135m
-      polyhead info gpt2
+      polyhead info deberta-v3
       polyhead info llama --set vocab_size=32000 d_model=512 d_ff=1376 num_layers=8 num_heads=8
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """Directory, .gguf file, named model or owner/name; or a family, with its default sizes."""
+    """Directory, .gguf file, named model or owner/name; a published model's short name, as in
+    `polyhead diff --help`; or a family, with its default sizes."""
     set: tuple[str, ...] = ()
     """Fields of a family's config, name=value."""
     context: int | None = None
@@ -48,22 +48,22 @@ class Args:
 
 def run(args: Args) -> int:
     """Look and print."""
+    from polyhead.cli.meta import outline
     from polyhead.models.registry import families
 
-    if args.model in families() and not Path(args.model).exists():
-        config = _fresh(args.model, args.set)
-        if config is None:
-            _print_fields(args.model)
-            return 0
-        source, stored = args.model, None
-    elif args.set:
-        raise ConfigError(f"--set is for families ({', '.join(families())}), not for a checkpoint")
-    else:
-        config, source, stored = _of_checkpoint(args.model)
-    model = _on_meta(config)
+    try:
+        seen = outline(args.model, args.set)
+    except ConfigError:
+        if args.set or args.model not in families() or Path(args.model).exists():
+            raise
+        _print_fields(args.model)
+        return 0
+    model, source = seen.model, str(seen.path or args.model)
     found = {"model": source, **figures(model, args.context)}
-    if stored is not None:
-        found["weights_bytes_stored"] = stored
+    if seen.preset is not None:
+        found["checkpoint"] = seen.preset.checkpoint
+    if seen.path is not None:
+        found["weights_bytes_stored"] = _stored(seen.path)
     if args.json:
         print(json.dumps({**found, "config": model.hf_config()}))
     else:
@@ -135,45 +135,10 @@ def _by_part(model: "TaskModel") -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
-def _of_checkpoint(name: str) -> "tuple[Config, str, int]":
-    """A checkpoint's config, its place, and the bytes of its weights as they are stored."""
-    from polyhead.files.hub import resolve
-    from polyhead.models.config_json import from_hf
-    from polyhead.models.load import read_checkpoint
-    from polyhead.models.registry import family_of
-
-    path = model_path(resolve(name))
-    data, _ = read_checkpoint(path)
-    if not isinstance(data.get("model_type"), str):
-        raise ConfigError(f"{path} says no model_type in its config.json; it is needed")
+def _stored(path: Path) -> int:
+    """Bytes of a checkpoint's weights as they are stored."""
     files = [path] if path.is_file() else path.glob("*.safetensors")
-    stored = sum(file.stat().st_size for file in files)
-    return from_hf(family_of(data["model_type"]).config, data), str(path), stored
-
-
-def _fresh(family: str, settings: tuple[str, ...]) -> "Config | None":
-    """A family's config; None where sizes are needed and none are given."""
-    from polyhead.cli.fields import parse_fields
-    from polyhead.models.registry import family_of
-
-    kind = family_of(family).config
-    values = parse_fields(kind, settings)
-    try:
-        return kind.fresh(family, **values)
-    except ConfigError:
-        if settings:
-            raise
-        return None
-
-
-def _on_meta(config: "Config") -> "TaskModel":
-    import torch
-
-    from polyhead.models.assemble import assemble
-    from polyhead.models.registry import family_of
-
-    with torch.device("meta"):
-        return assemble(family_of(config.model_type), config, "lm")
+    return sum(file.stat().st_size for file in files)
 
 
 def _print_fields(family: str) -> None:
@@ -199,6 +164,8 @@ def _print(model: "TaskModel", found: Mapping[str, Any]) -> None:
     console = Console(highlight=False, width=None if _terminal() else _WIDTH)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("model", str(found["model"]))
+    if "checkpoint" in found:
+        table.add_row("sizes of", str(found["checkpoint"]))
     table.add_row("family", model.config.model_type)
     shared = ", the head's too" if model.is_tied else ""
     table.add_row(
@@ -227,8 +194,14 @@ def _print(model: "TaskModel", found: Mapping[str, Any]) -> None:
         }
         console.print("config.json", markup=False)
         for name, value in sorted(settings.items()):
-            console.print(f"  {name} = {json.dumps(value)}", markup=False, soft_wrap=True)
+            console.print(f"  {name} = {_short(value)}", markup=False, soft_wrap=True)
     print(page.get(), end="")
+
+
+def _short(value: Any) -> str:
+    """JSON, of long tables (a thousand labels) the beginning."""
+    text = json.dumps(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... ({len(value)} entries)"
 
 
 def _terminal() -> bool:

@@ -30,6 +30,7 @@ VERBS = {
     "similar": "rank texts by how alike they are to another",
     "translate": "translate texts, or the lines of a file",
     "summarize": "make texts short",
+    "diff": "show what parts change between two families or checkpoints",
     "perplexity": "measure how well a model predicts a text",
     "convert": "rewrite a model as Hugging Face directory or GGUF file",
     "pull": "fetch a model by name; without a name, list the names",
