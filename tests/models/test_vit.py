@@ -1,5 +1,6 @@
 """ViT, DeiT and DINOv2 against transformers."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tests.models.image_oracle import (
 
 import polyhead as ph
 from polyhead.errors import ConfigError
+from polyhead.models.config_json import from_hf
+from polyhead.models.registry import family_of
 
 TINY = dict(
     hidden_size=24,
@@ -179,6 +182,16 @@ def test_sizes_that_cannot_be_are_refused(fields: dict, says: str) -> None:
         ph.build("vit", **{**FRESH, **fields})
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [tr.ViTConfig, tr.DeiTConfig, tr.Dinov2Config, tr.SwinConfig])
+def test_what_a_file_leaves_out_is_as_theirs(kind: type) -> None:
+    """An empty file and one that spells transformers' defaults out say the same."""
+    family = family_of(kind.model_type).config
+    full = json.loads(kind().to_json_string(use_diff=False))
+    for known in ("id2label", "label2id", "pooler_output_size"):
+        full.pop(known, None)
+    assert from_hf(family, {"model_type": kind.model_type}) == from_hf(family, full)
 
 
 def test_half_precision_takes_a_processors_floats() -> None:
