@@ -1,6 +1,6 @@
 """What a run of `polyhead train` starts from: a fresh model of a family, or a checkpoint."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ from polyhead.train.config import TrainConfig
 if TYPE_CHECKING:
     from polyhead.models.model import TaskModel
     from polyhead.text.tokenizer import Tokenizer
-    from polyhead.train.examples import Labels
     from polyhead.train.registry import ObjectiveKind
 
 SMALL_TEXT = 8_000_000  # characters; above it, "auto" learns merges
@@ -31,8 +30,21 @@ FAMILIES = {
 USUAL_FAMILY = "bert"
 
 
+def classes_of(data: Any, kind: "ObjectiveKind", problem: str | None) -> dict[str, Any]:
+    """What a head is to tell apart, as `load` and `build` take it: labels and problem, or tasks."""
+    if kind.name == "multitask":
+        from polyhead.train.multitask import tasks_of
+        from polyhead.train.registry import TASKS
+
+        return {"tasks": tasks_of(data, TASKS)}
+    if kind.labels is None:
+        return {}
+    found = kind.labels(data, problem)
+    return {"labels": found.names, "problem": found.problem}
+
+
 def from_checkpoint(
-    name: str, kind: "ObjectiveKind", labels: "Labels | None"
+    name: str, kind: "ObjectiveKind", classes: Mapping[str, Any]
 ) -> "tuple[TaskModel, Any]":
     """A checkpoint with the head of an objective, and what makes its inputs.
 
@@ -45,11 +57,8 @@ def from_checkpoint(
 
     with working(f"loading {name}"):
         path = model_path(resolve(name))
-        told: dict[str, Any] = {}
-        if labels is not None and not _knows(path, labels):
-            told = {"labels": labels.names, "problem": labels.problem}
-        head = kind.head or None
-        model = load(path, dtype=torch.float32, head=head, **told)
+        told = {} if _knows(path, classes) else classes
+        model = load(path, dtype=torch.float32, head=kind.head or None, **told)
         return model, inputs_of(path, kind)
 
 
@@ -69,15 +78,17 @@ def inputs_of(path: Path, kind: "ObjectiveKind") -> Any:
     return tokenizer(path)
 
 
-def _knows(path: Path, labels: "Labels") -> bool:
+def _knows(path: Path, classes: Mapping[str, Any]) -> bool:
     """Whether the classes of a checkpoint's head are those of the data."""
     from polyhead.models.load import read_json
 
     data = read_json(path / "config.json") if path.is_dir() else {}
+    if "tasks" in classes:
+        return data.get("polyhead_tasks") == classes["tasks"]
     named = data.get("id2label")
     known = set(named.values()) if isinstance(named, dict) else set[str]()
-    same_problem = data.get("problem_type") in (None, labels.problem)
-    return set(labels.names) <= known and same_problem
+    same_problem = data.get("problem_type") in (None, classes.get("problem"))
+    return set(classes.get("labels", ())) <= known and same_problem
 
 
 def make_tokenizer(
@@ -120,7 +131,7 @@ def make_model(
     tokenizer: "Tokenizer",
     config: TrainConfig,
     kind: "ObjectiveKind",
-    labels: "Labels | None" = None,
+    classes: Mapping[str, Any],
 ) -> "TaskModel":
     """A fresh model: what --set says, the tokenizer's size, the context, and small sizes."""
     from polyhead.cli.fields import config_fields, parse_fields
@@ -140,8 +151,7 @@ def make_model(
         values.setdefault("kind", _transformer_kind(kind))
     if "d_ff" in known:
         values.setdefault("d_ff", 4 * values["d_model"])
-    if labels is not None:
-        values |= {"labels": labels.names, "problem": labels.problem}
+    values |= classes
     return build(family, head=kind.head or None, seed=config.seed, **values)
 
 

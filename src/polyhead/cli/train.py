@@ -45,6 +45,7 @@ class Args:
       polyhead train posts.tsv --objective classify --model minilm-l6 --columns rating,text
         --label rating --out runs/posts
       polyhead train names.jsonl --objective tag --model minilm-l6 --out runs/names
+      polyhead train tasks.toml --objective multitask --model minilm-l6 --out runs/several
 
     A table is .tsv, .csv, .jsonl or .parquet with named columns. For a table and a checkpoint the
     settings' defaults are 3 epochs at --lr 5e-5 falling to 0, --batch-size 32, --warmup 50,
@@ -57,7 +58,8 @@ class Args:
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """A .txt or .jsonl file, a folder of them, pydocs (Python's documentation) or stdlib (the
-    standard library's sources); for objectives on rows, a table."""
+    standard library's sources); for objectives on rows, a table; for multitask, a TOML file with
+    a [name] for each task: data, head, and where they are needed roles and columns."""
     model: str = "gpt2"
     """A family for a fresh model (`polyhead info FAMILY` shows its fields), or a checkpoint. The
     default is by the objective: bert where it needs an encoder."""
@@ -128,7 +130,7 @@ def _settings_for(objective: str, model: str, argv: Sequence[str]) -> TrainConfi
     from polyhead.models.registry import families
     from polyhead.train.registry import objective_named
 
-    if not objective_named(objective).columns:
+    if not objective_named(objective).columns and objective != "multitask":
         return TrainConfig()
     settings = TrainConfig.fine_tuning(**(FRESH if model in families() else {}))
     # Steps that are named take the place of the epochs.
@@ -179,10 +181,14 @@ def columns_of(args: Args) -> "ExampleColumns":
 
 
 def source_of(name: str, kind: "ObjectiveKind", columns: "ExampleColumns") -> Any:
-    """The table of an objective that reads one, or a corpus."""
+    """The table of an objective that reads one, the tasks of a file, or a corpus."""
     from polyhead.cli.corpora import corpus
     from polyhead.train.records import read_table
 
+    if kind.name == "multitask":
+        from polyhead.train.multitask import read_tasks
+
+        return read_tasks(name)
     return read_table(name, kind.columns, columns) if kind.columns else corpus(name)
 
 
@@ -261,15 +267,17 @@ def _resumed(run_dir: Path, kind: "ObjectiveKind") -> "tuple[TaskModel | None, A
     last = latest(run_dir)
     if last is None:
         return None, None
-    return load(last, dtype=torch.float32), inputs_of(last, kind)
+    # Checkpoints of an embedder name a bare model: pooling has no weights.
+    head = "embed" if kind.head == "embed" else None
+    return load(last, dtype=torch.float32, head=head), inputs_of(last, kind)
 
 
 def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, Any]":
     """A fresh model of a family with a tokenizer for the data, or a checkpoint to go on from."""
-    from polyhead.cli.starting import from_checkpoint, make_model, make_tokenizer
+    from polyhead.cli.starting import classes_of, from_checkpoint, make_model, make_tokenizer
     from polyhead.models.registry import families
 
-    labels = None if kind.labels is None else kind.labels(data, args.problem)
+    classes = classes_of(data, kind, args.problem)
     if args.model in families():
         if kind.name in ("image-classify", "clip"):
             raise ConfigError(
@@ -278,22 +286,30 @@ def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, An
             )
         texts = partial(_texts_of, data, kind)
         tokenizer = make_tokenizer(args.tokenizer, args.vocab_size, texts, kind.name)
-        return make_model(args.model, args.set, tokenizer, args.train, kind, labels), tokenizer
+        return make_model(args.model, args.set, tokenizer, args.train, kind, classes), tokenizer
     if args.set or args.tokenizer != "auto" or args.vocab_size is not None:
         raise ConfigError(
-            f"--set, --tokenizer and --vocab-size are for a fresh model ({', '.join(families())}); "
-            f"{args.model!r} is taken for a checkpoint, which has its own"
+            "--set, --tokenizer and --vocab-size are for a fresh model of a family, such as gpt2 "
+            f"or bert; {args.model!r} is taken for a checkpoint, which has its own"
         )
-    return from_checkpoint(args.model, kind, labels)
+    return from_checkpoint(args.model, kind, classes)
 
 
 def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":
     """What a tokenizer learns from: a corpus, or the texts of a table."""
     from polyhead.train.corpus import documents
 
-    if not kind.columns:
+    if kind.name == "multitask":
+        from polyhead.train.multitask import tables_of
+        from polyhead.train.registry import TASKS
+
+        tables = list(tables_of(data, TASKS).values())
+    elif kind.columns:
+        tables = [data]
+    else:
         return documents(data)
-    columns = [values for role, values in data.columns.items() if role not in ("label", "tags")]
+    unread = ("label", "tags", "start", "answers")
+    columns = [v for table in tables for role, v in table.columns.items() if role not in unread]
     return ((v if isinstance(v, str) else " ".join(map(str, v))) for c in columns for v in c)
 
 

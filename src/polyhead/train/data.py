@@ -1,6 +1,6 @@
 """Batches whose order is a pure function of (seed, epoch, step)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -83,6 +83,9 @@ def split_rows(count: int, held_out: float, seed: int, split: Split) -> np.ndarr
 
 def once(dataset: Dataset, batch_size: int, batches: int = 0) -> Iterator[Any]:
     """Every row of an epoch once, or the first `batches` batches of it."""
+    if isinstance(dataset, Mixed):
+        yield from dataset.once(batch_size, batches)
+        return
     rows = len(dataset) if batches == 0 else min(len(dataset), batches * batch_size)
     done = 0
     while done < rows:
@@ -188,3 +191,57 @@ def windows(
     elif split == "valid":
         return None
     return Windows(tokens, config.context, config.seed)
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """Rows of one task."""
+
+    task: str
+    batch: Any
+    rows: int
+
+    def tokens(self) -> int:
+        """Rows, so that a task counts no more for having more words in one."""
+        return self.rows if self.batch.tokens() else 0
+
+    def to(self, device: torch.device) -> "TaskBatch":
+        """The same batch on another device."""
+        return TaskBatch(self.task, self.batch.to(device), self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Mixed:
+    """Several datasets, each batch of one of them, as often as it has batches.
+
+    An epoch has every batch of every dataset once, in an order of its own.
+    """
+
+    parts: Mapping[str, Dataset]
+    seed: int
+    digest: str
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts.values()))
+
+    def batch(self, index: int, batch_size: int) -> TaskBatch:
+        """The index-th batch of the run."""
+        counts = [-(-len(part) // batch_size) for part in self.parts.values()]
+        epoch, place = divmod(index, sum(counts))
+        key = _mix(np.uint64(epoch) + _mix(np.uint64(self.seed) + np.uint64(2)))
+        place = int(_permute(np.array([place], np.uint64), sum(counts), key)[0])
+        for (task, part), count in zip(self.parts.items(), counts, strict=True):
+            if place < count:
+                found = part.batch(epoch * count + place, batch_size)
+                return TaskBatch(task, found, batch_size)
+            place -= count
+        raise AssertionError("a place is below the sum of the counts")
+
+    def once(self, batch_size: int, batches: int = 0) -> Iterator[TaskBatch]:
+        """Every row of each dataset once, or the first batches of each."""
+        for task, part in self.parts.items():
+            left = len(part) if batches == 0 else min(len(part), batches * batch_size)
+            for batch in once(part, batch_size, batches):
+                rows = min(batch_size, left)
+                left -= rows
+                yield TaskBatch(task, batch, rows)

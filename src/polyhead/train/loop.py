@@ -205,6 +205,8 @@ class Trainer:
 
     def _source(self, source: Source | Rows) -> Any:
         """Texts as they are; the table of an objective that reads one."""
+        if self.kind.name == "multitask":
+            return source
         if not self.kind.columns:
             return kept(source)  # pyright: ignore[reportArgumentType]
         if isinstance(source, Table):

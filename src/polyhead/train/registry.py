@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from typing import Any
 
@@ -20,6 +21,7 @@ from polyhead.train.data import Dataset, windows
 from polyhead.train.examples import Labels
 from polyhead.train.images import classified_images
 from polyhead.train.masked import hit_rate, masked_lm, masked_windows
+from polyhead.train.multitask import mixed_tasks, multitask, task_figures
 from polyhead.train.objectives import Loss, causal_lm
 from polyhead.train.pairs import nsp, nsp_pairs, pair_accuracy, sop, sop_pairs
 from polyhead.train.records import Table
@@ -205,7 +207,18 @@ _ROWS = (
     ),
 )
 
-OBJECTIVES: dict[str, ObjectiveKind] = {row.name: row for row in _ROWS}
+# What several heads on one backbone learn, by the head.
+TASKS = {row.head: row for row in _ROWS if row.name in ("classify", "tag", "answer", "contrastive")}
+_MULTITASK = ObjectiveKind(
+    "multitask",
+    "several heads on one backbone, each on a table of its own",
+    "multitask",
+    partial(mixed_tasks, TASKS),
+    partial(multitask, TASKS),
+    partial(task_figures, TASKS),
+)
+
+OBJECTIVES: dict[str, ObjectiveKind] = {row.name: row for row in (*_ROWS, _MULTITASK)}
 
 
 def objective_named(name: str) -> ObjectiveKind:

@@ -1,0 +1,165 @@
+"""Several heads on one backbone, trained together: each batch is of one task."""
+
+import hashlib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import ConfigError, FileError
+from polyhead.train.config import TrainConfig
+from polyhead.train.data import Mixed, Split, TaskBatch
+from polyhead.train.objectives import Loss
+from polyhead.train.records import ExampleColumns, Rows, Table, read_table
+
+_KNOWN = ("data", "head", "problem", "roles", "columns")
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """One task's table, and the head that learns it: "classify", "tag", "answer" or "embed"."""
+
+    data: Rows
+    head: str
+    columns: ExampleColumns = ExampleColumns({})  # noqa: RUF009 (frozen)
+    problem: str | None = None
+
+
+class OneTask:
+    """A model of several heads as a model of one of them: what an objective sees of it."""
+
+    def __init__(self, model: Any, name: str) -> None:
+        task = model.config.tasks[name]
+        labels = task.get("labels")
+        self.model, self.name, self.backbone = model, name, model.backbone
+        self.config = replace(
+            model.config,
+            labels=None if labels is None else tuple(labels),
+            problem=task.get("problem"),
+            tasks=None,
+        )
+
+    @property
+    def training(self) -> bool:
+        """Whether the model is."""
+        return self.model.training
+
+    @property
+    def head(self) -> Any:
+        """The task's."""
+        return self.model.head.pick(self.name)
+
+    def __call__(self, **inputs: Tensor) -> Tensor:
+        return self.model(**inputs, head=self.name)
+
+    def answer(self, hidden: Tensor, attention_mask: Any = None) -> Tensor:
+        """The task's head's answer."""
+        return self.model.answer(hidden, attention_mask, self.name)
+
+
+def read_tasks(path: str | Path) -> dict[str, TaskSource]:
+    """Tasks of a TOML file: a table [name] each, with data (from the file's folder), head, and
+    where they are needed problem, roles = {role = "column"} and columns = ["name", …]."""
+    place = Path(path)
+    try:
+        found = tomllib.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileError(f"{path} is not TOML: {error}") from None
+    tasks: dict[str, TaskSource] = {}
+    for name, task in found.items():
+        if not isinstance(task, dict) or not {"data", "head"} <= task.keys() <= set(_KNOWN):
+            raise ConfigError(
+                f"{path}: task {name!r} has data and head, and may have problem, roles, columns"
+            )
+        columns = ExampleColumns(task.get("roles", {}), tuple(task.get("columns", ())))
+        data = place.parent / task["data"]
+        tasks[name] = TaskSource(data, task["head"], columns, task.get("problem"))
+    if not tasks:
+        raise ConfigError(f"{path} names no tasks: give each a table, such as [topic]")
+    return tasks
+
+
+def tables_of(sources: Mapping[str, TaskSource], kinds: Mapping[str, Any]) -> dict[str, Table]:
+    """The table of each task. kinds: the objective of each head."""
+    tables: dict[str, Table] = {}
+    for name, source in sources.items():
+        if source.head not in kinds:
+            raise ConfigError(
+                f"task {name!r} asks for head {source.head!r}: choose one of {', '.join(kinds)}"
+            )
+        is_read = isinstance(source.data, Table)
+        columns = kinds[source.head].columns
+        tables[name] = source.data if is_read else read_table(source.data, columns, source.columns)
+    return tables
+
+
+def tasks_of(sources: Mapping[str, TaskSource], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """What `load(…, head="multitask", tasks=)` takes: each task's head, labels and problem."""
+    tasks: dict[str, Any] = {}
+    for name, table in tables_of(sources, kinds).items():
+        kind = kinds[sources[name].head]
+        tasks[name] = {"head": kind.head}
+        if kind.labels is not None:
+            labels = kind.labels(table, sources[name].problem)
+            tasks[name]["labels"] = list(labels.names)
+            tasks[name]["problem"] = labels.problem
+    return tasks
+
+
+def mixed_tasks(
+    kinds: Mapping[str, Any],
+    sources: Mapping[str, TaskSource],
+    tokenizer: Any,
+    model: Any,
+    config: TrainConfig,
+    split: Split,
+) -> Mixed | None:
+    """The datasets of all tasks; with "valid", of those that hold rows out."""
+    if not isinstance(sources, Mapping) or sources.keys() != (model.config.tasks or {}).keys():
+        raise ConfigError(
+            f"the model has the tasks {', '.join(model.config.tasks or ())}: give each its "
+            "TaskSource, by its name"
+        )
+    parts: dict[str, Any] = {}
+    for name, table in tables_of(sources, kinds).items():
+        kind, one = kinds[sources[name].head], OneTask(model, name)
+        part = kind.dataset(table, tokenizer, one, config, split, **kind.dataset_options)
+        if part is not None:
+            parts[name] = part
+    seal = hashlib.sha256(str([(name, part.digest) for name, part in parts.items()]).encode())
+    return Mixed(parts, config.seed, seal.hexdigest()) if parts else None
+
+
+def multitask(kinds: Mapping[str, Any], model: Any, batch: TaskBatch) -> Loss:
+    """The loss of the batch's task, a mean over what it counts times its rows."""
+    tasks = model.config.tasks
+    kind = kinds[tasks[batch.task]["head"]]
+    loss = kind.loss(OneTask(model, batch.task), batch.batch, **kind.loss_options)
+    share = batch.rows / max(1, loss.tokens)
+    number = torch.tensor(list(tasks).index(batch.task))
+    parts = {"loss": loss.parts["loss"] * share}
+    answers = (number, *loss.answers)
+    return Loss(loss.total * share, batch.tokens(), parts, answers, loss.logits)
+
+
+def task_figures(
+    kinds: Mapping[str, Any], model: Any, dataset: Mixed, answers: Sequence[tuple[Tensor, ...]]
+) -> dict[str, float]:
+    """The mean of every task's first figure, and all figures as TASK_FIGURE."""
+    figures: dict[str, float] = {}
+    firsts: list[float] = []
+    for number, (name, task) in enumerate(model.config.tasks.items()):
+        own = [some for at, *some in answers if int(at) == number]
+        if not own:
+            continue
+        kind = kinds[task["head"]]
+        found = kind.metric(OneTask(model, name), dataset.parts[name], own)
+        firsts.append(next(iter(found.values())))
+        figures |= {f"{name}_{figure}": value for figure, value in found.items()}
+    return {"mean": sum(firsts) / len(firsts), **figures}
