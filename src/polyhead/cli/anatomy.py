@@ -228,7 +228,7 @@ def _sharing(model: TaskModel, stacks: Stacks) -> dict[str, str]:
     own = {name: len(blocks) for name, blocks in stacks.items()}
     deep = {name: _depth(model, blocks) for name, blocks in stacks.items()}
     shared = {
-        name: "none" if own[name] == deep[name] else f"{deep[name]} layers of {own[name]} own"
+        name: "none" if own[name] == deep[name] else f"{deep[name]} layers share {own[name]}"
         for name in stacks
     }
     heads = () if model.head is None else model.head.modules()

@@ -95,7 +95,7 @@ REASONS: Mapping[tuple[str, str], Mapping[str, str]] = {
     ("feed-forward", "biases"): {"none": "fewer weights, nothing lost", "": "learned shifts"},
     ("feed-forward", "experts"): {"none": "every token takes the same way", "": "a router chooses"},
     ("sharing", "layers"): {
-        "layers of": "the same layer again and again: far fewer weights, the same work",
+        "layers share": "the same layer again and again: far fewer weights, the same work",
         "none": "every layer has weights of its own",
     },
     ("sharing", "head and embedding"): {

@@ -1,17 +1,22 @@
 """What the verbs over texts share: reading lines, progress with time left, tables and JSON."""
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
+
 from polyhead.cli.opening import read_text
 from polyhead.errors import DataError
 
 _WORTH_A_BAR_S = 1.0
-_WIDTH = 160
+_WIDTH = 160  # where standard output is no terminal
+_LONGEST = 60  # of a column that is not the last
+_GAP = "  "
 
 
 def lines_of(texts: Sequence[str], file: str | None, what: str = "text") -> list[str]:
@@ -95,27 +100,30 @@ def print_json(records: Iterable[Mapping[str, Any]]) -> None:
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Rows under their columns' names; numbers stand on the right, long texts are cut."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    rows = [[_shown(value) for value in row] for row in rows]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    shown = [[_shown(value) for value in row] for row in rows]
+    last = len(columns) - 1
+    left = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH
+    widths: list[int] = []
     for number, name in enumerate(columns):
-        is_number = all(_is_number(row[number]) for row in rows)
-        table.add_column(
-            name,
-            justify="right" if is_number else "left",
-            no_wrap=True,
-            overflow="ellipsis" if number == len(columns) - 1 else "fold",
-        )
-    for row in rows:
-        table.add_row(*(Text(value) for value in row))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-    # Captured: rich would make an exit of its own of a reader that has gone.
-    with console.capture() as page:
-        console.print(table)
-    print("\n".join(line.rstrip() for line in page.get().rstrip("\n").split("\n")))
+        widest = max([cell_len(name), *(cell_len(row[number]) for row in shown)])
+        # The last column takes what the others leave.
+        widths.append(min(widest, _LONGEST) if number < last else max(min(widest, left), 8))
+        left -= widths[-1] + len(_GAP)
+    numeric = [all(_is_number(row[number]) for row in shown) for number in range(len(columns))]
+    for row in [list(columns), *shown]:
+        cells = [
+            _cell(text, width, is_number)
+            for text, width, is_number in zip(row, widths, numeric, strict=True)
+        ]
+        print(_GAP.join(cells).rstrip())
+
+
+def _cell(text: str, width: int, is_number: bool) -> str:
+    """A text as wide as its column."""
+    size = cell_len(text)
+    if size > width:
+        return set_cell_size(text, width - 1) + "…"
+    return " " * (width - size) + text if is_number else text + " " * (width - size)
 
 
 def _shown(value: Any) -> str:
