@@ -77,3 +77,13 @@ def test_every_field_has_a_default_and_help_needs_no_torch():
     assert all(f.default is not dataclasses.MISSING for f in dataclasses.fields(TrainConfig))
     code = "import sys, polyhead.train.config; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_fine_tuning_is_gentle_and_epochs_are_positive(tmp_path):
+    made = TrainConfig.fine_tuning(lr=1e-4)
+    assert (made.lr, made.epochs, made.min_lr, made.schedule) == (1e-4, 3.0, 0.0, "linear")
+    made.save(tmp_path / "config.toml")
+    assert TrainConfig.load(tmp_path / "config.toml") == made
+    for value in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="epochs is"):
+            TrainConfig(epochs=value)

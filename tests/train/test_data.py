@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from polyhead.errors import DataError, FileError
 from polyhead.train import corpus
 from polyhead.train.corpus import Tokens, load_tokens
-from polyhead.train.data import Windows
+from polyhead.train.data import Examples, Windows, split_rows
 
 from .conftest import text
 
@@ -179,3 +179,32 @@ def test_a_split_knows_the_bytes_of_its_end(tmp_path, tokenizer):
     assert (len(held.ids), len(train.ids)) == (100, len(tokens.ids) - 100)
     assert held.text_bytes == len(tokenizer.decode(held.ids.tolist()).encode())
     assert train.text_bytes + held.text_bytes == tokens.text_bytes
+
+
+@given(st.integers(1, 300), st.integers(0, 2**31), st.integers(0, 6))
+@settings(max_examples=100, deadline=None)
+def test_an_epoch_of_rows_has_each_once(count, seed, epoch):
+    rows = Examples(range(count), list, seed, "")
+    order = rows.order(epoch * count, count).tolist()
+    assert sorted(order) == list(range(count))
+    # Any batch of any size is a slice of the same endless order.
+    for size in (1, 3, 8):
+        at = (epoch * count + count // 2) // size
+        assert rows.batch(at, size) == rows.order(at * size, size).tolist()
+    if count > 20:
+        assert order != rows.order((epoch + 1) * count, count).tolist()
+        assert (
+            order != Examples(range(count), list, seed + 1, "").order(epoch * count, count).tolist()
+        )
+
+
+@given(st.integers(1, 200), st.floats(0, 0.99), st.integers(0, 2**31))
+@settings(max_examples=100, deadline=None)
+def test_rows_are_held_out_once(count, share, seed):
+    train, held = (split_rows(count, share, seed, side).tolist() for side in ("train", "valid"))
+    assert sorted([*train, *held]) == split_rows(count, share, seed, "all").tolist()
+    assert train, "something is left to learn from"
+    assert abs(len(held) - share * count) <= 1
+    assert bool(held) == (share > 0 and count > 1)
+    if count > 50 and 0.2 < share < 0.8:
+        assert held != list(range(count - len(held), count)), "files are often sorted"

@@ -2,6 +2,7 @@ import builtins
 import csv
 import json
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -48,6 +49,10 @@ def test_rows_in_memory():
     table = read_table(iter(ROWS), WANTED)
     assert [table[i] for i in range(3)] == ROWS
     assert read_table(ROWS[:2], WANTED).digest != table.digest
+    large = [np.zeros(5000), np.zeros(5000)]
+    large[1][2500] = 1
+    digests = {read_table([{"text": a, "label": 1}], WANTED).digest for a in (*large, large[0])}
+    assert len(digests) == 2
 
 
 def test_columns_without_a_header(tmp_path):
