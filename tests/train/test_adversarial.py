@@ -132,7 +132,10 @@ def test_weights_are_left_alone_and_get_the_gradient_they_ask_for():
     model, batch = Model(), batch_of()
     model.head.bias.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    asking = []
+    model.head.register_forward_hook(lambda m, i, o: asking.append(m.weight.requires_grad))
     loss = sift(classify)(model, batch)
+    assert asking == [True, False, True], "the pass for the move alone keeps no weight's graph"
     assert all(p.grad is None for p in model.parameters()), "the move's gradient leaked"
     assert [p.requires_grad for p in model.head.parameters()] == [True, False]
     assert not model.backbone.embedding_norm._forward_pre_hooks

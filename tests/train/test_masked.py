@@ -76,6 +76,11 @@ def test_what_is_hidden(choice, length, kind, request):
         assert (labels[chosen] == ids[chosen]).all()
         assert (hidden[~chosen] == ids[~chosen]).all()
         budget = round(0.15 * ordinary.sum())
+        if choice == "span":
+            at, group = masking.choose(ids, drawn(3, n))
+            assert set(at.tolist()) == set(np.flatnonzero(chosen).tolist())
+            for number in np.unique(group):
+                assert (np.diff(at[group == number]) == 1).all(), "a span has no gap"
         if choice == "word":
             assert 1 <= chosen.sum() <= budget
         else:
@@ -184,6 +189,7 @@ def test_a_span_has_one_fate(bert):
     for n in range(50):
         at, group = masking.choose(ids, drawn(0, n))
         hidden, _ = masking(ids, drawn(0, n))
+        assert len(np.unique(group)) < 0.7 * len(at)
         for number in np.unique(group):
             assert len(set(hidden[at[group == number]].tolist())) == 1
 

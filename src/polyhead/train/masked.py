@@ -109,8 +109,8 @@ class Masking:
         assert self.words is not None
         starts = self.words.starts(ids)
         first = np.flatnonzero(starts & ordinary)
-        # A word ends where the next begins or a special token stands.
-        edges = np.flatnonzero(starts | ~ordinary)
+        # A word ends where the next begins; a special token begins one, too.
+        edges = np.flatnonzero(starts)
         after = np.append(edges, len(ids))[np.searchsorted(edges, first, side="right")]
         if self.choice == "word":
             at = _fill(first, after, budget, draw)
