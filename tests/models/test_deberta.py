@@ -43,7 +43,7 @@ def spans(output: Any) -> Tensor:
 
 
 class Untied(FamilyCase):
-    """A decoder with a bias of its own, beside which the reference keeps one that it never reads."""
+    """A decoder with a bias of its own; the reference keeps another, and never reads it."""
 
     def make(self, seed: int = 0) -> Any:
         model = super().make(seed)
@@ -283,7 +283,7 @@ def test_the_enhanced_decoder_is_that_of_the_source(name: str, tmp_path: Path) -
 
 
 def test_microsofts_tensors_come_back(tmp_path: Path) -> None:
-    _, extra = microsoft(tmp_path / "theirs", "deberta-v2", **BOTH, **SHARED)
+    microsoft(tmp_path / "theirs", "deberta-v2", **BOTH, **SHARED)
     ph.load(tmp_path / "theirs").save(tmp_path / "ours")
     before = load_file(tmp_path / "theirs" / "model.safetensors")
     after = load_file(tmp_path / "ours" / "model.safetensors")

@@ -147,3 +147,18 @@ def test_what_does_not_fit_is_refused_in_one_line(tensors: dict[str, Tensor], wo
 def test_a_tensor_of_ours_that_no_row_writes_is_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="novelty"):
         to_theirs(RULES, {"novelty": torch.ones(1)})
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_parts_that_follow_one_another_in_every_head(heads: int) -> None:
+    """DeBERTa v1's projection: head 0's queries, keys and values, then head 1's."""
+    rules = (Rule("in_proj", ("q", "k", "v"), heads=heads),)
+    width, model = 2, 5
+    theirs = {"in_proj": torch.randn(heads * 3 * width, model)}
+    found = to_ours(rules, theirs, dict.fromkeys("qkv", Size((heads * width, model))))
+    for head in range(heads):
+        for number, name in enumerate("qkv"):
+            start = (head * 3 + number) * width
+            own = found[name][head * width : (head + 1) * width]
+            assert torch.equal(own, theirs["in_proj"][start : start + width])
+    assert torch.equal(to_theirs(rules, found)["in_proj"], theirs["in_proj"])

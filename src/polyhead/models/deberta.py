@@ -82,14 +82,14 @@ class Deberta(nn.Module):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.embedding_width
+        width = config.table_width
         norm = partial(LayerNorm, config.d_model, config.norm_eps)
         self.embedding = TokenEmbedding(config.vocab_size, width)
         has_positions = config.biased_input or config.decoder == "enhanced"
         self.positions = LearnedPositions(config.max_seq_len, width) if has_positions else None
         types = config.type_vocab_size
         self.token_types = Table(types, width) if types else None
-        is_narrow = config.d_embedding not in (None, config.d_model)
+        is_narrow = config.embedding_width not in (None, config.d_model)
         self.widen = nn.Linear(width, config.d_model, bias=False) if is_narrow else None
         self.embedding_norm = norm()
         self.dropout = nn.Dropout(config.dropout)

@@ -67,7 +67,7 @@ class DebertaConfig(Config):
     terms: what distances add to a score. position_buckets, reach: of the table of distances; below
     1, a row a distance, and as far as max_seq_len. shares: distances use the tokens' projections.
     biased_input: positions are added to the tokens. conv_width: of a convolution beside the first
-    layer, 0 for none. d_embedding: None is d_model. splits: queries, keys and values are stored
+    layer, 0 for none. embedding_width: None is d_model. splits: queries, keys and values are stored
     apart. decoder: "enhanced" is the paper's; "plain" and "legacy" read the last layer, and the
     latter is stored as transformers stores it.
     """
@@ -80,7 +80,7 @@ class DebertaConfig(Config):
     num_layers: int = hf("num_hidden_layers", default=12)
     num_heads: int = hf("num_attention_heads", default=12)
     head_dim: int | None = hf("attention_head_size", default=None)
-    d_embedding: int | None = hf("embedding_size", default=None)
+    embedding_width: int | None = hf("embedding_size", default=None)
     max_seq_len: int = hf("max_position_embeddings", default=512)
     type_vocab_size: int = hf("type_vocab_size", default=0)
     relative: bool = hf("relative_attention", default=True)
@@ -139,10 +139,10 @@ class DebertaConfig(Config):
             )
         if self.decoder not in DECODERS:
             raise ConfigError(f"decoder is {self.decoder!r}; choose {', '.join(DECODERS)}")
-        if self.decoder == "enhanced" and (self.biased_input or self.d_embedding is not None):
+        if self.decoder == "enhanced" and (self.biased_input or self.embedding_width is not None):
             raise ConfigError(
                 "decoder 'enhanced' is where positions come in: it needs biased_input=False and "
-                "d_embedding=None; choose 'plain' for another"
+                "embedding_width=None; choose 'plain' for another"
             )
 
     @classmethod
@@ -164,9 +164,9 @@ class DebertaConfig(Config):
         return self
 
     @property
-    def embedding_width(self) -> int:
+    def table_width(self) -> int:
         """Of the tables of tokens, types and positions."""
-        return self.d_model if self.d_embedding is None else self.d_embedding
+        return self.d_model if self.embedding_width is None else self.embedding_width
 
     @property
     def max_distance(self) -> int:

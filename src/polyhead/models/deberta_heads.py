@@ -26,7 +26,7 @@ def masked_language(config: Any) -> MaskedLanguageHead:
         config.vocab_size,
         config.activation,
         config.norm_eps,
-        config.embedding_width,
+        config.table_width,
     )
 
 

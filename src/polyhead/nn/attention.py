@@ -101,6 +101,20 @@ class MultiHeadAttention(nn.Module):
             if cache is not None and not isinstance(cache, CrossCache):
                 mask = cache.place(mask, at)
             mask = mask.lower(q.shape[2], k.shape[2], q.device)
+        heads = self.weigh(q, k, v, mask, position, at, keys_at)
+        return self.out(heads.transpose(1, 2).flatten(2))
+
+    def weigh(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        position: Position | None,
+        at: Tensor,
+        keys_at: Tensor,
+    ) -> Tensor:
+        """What the queries find, `[B, H, T, D]`: values by their weights."""
         bias = None if position is None else position.bias(q, k, at, keys_at, self)
         sharing = len(q) // len(k)
         if sharing > 1:
@@ -113,7 +127,7 @@ class MultiHeadAttention(nn.Module):
             heads = attend(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
         if sharing > 1:
             heads = heads.unflatten(2, (sharing, -1)).transpose(1, 2).flatten(0, 1)
-        return self.out(heads.transpose(1, 2).flatten(2))
+        return heads
 
     def _alone(
         self,

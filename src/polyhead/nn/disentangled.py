@@ -14,10 +14,16 @@ from torch import Tensor, nn
 
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.embedding import Table
+from polyhead.nn.mask import Lowered
 from polyhead.nn.position import Position
 
 TERMS = ("c2p", "p2c")
 BLOCK = 64
+AT_ONCE = 2**22
+"""Scores that a CPU keeps near at hand."""
+
+Windows = tuple[Tensor | None, Tensor | None]
+"""For queries and for keys, the vectors of the offsets that each block of places meets."""
 
 
 class DisentangledAttention(MultiHeadAttention):
@@ -62,6 +68,45 @@ class DisentangledAttention(MultiHeadAttention):
             return None
         return self.q(table) if self.shares else self.distance_q(table)
 
+    def weigh(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        position: Position | None,
+        at: Tensor,
+        keys_at: Tensor,
+    ) -> Tensor:
+        """The same, on a CPU a few rows at a time, with the scores in the place of the bias."""
+        plain = self.probes or q.device.type != "cpu" or not self.terms
+        if plain or not isinstance(position, Distances):
+            return super().weigh(q, k, v, mask, position, at, keys_at)
+        windows = position.windows(self)
+        allowed = mask.boolean(q.shape[2], k.shape[2], q.device)
+        rows = max(1, AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[2]))
+        masks = [allowed] * math.ceil(len(q) / rows)
+        if allowed is not None and len(allowed) > 1:
+            masks = list(allowed.split(rows))
+        parts = zip(q.split(rows), k.split(rows), v.split(rows), masks, strict=True)
+        found = [self._written_out(a, b, c, windows, own) for a, b, c, own in parts]
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+    def _written_out(
+        self, q: Tensor, k: Tensor, v: Tensor, windows: Windows, allowed: Tensor | None
+    ) -> Tensor:
+        scores = distance_scores(q, k, windows)
+        assert scores is not None
+        scores = scores.flatten(0, 1)
+        scores = scores.baddbmm_(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=self.scale)
+        scores = scores.unflatten(0, q.shape[:2])
+        if allowed is not None:
+            scores = scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
+        found = F.dropout(scores.softmax(-1), self.dropout, self.training) @ v
+        if allowed is None:
+            return found
+        return found.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
 
 class Disentangled(Position):
     """A learned vector for each distance, read through the projections of every layer.
@@ -100,7 +145,7 @@ class Disentangled(Position):
         vectors = self.norm(self.table.weight[self.span - near : self.span + near])
         rows = distance_rows(num_tokens, near, self.buckets, self.max_distance)
         dropout = self.dropout if self.training else 0.0
-        return _Distances(vectors, rows.to(at.device), dropout)
+        return Distances(vectors, rows.to(at.device), dropout)
 
     def bias(
         self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: MultiHeadAttention
@@ -108,64 +153,80 @@ class Disentangled(Position):
         return self.prepare(at, keys_at, q.dtype).bias(q, k, at, keys_at, attention)
 
 
-class _Distances(Position):
-    """The vectors of one forward, and which of them each distance takes."""
+class Distances(Position):
+    """The vectors of one forward `[R, E]`, and which of them each distance takes `[2T - 1]`."""
 
     def __init__(self, vectors: Tensor, rows: Tensor, dropout: float) -> None:
         super().__init__()
         self.vectors, self.rows, self.dropout = vectors, rows, dropout
 
+    def windows(self, attention: DisentangledAttention) -> Windows:
+        """What a layer multiplies its queries, and its keys, with; the scale is in them."""
+        vectors = F.dropout(self.vectors, self.dropout) if self.dropout else self.vectors
+        keys, queries = attention.keys_of(vectors), attention.queries_of(vectors)
+        heads, scale = attention.num_heads, attention.scale
+        # A key's offset from the query is -d: the last distance comes first.
+        return (
+            None if keys is None else _windows(keys * scale, self.rows.flip(0), heads),
+            None if queries is None else _windows(queries * scale, self.rows, heads),
+        )
+
     def bias(
         self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: MultiHeadAttention
     ) -> Tensor | None:
         assert isinstance(attention, DisentangledAttention)
-        vectors = F.dropout(self.vectors, self.dropout) if self.dropout else self.vectors
-        keys, queries = attention.keys_of(vectors), attention.queries_of(vectors)
-        return distance_scores(q, k, keys, queries, self.rows, attention.scale)
+        return distance_scores(q, k, self.windows(attention))
 
 
-def distance_scores(
-    q: Tensor, k: Tensor, keys: Tensor | None, queries: Tensor | None, rows: Tensor, scale: float
-) -> Tensor | None:
-    """`scale (q·K(d) + k·Q(d))`, `[B, H, T, T]`; None where there is neither term.
-
-    q, k `[B, H, T, D]`; keys, queries `[R, H D]`; rows `[2T - 1]` for d from 1 - T to T - 1.
-    """
+def distance_scores(q: Tensor, k: Tensor, windows: Windows) -> Tensor | None:
+    """`scale (q·K(d) + k·Q(d))`, `[B, H, T, T]`, of q, k `[B, H, T, D]`; None without a term."""
+    of_queries, of_keys = windows
     found: Tensor | None = None
-    if keys is not None:
-        # A key's offset from the query is -d: the last distance comes first.
-        found = _by_offset(q * scale, keys, rows.flip(0)).contiguous()
-    if queries is not None:
-        of_keys = _by_offset(k * scale, queries, rows).permute(0, 1, 4, 5, 2, 3)
-        found = of_keys.contiguous() if found is None else found.add_(of_keys)
+    if of_keys is not None:
+        found = _by_offset(k, of_keys).permute(0, 1, 4, 5, 2, 3).contiguous()
+    if of_queries is not None:
+        seen = _by_offset(q, of_queries)
+        # Adding what lies in rows to what lies in columns is slow; the turn was one copy.
+        found = seen.contiguous() if found is None else found.add_(seen)
     if found is None:
         return None
-    size, length = found.shape[2] * found.shape[3], q.shape[2]
+    length, size = q.shape[2], found.shape[2] * found.shape[3]
     return found.view(*q.shape[:2], size, size)[:, :, :length, :length]
 
 
-def _by_offset(x: Tensor, vectors: Tensor, rows: Tensor) -> Tensor:
-    """Each place's product with the vector of each other's offset, `[B, H, n, s, n, s]`, a view.
+def _windows(vectors: Tensor, rows: Tensor, heads: int) -> Tensor:
+    """The offsets that each block of places meets, `[H, n, (n + 1)s - 1, D]`.
 
-    x `[B, H, T, D]`; rows `[2T - 1]` of `vectors` `[R, H D]` for offsets from 1 - T to T - 1. No
-    value is gathered: a block's places are multiplied with the window of offsets that they meet,
-    and of these products each row is read one step before the row above it.
+    rows `[2T - 1]` of `vectors` `[R, H D]`, for offsets from 1 - T to T - 1.
     """
-    batch, heads, length, width = x.shape
+    length = (len(rows) + 1) // 2
     blocks = math.ceil(length / BLOCK)
     size = math.ceil(length / blocks)
     spare = blocks * size - length
-    if spare:
-        x, rows = F.pad(x, (0, 0, 0, spare)), F.pad(rows, (spare, spare))
-    window = (blocks + 1) * size - 1
-    x = x.view(batch, heads, blocks, size, width).permute(2, 1, 0, 3, 4)
-    windows = F.embedding(rows.unfold(0, window, size).flip(0), vectors)  # [n, window, H D]
-    windows = windows.view(blocks, window, heads, width).permute(0, 2, 3, 1)
-    products = x.reshape(blocks, heads, batch * size, width) @ windows
-    row, block = batch * size * window, heads * batch * size * window
+    rows = F.pad(rows, (spare, spare)) if spare else rows
+    # The last block's offsets begin first.
+    rows = rows.unfold(0, (blocks + 1) * size - 1, size).flip(0)
+    found = F.embedding(rows, vectors).unflatten(2, (heads, -1))
+    return found.permute(2, 0, 1, 3).contiguous()
+
+
+def _by_offset(x: Tensor, windows: Tensor) -> Tensor:
+    """Each place's product with the vector of each other's offset, `[B, H, n, s, n, s]`, a view.
+
+    No product is gathered: a block's places are multiplied with the window of offsets that they
+    meet, and of these products each row is read one step before the row above it.
+    """
+    batch, heads, length, width = x.shape
+    blocks, window = windows.shape[1:3]
+    size = (window + 1) // (blocks + 1)
+    x = F.pad(x, (0, 0, 0, blocks * size - length)) if blocks * size > length else x
+    x = x.unflatten(2, (blocks, size)).permute(1, 2, 0, 3, 4)
+    x = x.reshape(heads * blocks, batch * size, width)
+    products = x @ windows.flatten(0, 1).transpose(1, 2)
+    block = batch * size * window
     return products.as_strided(
         (batch, heads, blocks, size, blocks, size),
-        (size * window, row, block, window - 1, size, 1),
+        (size * window, blocks * block, block, window - 1, size, 1),
         products.storage_offset() + size - 1,
     )
 
