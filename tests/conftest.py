@@ -39,6 +39,18 @@ def smollm2() -> Path:
         pytest.skip(f"no SmolLM2 weights here: {error}")
 
 
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The real all-MiniLM-L6-v2 directory, or a skip where it cannot be had."""
+    from polyhead.errors import PolyheadError
+    from polyhead.files.hub import resolve
+
+    try:
+        return resolve("minilm-l6")
+    except PolyheadError as error:
+        pytest.skip(f"no MiniLM weights here: {error}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

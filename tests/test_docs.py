@@ -12,6 +12,9 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
 
 
+POSTS = (("a fine day", "good"), ("what a mess", "bad"), ("so good", "good"), ("no more", "bad"))
+
+
 def blocks(language: str) -> list[object]:
     """The fenced blocks of a language, each with the note that stands before it."""
     found = []
@@ -32,8 +35,8 @@ def test_python(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    if note == "needs: weights":
-        request.getfixturevalue("smollm2")
+    if note.startswith("needs: "):
+        request.getfixturevalue({"weights": "smollm2", "minilm": "minilm"}[note[7:]])
     monkeypatch.chdir(tmp_path)
     exec(compile(body, "example", "exec"), {})
 
@@ -43,6 +46,9 @@ def test_commands(note: str, body: str, tmp_path: Path, monkeypatch: pytest.Monk
     commands = [shlex.split(line, comments=True) for line in body.splitlines()]
     assert all(words[0] in ("polyhead", "make") for words in commands)
     monkeypatch.chdir(tmp_path)
+    if note == "run: table":
+        rows = [f"{text}\t{label}" for text, label in POSTS * 10]
+        (tmp_path / "posts.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
     for words in commands:
-        if note == "run":
+        if note.startswith("run"):
             assert main(words[1:]) == 0, words

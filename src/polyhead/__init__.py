@@ -17,6 +17,7 @@ _HOMES = {
     "ImageClassifier": "tasks.classify",
     "Mask": "nn.mask",
     "PolyheadError": "errors",
+    "Processor": "images.processor",
     "SearchConfig": "generate.search_config",
     "Similar": "tasks.similar",
     "Summarizer": "tasks.translate",

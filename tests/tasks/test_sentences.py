@@ -129,14 +129,8 @@ def test_what_is_not_known_is_refused(file: str, change: Any, says: str, tmp_pat
 
 
 @pytest.mark.weights
-def test_minilm_equals_sentence_transformers() -> None:
-    from polyhead.files.hub import resolve
-
-    try:
-        folder = resolve("minilm-l6")
-    except PolyheadError as error:
-        pytest.skip(f"no MiniLM weights here: {error}")
+def test_minilm_equals_sentence_transformers(minilm: Path) -> None:
     texts = [*sentences(60, longest=60), "tree " * 400, ""]
-    wanted = st.SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
-    found = ph.embed(ph.load(folder), ph.tokenizer(folder), texts)
+    wanted = st.SentenceTransformer(str(minilm), device="cpu").encode(texts, convert_to_tensor=True)
+    found = ph.embed(ph.load(minilm), ph.tokenizer(minilm), texts)
     assert torch.cosine_similarity(found, wanted).min() >= 0.999999
