@@ -146,6 +146,9 @@ def test_the_verbs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(capsys.readouterr().out)
     assert record["source"] == lines.read_text()
     assert record["text"] == ph.Summarizer(model, words)(lines.read_text(), max_new_tokens=6)[0]
+    copy = str(tmp_path / "copy")
+    assert main(["convert", asked[0], copy, "--to", "hf", "--verify"]) == 0
+    capsys.readouterr()
     assert main(["translate", asked[0]]) == 2
     assert "there is no text" in capsys.readouterr().err
 

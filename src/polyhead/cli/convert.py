@@ -202,11 +202,14 @@ def _difference(source: Path, args: Args) -> float:
     device = device_named(args.device)
     before = load(source, dtype=None if args.dtype == "keep" else args.dtype).float().to(device)
     vocab_size = before.config.vocab_size
-    length = min(_PROMPT_TOKENS, before.config.max_seq_len)
+    length = min(_PROMPT_TOKENS, before.config.max_tokens or _PROMPT_TOKENS)
     random = torch.Generator().manual_seed(_SEED)
     ids = torch.randint(vocab_size, (_PROMPTS, length), generator=random).to(device)
+    given = [ids]
+    if getattr(before.config, "kind", "") == "encoder-decoder":
+        given.append(ids.flip(1) % getattr(before.config, "target_vocab_size", vocab_size))
     with torch.inference_mode():
-        wanted = before(ids)
+        wanted = before(*given)
         del before
-        found = load(args.dest, dtype=torch.float32, device=device)(ids)
+        found = load(args.dest, dtype=torch.float32, device=device)(*given)
     return float((wanted - found).abs().max())
