@@ -60,7 +60,7 @@ def case(
 
 
 CASES = [
-    case("v1-absolute-alone", "Model"),
+    case("v1-absolute-alone", "Model", pos_att_type="c2p|p2c"),
     case("v1-relative", "Model", **BOTH, position_biased_input=False, type_vocab_size=2),
     case(
         "v1-c2p-short-reach", "ForMaskedLM", relative_attention=True, pos_att_type=["c2p"],
@@ -85,7 +85,10 @@ CASES = [
         "v2-conv", "ForMaskedLM", **V3, legacy=False, conv_kernel_size=3, conv_act="gelu",
         conv_groups=2,
     ),
-    case("v2-conv-wide", "ForTokenClassification", **LABELS, conv_kernel_size=5, hidden_act="silu"),
+    case(
+        "v2-conv-wide", "ForTokenClassification", **LABELS, conv_kernel_size=5, hidden_act="silu",
+        pos_att_type="p2c",
+    ),
     case(
         "v2-no-buckets", "ForSequenceClassification", relative_attention=True, **LABELS,
         pos_att_type="c2p", share_att_key=True, position_buckets=-1, max_relative_positions=3,
