@@ -117,6 +117,9 @@ def test_what_cannot_translate_is_said(tmp_path, tokenizer):
     endless = Tokenizer.train(["a b"], kind="chars", special_tokens={"eos": None, "bos": None})
     with pytest.raises(ConfigError, match="no token that"):
         dataset_of(rows, endless, transformer(endless), tmp_path)
+    marians = Tokenizer.train(["a b"] * 3, kind="bpe", extra_tokens=["\U0010ffffab"])
+    with pytest.raises(ConfigError, match="source texts alone"):
+        dataset_of(rows, marians, transformer(marians), tmp_path)
     spoilt = [rows[0], {"source": "a", "target": None}]
     with pytest.raises(DataError, match="target of row 1 is missing"):
         dataset_of(spoilt, tokenizer, transformer(tokenizer), tmp_path)

@@ -16,6 +16,9 @@ from polyhead.train.examples import LabelledBatch, TextInputs, digest_of, part_o
 from polyhead.train.objectives import IGNORE, Loss, head_cross_entropy, shifted
 from polyhead.train.records import Table
 
+# How text/marian.py marks the pieces that only a target text is cut into.
+_TARGETS_ONLY = "\U0010ffff"
+
 
 @dataclass(frozen=True)
 class TargetCollator:
@@ -47,6 +50,11 @@ def translated_texts(
         raise ConfigError(
             f"seq2seq needs an encoder-decoder, such as t5, marian or transformer, and this is a "
             f"{model.config.model_type}"
+        )
+    if any(piece.startswith(_TARGETS_ONLY) for piece in tokenizer.vocab):
+        raise ConfigError(
+            "the tokenizer cuts source texts alone (Marian's has a model for each language): "
+            "fine-tune a t5, or a marian with a tokenizer for both languages"
         )
     for role in ("source", "target"):
         strings(table.columns[role], role, table.name)
