@@ -9,12 +9,17 @@ import pytest
 import polyhead as ph
 
 CALLS = {
+    "Answerer": "polyhead.tasks.answer",
+    "Classifier": "polyhead.tasks.classify",
     "ConfigError": "polyhead.errors",
     "DataError": "polyhead.errors",
     "FileError": "polyhead.errors",
+    "Filler": "polyhead.tasks.fill",
     "GenerationConfig": "polyhead.generate.config",
     "Mask": "polyhead.nn.mask",
     "PolyheadError": "polyhead.errors",
+    "Similar": "polyhead.tasks.similar",
+    "Tagger": "polyhead.tasks.tag",
     "TextGenerator": "polyhead.generate.generator",
     "TrainConfig": "polyhead.train.config",
     "Trainer": "polyhead.train.loop",

@@ -38,6 +38,27 @@ def test_the_pipeline_s_answers(number: int, made: tuple[TaskModel, Tokenizer]) 
         assert (one.text, one.start, one.end) == (text, start, end)
 
 
+def test_no_answer_is_as_likely_as_in_the_window_that_doubts_it_most(
+    made: tuple[TaskModel, Tokenizer],
+) -> None:
+    model, tokenizer = made
+    windows = tokenizer(WHO, LONG, max_len=40, stride=8)
+    scores = []
+    for row, length in enumerate(windows.lengths.tolist()):
+        named = {"input_ids": windows.input_ids, "token_type_ids": windows.token_type_ids}
+        with torch.no_grad():
+            logits = model(**{name: value[row, None, :length] for name, value in named.items()})[0]
+        allowed = windows.sequence_ids[row, :length] == 1
+        allowed[0] = True
+        first, last = logits[allowed].softmax(0).T
+        scores.append(float(first[0] * last[0]))
+    assert len(set(scores)) > 2
+    answer = Answerer(*made, window=40, stride=8, handle_impossible_answer=True)
+    (none,) = [one for one in answer(WHO, LONG, top_k=10**4)[0] if not one.text]
+    assert (none.start, none.end) == (0, 0)
+    assert none.score == pytest.approx(min(scores), abs=1e-7)
+
+
 def test_a_batch_gives_what_each_question_gives_alone(made: tuple[TaskModel, Tokenizer]) -> None:
     answer = Answerer(*made)
     questions = [WHERE, WHO, "Who?", WHERE, WHO]

@@ -48,6 +48,8 @@ examples:
   polyhead chat smollm2-135m
   polyhead train pydocs --model gpt2 --set d_model=128 num_layers=4 --steps 500 --out runs/docs
   polyhead generate runs/docs "The with statement"
+  polyhead similar minilm-l6 "a cat" "a kitten" "a car" "the sea"
+  polyhead diff bert deberta-v3
   polyhead convert smollm2-135m smol/ --to hf --verify
   polyhead info llama --set d_model=2048 d_ff=8192 num_layers=16 num_heads=32 vocab_size=128256
 

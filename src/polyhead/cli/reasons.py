@@ -15,7 +15,7 @@ REASONS: Mapping[tuple[str, str], Mapping[str, str]] = {
     },
     ("embedding", "tokens"): {
         "widened": "a narrow table: most of a word's meaning is made by its context",
-        "": "a larger vocabulary needs fewer tokens for a text, and a larger table",
+        "": "a row for each token: a larger vocabulary makes texts shorter",
     },
     ("embedding", "patches"): {"": "images are texts of patches, each a vector"},
     ("embedding", "scaled"): {"": "brings tokens to the size of the sinusoids added to them"},

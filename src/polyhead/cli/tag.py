@@ -34,7 +34,7 @@ class Args:
     """How tokens become entities: simple joins neighbours of one tag; first, max and average let a
     word's tokens agree before; none shows each token."""
     window: int | None = None
-    """Tokens of a window of a long text; None is all that the model takes."""
+    """Tokens of a window of a long text; None is 512, or the model's length."""
     head: str | None = None
     """Which head, where the model has several."""
     json: bool = False

@@ -11,12 +11,13 @@ from tokenizers import models
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.mode import evaluating
 from polyhead.models.model import TaskModel
-from polyhead.tasks.batching import MOST_TOKENS, WINDOW, Progress, batches, inputs, longest
+from polyhead.tasks.batching import MOST_TOKENS, Progress, batches, inputs, longest
 from polyhead.tasks.fit import fit
 from polyhead.text.tokenizer import Tokenizer, check_text
 
 AGGREGATIONS = ("none", "simple", "first", "max", "average")
 OUTSIDE = "O"
+WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Tagger:
             )
         self.model, self.tokenizer, self.aggregation = model, tokenizer, aggregation
         self.fit = fit(model, "tag", head)
-        self.window = longest(model, window) or WINDOW
+        most = longest(model, window) or WINDOW
+        self.window = min(most, WINDOW) if window is None else most
         self.stride = min(self.window // 4, 128) if stride is None else stride
         prefix = getattr(tokenizer.backend.model, "continuing_subword_prefix", None)
         self._has_prefix = isinstance(tokenizer.backend.model, models.WordPiece) or bool(prefix)
