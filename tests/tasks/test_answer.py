@@ -128,5 +128,5 @@ def test_settings_that_cannot_be(
 
 
 def test_a_model_that_does_not_answer(tmp_path: Path) -> None:
-    with pytest.raises(ph.ConfigError, match="BertForMaskedLM.*answers questions"):
+    with pytest.raises(ph.ConfigError, match=r"BertForMaskedLM.*answers questions"):
         Answerer(*make(tmp_path, "lm"))

@@ -86,7 +86,7 @@ def test_what_does_not_fill(tmp_path: Path) -> None:
     bare = ph.Tokenizer.train(["ab"], kind="bytes")
     with pytest.raises(ph.DataError, match="no mask token"):
         Filler(model, bare)
-    with pytest.raises(ph.ConfigError, match="BertForTokenClassification.*--objective masked-lm"):
+    with pytest.raises(ph.ConfigError, match=r"BertForTokenClassification.*--objective masked-lm"):
         Filler(make(tmp_path / "tag", "tag")[0], tokenizer)
     with pytest.raises(ph.ConfigError, match="gpt2 is of the kind decoder"):
         Filler(make(tmp_path / "gpt2", "lm", "gpt2")[0], tokenizer)
