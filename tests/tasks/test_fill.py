@@ -58,6 +58,17 @@ def test_a_batch_gives_what_each_text_gives_alone(tmp_path: Path) -> None:
             assert [one.score for one in ours] == pytest.approx([o.score for o in theirs], abs=1e-5)
 
 
+def test_an_enhanced_decoder_speaks_through_the_whole_model(tmp_path: Path) -> None:
+    model, tokenizer = make(tmp_path, "lm", "deberta-v2", position_buckets=8)
+    ids = tokenizer.encode(MASKED[0])
+    with torch.no_grad():
+        row = model(torch.tensor([ids]))[0, ids.index(tokenizer.mask_id)].softmax(-1)
+    found = Filler(model, tokenizer)([MASKED[2], MASKED[0]], top_k=4)[1][0]
+    scores, best = row.topk(4)
+    assert [one.token_id for one in found] == best.tolist()
+    assert [one.score for one in found] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
 def test_the_language_head_of_a_pretraining_model(tmp_path: Path) -> None:
     model, tokenizer = make(tmp_path, "pretraining")
     ids = tokenizer.encode(MASKED[0])
