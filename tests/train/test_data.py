@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from polyhead.errors import DataError, FileError
 from polyhead.train import corpus
 from polyhead.train.corpus import Tokens, load_tokens
-from polyhead.train.data import Examples, Windows, split_rows
+from polyhead.train.data import SORTED, Examples, Windows, split_rows
 
 from .conftest import text
 
@@ -196,6 +197,23 @@ def test_an_epoch_of_rows_has_each_once(count, seed, epoch):
         assert (
             order != Examples(range(count), list, seed + 1, "").order(epoch * count, count).tolist()
         )
+
+
+@given(st.integers(1, 300), st.integers(1, 8), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_rows_of_like_length_share_a_batch(count, size, seed):
+    lengths = np.random.default_rng(seed).integers(1, 99, count)
+    rows = Examples(range(count), list, seed, "", lengths)
+    many = min(SORTED, max(1, count // (8 * size)))
+    batches = [rows.batch(at, size) for at in range(many)]
+    # The same rows as without lengths, each as often.
+    plain = rows.order(0, many * size).tolist()
+    assert sorted(row for batch in batches for row in batch) == sorted(plain)
+    spreads = sorted((min(lengths[batch]), max(lengths[batch])) for batch in batches)
+    assert all(high <= low for (_, high), (low, _) in pairwise(spreads) if size > 1)
+    assert batches == [rows.batch(at, size) for at in range(many)]
+    if count >= size:
+        assert all(len(set(batch)) == size for batch in batches)
 
 
 @given(st.integers(1, 200), st.floats(0, 0.99), st.integers(0, 2**31))

@@ -18,6 +18,9 @@ Split = Literal["train", "valid", "all"]
 source that is there to be validated on."""
 
 
+SORTED = 16  # batches among which rows are sorted by length
+
+
 class Dataset(Protocol):
     """Rows in an order that is arithmetic: the n-th row of a run is a function of (seed, n)."""
 
@@ -39,13 +42,16 @@ class Dataset(Protocol):
 class Examples:
     """Rows through a collator, each epoch in its own order.
 
-    rows: anything with a length and rows by number. collate: a list of rows to a batch.
+    rows: anything with a length and rows by number. collate: a list of rows to a batch. lengths:
+    of the rows `[N]`; batches then hold rows of like length, so that little is padding: as many
+    rows as `SORTED` batches take are sorted and cut, and the batches come in an order of their own.
     """
 
     rows: Sequence[Any]
     collate: Callable[[Sequence[Any]], Any]
     seed: int
     digest: str
+    lengths: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -63,8 +69,22 @@ class Examples:
 
     def batch(self, index: int, batch_size: int) -> Any:
         """The index-th batch of the run."""
-        chosen = self.order(index * batch_size, batch_size)
+        # A small part of an epoch is sorted, so that its batches stay a fair sample of it.
+        count = min(SORTED, len(self) // (8 * batch_size))
+        if self.lengths is None or count < 2:
+            chosen = self.order(index * batch_size, batch_size)
+        else:
+            chosen = self._of_like_length(self.lengths, index, batch_size, count)
         return self.collate([self.rows[row] for row in chosen.tolist()])
+
+    def _of_like_length(
+        self, lengths: np.ndarray, index: int, batch_size: int, count: int
+    ) -> np.ndarray:
+        group, place = divmod(index, count)
+        rows = self.order(group * count * batch_size, count * batch_size)
+        batches = rows[np.argsort(lengths[rows], kind="stable")].reshape(count, batch_size)
+        key = _mix(np.uint64(group) + _mix(np.uint64(self.seed) + np.uint64(3)))
+        return batches[int(_permute(np.array([place], np.uint64), count, key)[0])]
 
 
 def split_rows(count: int, held_out: float, seed: int, split: Split) -> np.ndarray:

@@ -151,6 +151,14 @@ def part_of(table: Table, config: TrainConfig, split: Split) -> Table | None:
     return table.take(rows.tolist()) if len(rows) else None
 
 
+def lengths_of(columns: Iterable[Sequence[Any]], split: Split) -> np.ndarray | None:
+    """How long each row is by the length of its texts or words; None for what is only validated on,
+    where each row comes once whatever the batches."""
+    if split != "train":
+        return None
+    return np.sum([[len(value) for value in column] for column in columns], axis=0)
+
+
 def digest_of(table: Table, tokenizer: Any, *settings: Any) -> str:
     """What tells a dataset from others: its table, its tokenizer and what was asked of them."""
     known = tokenizer_digest(tokenizer) if hasattr(tokenizer, "backend") else repr(tokenizer)

@@ -12,7 +12,14 @@ from polyhead.generate.seq2seq import Seq2Seq, start_id
 from polyhead.train import metrics
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Examples, Split
-from polyhead.train.examples import LabelledBatch, TextInputs, digest_of, part_of, strings
+from polyhead.train.examples import (
+    LabelledBatch,
+    TextInputs,
+    digest_of,
+    lengths_of,
+    part_of,
+    strings,
+)
 from polyhead.train.objectives import IGNORE, Loss, head_cross_entropy, shifted
 from polyhead.train.records import Table
 
@@ -68,7 +75,8 @@ def translated_texts(
     inputs = TextInputs.of(tokenizer, model, config)
     seal = digest_of(table, tokenizer, inputs.max_len, start, split)
     collate = TargetCollator(inputs, start, tokenizer.eos_id)
-    return Examples(part, collate, config.seed, seal)  # pyright: ignore[reportArgumentType]
+    lengths = lengths_of(part.columns.values(), split)
+    return Examples(part, collate, config.seed, seal, lengths)  # pyright: ignore[reportArgumentType]
 
 
 def seq2seq(model: Any, batch: LabelledBatch, smoothing: float = 0.1) -> Loss:

@@ -24,6 +24,7 @@ from polyhead.train.examples import (
     as_numpy,
     digest_of,
     labels_of,
+    lengths_of,
     numbered,
     part_of,
     problem_of,
@@ -80,7 +81,9 @@ def classified_texts(
         return None
     rows, problem, names = made
     seal = digest_of(table, tokenizer, inputs.max_len, problem, names, split)
-    return Examples(rows, ClassCollator(inputs, problem, names), config.seed, seal)
+    texts = [column for role, column in rows.table.columns.items() if role != "label"]
+    lengths = lengths_of(texts, split)
+    return Examples(rows, ClassCollator(inputs, problem, names), config.seed, seal, lengths)
 
 
 def labelled(
@@ -225,7 +228,8 @@ def tagged_words(
     rows = Labelled(Table({"tokens": tokens}, part.digest, part.name), labels)
     inputs = TextInputs.of(tokenizer, model, config)
     seal = digest_of(table, tokenizer, inputs.max_len, names, split)
-    return Examples(rows, TagCollator(inputs, names), config.seed, seal)
+    lengths = lengths_of([tokens], split)
+    return Examples(rows, TagCollator(inputs, names), config.seed, seal, lengths)
 
 
 def tag_labels(table: Table, problem: str | None = None) -> Labels:
