@@ -1,0 +1,5 @@
+"""Faster doubles of parts for one machine: removable, each tested against the part."""
+
+from polyhead.kernels.pack import PackedLinear, pack
+
+__all__ = ["PackedLinear", "pack"]

@@ -1,0 +1,151 @@
+"""A model made ready for inference on this CPU, its answers equal but for rounding."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyhead.errors import ConfigError
+from polyhead.kernels.attend import attend
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
+from polyhead.nn.mask import Lowered
+from polyhead.nn.position import Position
+
+M = TypeVar("M", bound=nn.Module)
+
+# oneDNN's names of what it applies to a product before that is written to memory.
+FUSED: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
+    F.relu: ("relu", ""),
+    F.gelu: ("gelu", "none"),
+    ACTIVATIONS["gelu_tanh"]: ("gelu", "tanh"),
+    F.silu: ("swish", ""),
+    F.tanh: ("tanh", ""),
+}
+
+
+def pack(model: M) -> M:
+    """A copy of `model` with weights laid out for this CPU's products; for inference alone.
+
+    Linear layers become `PackedLinear`s, with the activation that follows in a feed-forward layer;
+    attention over up to 2048 keys takes a kernel of our own where there is a compiler for it. What
+    a machine or a dtype does not support stays as it is. The old model is untouched, and what is
+    not packed is shared with it; drop it, and its linear layers' weights are freed. The new one
+    saves and loads weights like the old, but is not trained, moved or cast: do that before.
+    """
+    memo: dict[int, Any] = {id(each): each for each in ACTIVATIONS.values()}
+    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    packed = copy.deepcopy(model, memo).eval()
+    for part in list(packed.modules()):
+        if isinstance(part, FeedForward | GatedFeedForward):
+            _fuse(part)
+        for name, child in list(part.named_children()):
+            if type(child) is nn.Linear and PackedLinear.takes(child.weight):
+                setattr(part, name, PackedLinear(child))
+            elif type(child) is MultiHeadAttention:
+                setattr(part, name, PackedAttention.of(child))
+    return packed
+
+
+def _fuse(part: FeedForward | GatedFeedForward) -> None:
+    """The activation becomes part of the product that it follows."""
+    name = "up" if isinstance(part, FeedForward) else "gate"
+    before = getattr(part, name)
+    if part.activation in FUSED and type(before) is nn.Linear and PackedLinear.takes(before.weight):
+        setattr(part, name, PackedLinear(before, *FUSED[part.activation]))
+        part.activation = _same
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+class PackedLinear(nn.Module):
+    """`nn.Linear` whose weight lies as oneDNN multiplies it, with an activation after it.
+
+    `weight` is opaque; `state_dict` gives it as it was. activation, how: of `FUSED`.
+    """
+
+    def __init__(self, linear: nn.Linear, activation: str = "none", how: str = "") -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.activation, self.how = activation, how
+        self.weight = _laid_out(linear.weight)
+        self.bias = linear.bias
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether this machine has oneDNN's products of such a weight."""
+        if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return False
+        is_half = weight.dtype == torch.bfloat16
+        return weight.dtype == torch.float32 or (
+            is_half and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(
+            x, self.weight, self.bias, self.activation, [], self.how
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+        before = torch.empty(0, dtype=self.weight.dtype)
+        after = fn(before)
+        if (after.dtype, after.device) != (before.dtype, before.device):
+            raise ConfigError(
+                f"a packed model stays on the CPU in {str(before.dtype).removeprefix('torch.')}; "
+                "move or cast the model first, then pack it"
+            )
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight.detach().to_dense()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        key = f"{prefix}weight"
+        if key in state_dict:
+            with torch.no_grad():
+                self.weight = _laid_out(state_dict[key].to(self.weight.dtype))
+            # What is there now is what torch compares and copies.
+            state_dict = {**state_dict, key: self.weight}
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, activation={self.activation}"
+
+
+def _laid_out(weight: Tensor) -> nn.Parameter:
+    opaque = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
+    return nn.Parameter(opaque, requires_grad=False)
+
+
+class PackedAttention(MultiHeadAttention):
+    """`MultiHeadAttention` by the faster `attend`; probes are served as ever."""
+
+    @classmethod
+    def of(cls, layer: MultiHeadAttention) -> "PackedAttention":
+        """The same layer, its parts included."""
+        packed = cls.__new__(cls)
+        packed.__dict__ = layer.__dict__
+        return packed
+
+    def weigh(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        position: Position | None,
+        at: Tensor,
+        keys_at: Tensor,
+    ) -> Tensor:
+        shares_memory = len(q) != len(k)
+        if self.probes or shares_memory or (position is not None and position.has_values):
+            return super().weigh(q, k, v, mask, position, at, keys_at)
+        bias = None if position is None else position.bias(q, k, at, keys_at, self)
+        return attend(q, k, v, mask, bias, self.scale)
