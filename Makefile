@@ -2,11 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Which of recipes/: brown's and sources' are data; digits, embedder, multitask, posts, pretrain,
+# span_corruption and translate learn
+NAME ?= digits
 # More for a target's command, such as: make test ARGS="tests/nn -x"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: .venv bench-train clean demo format help lint test types
+.PHONY: .venv bench-encoders bench-train clean demo format help lint recipe test types
 
 .venv: $(STAMP) ## The virtual environment with everything in it
 
@@ -35,11 +38,17 @@ types: $(STAMP) ## Types: pyright, strict on nn and models
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright $(ARGS)
 
 bench-train: $(STAMP) ## Training speed beside the ceiling of this machine
-	@$(BIN)/python benchmarks/train.py $(ARGS)
+	@$(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-encoders: $(STAMP) ## Encoders beside sentence-transformers and transformers
+	@$(BIN)/python -m benchmarks.encoders $(ARGS)
+
+recipe: $(STAMP) ## Learn something small and honest: make recipe NAME=digits
+	@$(BIN)/python -m recipes.$(NAME) $(ARGS)
 
 clean: ## Remove what can be made again, but keep .venv and runs
 	@rm -rf build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
-	@find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find src tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## This list
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -13,12 +13,12 @@ average, forward once and backward twice). Nothing is counted for norms, softmax
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from benchmarks.abba import slices
 
 import polyhead as ph
 from polyhead.train.config import TrainConfig
@@ -84,30 +84,6 @@ def product(dtype: torch.dtype, size: int = 2048) -> Callable[[], None]:
     return multiply
 
 
-def seconds_each(call: Callable[[], None], slice_seconds: float) -> float:
-    """Mean time of a call over a slice of at least so many seconds."""
-    began, calls = time.perf_counter(), 0
-    while True:
-        call()
-        calls += 1
-        spent = time.perf_counter() - began
-        if spent >= slice_seconds:
-            return spent / calls
-
-
-def measure(
-    calls: dict[str, Callable[[], None]], rounds: int, slice_seconds: float
-) -> dict[str, list[float]]:
-    """Seconds a call by name, a slice each round, forwards and backwards in turn."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
-            times[name].append(seconds_each(calls[name], slice_seconds))
-    return times
-
-
 def run(
     families: list[str], dtypes: list[str], rounds: int, slice_seconds: float
 ) -> dict[str, Any]:
@@ -120,7 +96,7 @@ def run(
     for family in families:
         for dtype in dtypes:
             calls[f"{family} {dtype}"], costs[family, dtype] = trainer(family, dtype)
-    times = measure(calls, rounds, slice_seconds)
+    times = slices(calls, rounds, slice_seconds)
     work = 2 * 2048**3
     rates = {
         dtype: [work / t for t in times[f"product {dtype}"]] for dtype in ("float32", "bfloat16")
