@@ -2,8 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Which of recipes/: brown's and sources' are data; digits, embedder, multitask, posts, pretrain,
-# span_corruption and translate learn
+# Which of the recipes: digits, embedder, multitask, posts, pretrain, span_corruption, translate
 NAME ?= digits
 # More for a target's command, such as: make test ARGS="tests/nn -x"
 ARGS ?=
@@ -51,4 +50,4 @@ clean: ## Remove what can be made again, but keep .venv and runs
 	@find src tests benchmarks recipes -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## This list
-	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
