@@ -97,6 +97,12 @@ CASES = [
         "v2-p2c", "ForQuestionAnswering", spans, relative_attention=True, pos_att_type=["p2c"],
         position_buckets=4, max_relative_positions=20, hidden_size=30, num_attention_heads=5,
     ),
+    # A reach so near that buckets lie further than their distances.
+    case("v2-near-reach", "Model", **{**V3, "position_buckets": 10}, max_relative_positions=8),
+    case(
+        "v2-unused-buckets", "Model", relative_attention=False, position_buckets=8,
+        max_relative_positions=3,
+    ),
     case("v2-wide-embedding", "ForMaskedLM", **BOTH, **SHARED, embedding_size=40),
     case("v2-one-layer", "Model", **V3, attention_head_size=8, num_hidden_layers=1),
     case(
@@ -353,6 +359,7 @@ REFUSED = {
     "pos_att_type": dict(kind="DebertaV2", pos_att_type="c2p|p2p"),
     "conv_width is 4": dict(kind="DebertaV2", conv_kernel_size=4),
     "reach above": dict(kind="DebertaV2", position_buckets=70),
+    "2 buckets or more": dict(kind="DebertaV2", position_buckets=1),
     "head_dim is 6": dict(kind="DebertaV2", attention_head_size=6),
 }
 

@@ -132,10 +132,11 @@ class DebertaConfig(Config):
             raise ConfigError(
                 "a convolution stands between two layers; use num_layers of 2 or more"
             )
-        if self.position_buckets > 0 and self.max_distance - 1 <= self.position_buckets // 2:
+        half = self.position_buckets // 2
+        if self.relative and self.buckets and (half < 1 or self.max_distance - 1 <= half):
             raise ConfigError(
-                f"{self.position_buckets} buckets need a reach above half of them, not "
-                f"{self.max_distance}"
+                f"{self.position_buckets} buckets over a reach of {self.max_distance} cannot be; "
+                "use 2 buckets or more, and a reach above half of them"
             )
         if self.decoder not in DECODERS:
             raise ConfigError(f"decoder is {self.decoder!r}; choose {', '.join(DECODERS)}")

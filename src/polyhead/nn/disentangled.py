@@ -129,6 +129,8 @@ class Disentangled(Position):
     ) -> None:
         super().__init__()
         self.span, self.buckets, self.max_distance = span, buckets, max_distance
+        # A scale that ends early climbs fast: a bucket may lie further than its distance.
+        self.outruns = buckets is not None and max_distance - 1 < math.e * (buckets // 2)
         self.table = Table(2 * span, d_model)
         self.norm = nn.Identity() if norm is None else norm
         self.dropout = dropout
@@ -140,8 +142,7 @@ class Disentangled(Position):
                 f"{num_tokens} queries over {keys_at.shape[1]} keys have no distances here; "
                 "disentangled attention wants as many of both"
             )
-        # No bucket lies further than its distance.
-        near = min(num_tokens, self.span)
+        near = self.span if self.outruns else min(num_tokens, self.span)
         vectors = self.norm(self.table.weight[self.span - near : self.span + near])
         rows = distance_rows(num_tokens, near, self.buckets, self.max_distance)
         dropout = self.dropout if self.training else 0.0
