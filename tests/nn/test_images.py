@@ -48,7 +48,7 @@ def test_places_see_each_other_only_where_they_were_neighbours(
     windows = Windows.of(x, grid, edge, shift)
     where = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
     rolled = where.roll((-shift, -shift), (1, 2))
-    hidden = windows.hidden[: len(windows.hidden) // 2, 0]
+    hidden = windows.hidden[:, 0]
     number = 0
     for top in range(0, height, edge):
         for left in range(0, width, edge):
@@ -56,6 +56,7 @@ def test_places_see_each_other_only_where_they_were_neighbours(
             near = ((at[:, :, None] - at[:, None, :]).abs() < edge).all(0)
             assert torch.equal(hidden[number] == 0, near)
             number += 1
+    assert number == len(hidden)
 
 
 def test_a_bias_depends_on_the_offset_alone() -> None:
