@@ -1,5 +1,5 @@
 """Faster doubles of parts for one machine: removable, each tested against the part."""
 
-from polyhead.kernels.pack import PackedLinear, pack
+from polyhead.kernels.packing import PackedLinear, pack
 
 __all__ = ["PackedLinear", "pack"]
