@@ -15,39 +15,39 @@ import torch
 
 from polyhead.files.hub import home
 
-_FLAGS = "-O3 -march=native -fno-math-errno -fno-trapping-math -std=c++17 -fopenmp -shared -fPIC -w"
+_FLAGS = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -fopenmp -shared -fPIC -w"
 
 
 @cache
-def library(name: str) -> ctypes.CDLL | None:
+def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
     """The functions of `name`.cpp; None where nothing can compile it.
 
-    What was compiled once is kept in polyhead's cache. Needs Linux and g++, or the compiler that
-    $CXX names.
+    machine: the compiler's flags for what instructions it may use. What was compiled once is kept
+    in polyhead's cache. Needs Linux and g++, or the compiler that $CXX names.
     """
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if sys.platform != "linux" or compiler is None:
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     # -march=native means another machine's instructions where the cache is shared.
-    made_of = (source.read_text(encoding="utf-8"), _FLAGS, compiler, _machine(), torch.__version__)
+    flags = f"{_FLAGS} {machine}"
+    made_of = source.read_text(encoding="utf-8"), flags, compiler, _machine(), torch.__version__
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     built = home() / "kernels" / f"{name}-{key}.so"
     try:
         if not built.exists():
-            _compile(compiler, source, built)
+            _compile([compiler, *flags.split(), str(source)], built)
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _compile(compiler: str, source: Path, built: Path) -> None:
+def _compile(command: list[str], built: Path) -> None:
     built.parent.mkdir(parents=True, exist_ok=True)
     # Under its own name once it is whole: another process may compile the same.
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         fresh = Path(folder) / built.name
-        command = [compiler, *_FLAGS.split(), str(source), "-o", str(fresh)]
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([*command, "-o", str(fresh)], check=True, capture_output=True)
         fresh.replace(built)
 
 

@@ -108,11 +108,9 @@ class PackedLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
         key = f"{prefix}weight"
-        if key in state_dict:
-            with torch.no_grad():
-                self.weight = _laid_out(state_dict[key].to(self.weight.dtype))
-            # What is there now is what torch compares and copies.
-            state_dict = {**state_dict, key: self.weight}
+        if key in state_dict and state_dict[key].shape == self.weight.shape:
+            self.weight = _laid_out(state_dict[key].to("cpu", self.weight.dtype))
+            state_dict = {**state_dict, key: self.weight}  # torch copies it onto itself
         super()._load_from_state_dict(state_dict, prefix, *others)
 
     def extra_repr(self) -> str:
