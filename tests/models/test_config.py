@@ -316,3 +316,45 @@ def test_plain_rotary_ignores_what_belongs_to_the_scaled_kinds() -> None:
     assert read_scaling({"rope_type": "default", "factor": 8.0}) is None
     assert read_scaling(None) is None
     assert read_scaling({}) is None
+
+
+# What stands in published files beyond what transformers writes today.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "bert": {
+        "directionality": "bidi", "pooler_fc_size": 768, "pooler_num_attention_heads": 12,
+        "pooler_num_fc_layers": 3, "pooler_size_per_head": 128,
+        "pooler_type": "first_token_transform", "_num_labels": 5, "output_past": True,
+        "sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"},
+        "sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity",
+    },
+    "xlm-roberta": {"language": "english", "name": "XLMRoberta", "output_past": True},
+    "distilbert": {"output_past": True, "finetuning_task": "sst-2", "tie_weights_": True},
+    "albert": {"num_memory_blocks": 0, "gap_size": 0, "layers_to_keep": [], "down_scale_factor": 1},
+    "marian": {
+        "_num_labels": 3, "add_bias_logits": False, "add_final_layer_norm": False,
+        "extra_pos_embeddings": 58101, "normalize_before": False, "normalize_embedding": False,
+        "static_position_embeddings": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", PUBLISHED)
+def test_what_published_files_also_say_is_kept(model_type: str) -> None:
+    data = {"model_type": model_type, "architectures": [], **PUBLISHED[model_type]}
+    config = from_hf(family_of(model_type).config, data)
+    assert PUBLISHED[model_type].items() <= to_hf(config).items()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        # transformers lets such a model see no later token.
+        ("bert", {"is_decoder": True}),
+        ("roberta", {"is_decoder": True}),
+        ("albert", {"num_memory_blocks": 2}),
+        ("marian", {"normalize_before": True}),
+    ],
+)
+def test_what_would_change_the_numbers_is_refused(model_type: str, said: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(said))):
+        from_hf(family_of(model_type).config, {"model_type": model_type, **said})

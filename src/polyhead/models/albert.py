@@ -67,7 +67,7 @@ ROWS = (
             "attention_probs_dropout_prob": 0.0,
         },
         implied={"offset_by_padding": False},
-        fixed={"position_embedding_type": "absolute"},
+        fixed={"position_embedding_type": "absolute", "num_memory_blocks": 0, "layers_to_keep": []},
         harmless=frozenset({"down_scale_factor", "gap_size", "net_structure_type"}),
     ),
 )

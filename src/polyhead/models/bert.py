@@ -26,17 +26,22 @@ from polyhead.nn.mask import Lowered, Mask
 from polyhead.nn.norm import LayerNorm
 from polyhead.nn.position import LearnedPositions
 
-ABSOLUTE = {"position_embedding_type": "absolute"}
-HARMLESS = frozenset({"gradient_checkpointing", "tie_weights_", "qa_dropout"})
+# A decoder would see no token after its own.
+FIXED = {"position_embedding_type": "absolute", "is_decoder": False}
+# Of a pooler that no release had, and of how the first files were trained.
+HARMLESS = frozenset(
+    """directionality gradient_checkpointing pooler_fc_size pooler_num_attention_heads
+    pooler_num_fc_layers pooler_size_per_head pooler_type qa_dropout tie_weights_""".split()
+)
 ROWS = (
     Row(
         "bert", "Bert", "bert.", BERT, tanh_pooler,
-        fixed=ABSOLUTE, harmless=HARMLESS, implied={"offset_by_padding": False},
+        fixed=FIXED, harmless=HARMLESS, implied={"offset_by_padding": False},
     ),
     *(
         Row(
             name, stem, "roberta.", ROBERTA, tanh_pooler,
-            fixed=ABSOLUTE, harmless=HARMLESS, implied={"offset_by_padding": True},
+            fixed=FIXED, harmless=HARMLESS, implied={"offset_by_padding": True},
             absent={"pad_token_id": 1, "vocab_size": 50265 if name == "roberta" else 30522},
         )
         for name, stem in (

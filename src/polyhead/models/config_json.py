@@ -13,20 +13,21 @@ from polyhead.models.config import JSON, Config, Row
 
 HARMLESS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     classifier_dropout cross_attention_hidden_size custom_pipelines decoder_start_token_id
     diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    initializer_factor is_decoder is_encoder_decoder is_llama_config label2id
-    length_penalty license max_length max_sequence_length min_length model_type
-    neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_router_logits
-    output_scores pad_token_id prefix pruned_heads remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate router_jitter_noise sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
-    torch_dtype torchscript transformers.js_config transformers_version typical_p unsloth_fixed
-    unsloth_version use_bfloat16 use_cache unk_token_id pretraining_tp
+    eos_token_ids exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id initializer_factor is_decoder is_encoder_decoder is_llama_config label2id
+    language length_penalty license max_length max_sequence_length min_length model_type name
+    neftune_noise_alpha no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_attentions output_hidden_states output_past output_router_logits output_scores
+    pad_token_id prefix pretraining_tp pruned_heads remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate router_jitter_noise sbert_ce_default_activation_function
+    sentence_transformers sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
+    transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+    xla_device
     """.split()
 )
 """Keys that say nothing about the numbers of a forward."""
@@ -50,7 +51,8 @@ def from_hf(cls: type[C], data: JSON) -> C:
         elif item.default is MISSING:
             raise ConfigError(f"config.json has no {keys[0]!r}; it is needed")
     fixed = {key for key, value in row.fixed.items() if data.get(key) == value}
-    _refuse_unread(data, read | fixed | row.harmless | HARMLESS)
+    harmless = (row.harmless | HARMLESS) - row.fixed.keys()
+    _refuse_unread(data, read | fixed | harmless)
     return cls(model_type=row.model_type, source=dict(data), **values)
 
 

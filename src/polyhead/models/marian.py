@@ -55,7 +55,8 @@ ROWS = (
         HEADS,
         harmless=frozenset(
             """encoder_layerdrop decoder_layerdrop activation_dropout num_hidden_layers
-            static_position_embeddings classif_dropout gradient_checkpointing""".split()
+            static_position_embeddings extra_pos_embeddings classif_dropout
+            gradient_checkpointing""".split()
         ),
     ),
 )
