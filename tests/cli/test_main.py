@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 
@@ -109,3 +110,12 @@ def test_no_words_shows_the_page_and_fails(cli):
 
 def test_version(cli):
     assert cli("--version").out.startswith("polyhead ")
+
+
+def test_a_terminal_without_lines_to_draw_gets_the_words_alone(monkeypatch, cli):
+    """tyro draws its box with hyphens where standard output names no encoding."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    found = cli("tag", "model", "text", "--aggregation", "odd")
+    assert found.code == 2
+    assert found.err.startswith("polyhead: invalid choice 'odd'")
+    assert "---" not in found.err

@@ -51,6 +51,23 @@ def test_classify_in_the_order_of_texts(cli, models, monkeypatch, tmp_path):
     assert f"{expected[0].score:.4f}" in page.splitlines()[1]
 
 
+def test_texts_that_are_cut_are_counted_on_standard_error(cli, models):
+    long = "Ada wrote a program. " * 40
+    found = cli("classify", models / "classify", long, "Ada", "--json")
+    assert [row["cut"] for row in records(found.out)] == [True, False]
+    assert "of 1 of 2 texts the end was not read: the model takes 64 tokens" in found.err
+    assert cli("classify", models / "classify", "Ada").err == ""
+
+
+def test_a_model_of_images_is_none_of_texts(cli, models):
+    for words in (("tag", models / "vit", "Ada"), ("embed", models / "vit", "Ada")):
+        found = cli(*words)
+        assert found.code == 2
+        assert "which reads images; name a model of texts" in found.err
+    refused = cli("classify", models / "vit", "a.png", "--pairs")
+    assert (refused.code, "--pairs is for texts" in refused.err) == (2, True)
+
+
 def test_classify_pairs_and_images(cli, models, tmp_path):
     (row,) = records(
         cli("classify", models / "classify", "Ada\tin London", "--pairs", "--json").out

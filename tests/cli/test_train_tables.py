@@ -162,8 +162,27 @@ def test_what_is_wrong_is_one_line(cli, table, checkpoint, tmp_path):
         (("--objective", "classify", "--model", checkpoint, *SMALL), "for a fresh model"),
         (("--objective", "classify", *SMALL, "--sample-every", 5), "writes no texts"),
     ]
+    encoder = ("--objective", "masked-lm", "--model", "gpt2", *SMALL)
+    cases.append((encoder, "masked-lm needs an encoder"))
+    cases.append((("--objective", "classify", "--model", "vit"), "vit is of the kind vision"))
     for flags, says in cases:
         found = cli("train", table, *flags, "--out", tmp_path / "run")
         assert found.code == 2, found.err
         assert says in found.err
         assert len(found.err.strip().splitlines()[-1]) < 400
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([{"text": None, "label": "a"}, {"text": "x", "label": "b"}], "text of row 0 is missing"),
+        ([{"text": 3, "label": "a"}, {"text": "x", "label": "b"}], "text of row 0 is a int"),
+        ([{"text": "x", "label": "a"}, {"text": "x", "label": ""}], "a label is ''"),
+    ],
+)
+def test_what_is_missing_from_a_row_is_said(cli, tmp_path, rows, says):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = cli("train", path, "--objective", "classify", *SMALL, "--out", tmp_path / "run")
+    assert found.code == 2
+    assert says in found.err

@@ -148,3 +148,14 @@ def test_a_tokenizer_of_another_model(tmp_path: Path) -> None:
     tokenizer = ph.tokenizer(tmp_path)
     with pytest.raises(ph.DataError, match="vocabulary of 20"):
         Classifier(model, tokenizer)(TEXTS)
+
+
+@pytest.mark.parametrize("words", [1, 29, 30, 31, 200])
+def test_a_text_whose_end_was_not_read_says_so(words: int, tmp_path: Path) -> None:
+    model, tokenizer = make(tmp_path, "classify", max_seq_len=32)
+    given = ["Ada", "Ada " * words, "Was it good?"]
+    found = Classifier(model, tokenizer)(given)
+    assert [one.is_cut for one in found] == [len(tokenizer.encode(one)) > 32 for one in given]
+    assert found[1].is_cut == (words > 30)
+    pairs = Classifier(model, tokenizer)(given, ["Ada"] * 3)
+    assert [one.is_cut for one in pairs] == [False, words > 28, False]

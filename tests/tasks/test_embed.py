@@ -64,3 +64,16 @@ def test_an_empty_text_needs_a_token_to_stand_for_it(model, with_bos, tokenizer)
 def test_batch_size_is_checked(model, tokenizer):
     with pytest.raises(ConfigError, match="batch_size=0"):
         embed(model, tokenizer, TEXTS, batch_size=0)
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_model_that_gives_no_states_of_a_text_is_said(kind, tokenizer):
+    class Config:
+        model_type, max_tokens = kind, 9
+
+    class Model:
+        config = Config()
+
+    Config.kind = "encoder-decoder" if kind == "t5" else "two towers"
+    with pytest.raises(ConfigError, match=f"{kind} is of the kind .* need an encoder"):
+        embed(Model(), tokenizer, ["a"])

@@ -166,6 +166,9 @@ def test_tasks_of_a_file(tmp_path):
         ("[a]\nhead = 'tag'\n", "task 'a' has data and head"),
         ("[a]\nhead = 'tag'\ndata = 'x'\ncolour = 1\n", "may have problem"),
         ("[a\n", "is not TOML"),
+        ("[a]\ndata = 3\nhead = 'tag'\n", "data of task 'a' is 3"),
+        ("[a]\ndata = 'x'\nhead = 'tag'\nroles = 'text'\n", "roles of task 'a' is 'text'"),
+        ("[a]\ndata = 'x'\nhead = 'tag'\ncolumns = 'a,b'\n", "columns of task 'a' is 'a,b'"),
     ],
 )
 def test_bad_files_of_tasks_are_one_line(tmp_path, text, says):
@@ -180,5 +183,23 @@ def test_sources_that_are_not_the_models_tasks_are_said(tmp_path):
     trainer = Trainer(model, tokenizer, settings(tmp_path / "run"), objective="multitask")
     with pytest.raises(ConfigError, match="has the tasks kind, animals, amount"):
         trainer.fit({"kind": some["kind"]})
+    with pytest.raises(ConfigError, match="head 'embed': choose one of classify, tag, answer"):
+        tasks_of({"x": TaskSource([], "embed")}, TASKS)
     with pytest.raises(ConfigError, match="head 'lm': choose one of classify, tag"):
         tasks_of({"x": TaskSource([], "lm")}, TASKS)
+
+
+def test_a_task_of_one_label_is_saved_as_the_measure_it_learned(tmp_path):
+    tokenizer = wordpiece()
+    tasks = {"amount": {"head": "classify", "labels": ["score"]}, "animals": {"head": "tag"}}
+    tasks["animals"]["labels"] = ["O", "B-A"]
+    model = bert(tokenizer, "multitask", tasks=tasks)
+    some = {"amount": TaskSource(measured(20), "classify"), "animals": TaskSource(tagged(9), "tag")}
+    config = settings(tmp_path / "run", steps=2)
+    result = Trainer(model, tokenizer, config, objective="multitask", quiet=True).fit(some)
+    saved = ph.load(result["best"])
+    assert saved.config.tasks["amount"]["problem"] == "regression"
+    assert "problem" not in saved.config.tasks["animals"]
+    logits = saved(torch.tensor([tokenizer.encode("the cat")]), head="amount")
+    (found,) = ph.Classifier(saved, tokenizer, "amount")("the cat")
+    assert found.score == pytest.approx(float(logits), abs=1e-6)

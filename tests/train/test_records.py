@@ -66,6 +66,8 @@ def test_columns_without_a_header(tmp_path):
     spec = ExampleColumns({"label": "rating"}, ("rating", "text"))
     named = read_table(path, WANTED, spec)
     assert [named[i] for i in range(2)] == [by_number[i] for i in range(2)]
+    with pytest.raises(DataError, match=r"has 2 columns, and 1 are named \('text'\)"):
+        read_table(path, WANTED, ExampleColumns({}, ("text",)))
     path.write_text("1\t0\na\tb\n")
     headed = read_table(path, WANTED, ExampleColumns({"text": "0", "label": "1"}))
     assert headed[0] == {"text": "b", "label": "a"}
@@ -97,6 +99,8 @@ def test_a_byte_order_mark_and_line_breaks_in_quotes(tmp_path):
         ("a.tsv", b"text\tlabel\na\tb\n\xff\tb\n", "line 3: not UTF-8"),
         ("a.tsv", b"text\ttext\na\tb\n", "'text' twice"),
         ("a.tsv", b"words\tlabel\na\tb\n", "no column 'text'; it has 'words', 'label'"),
+        ("a.csv", b"fine,good\nodd,bad\n", "or all columns, if its first line is no header$"),
+        ("a.jsonl", b'{"words": "a"}\n', "it has 'words': name yours for text, label$"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2: not JSON"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n[1]\n', "line 2 is a list"),
         ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": "a"}\n', "line 2 differs .* 'label'"),

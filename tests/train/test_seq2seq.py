@@ -112,8 +112,8 @@ def test_a_translator_learns_and_is_judged_by_what_it_writes(tmp_path, tokenizer
 
 def test_what_cannot_translate_is_said(tmp_path, tokenizer):
     rows = rows_of(3)
-    with pytest.raises(ConfigError, match=r"needs an encoder-decoder.*a bert"):
-        dataset_of(rows, wordpiece(), bert(wordpiece(), "lm"), tmp_path)
+    with pytest.raises(ConfigError, match=r"needs an encoder-decoder.*bert is of the kind encoder"):
+        Trainer(bert(wordpiece(), "lm"), wordpiece(), objective="seq2seq")
     endless = Tokenizer.train(["a b"], kind="chars", special_tokens={"eos": None, "bos": None})
     with pytest.raises(ConfigError, match="no token that"):
         dataset_of(rows, endless, transformer(endless), tmp_path)

@@ -110,6 +110,40 @@ def test_labels_unseen_in_training_are_said(tmp_path):
         trainer.fit(rows, valid=[{"text": "a cat", "label": "new"}])
 
 
+@pytest.mark.parametrize("names", [("LABEL_0",), ("a", "b", "c")])
+def test_what_is_learned_is_what_transformers_reads(tmp_path, names):
+    """A head of one label has learned a measure, and no pipeline may squash it to a share."""
+    tokenizer = wordpiece()
+    rows = classes(40) if len(names) > 1 else [
+        {"text": " ".join(words), "label": 3.5 + len(words)} for words in sentences(40)
+    ]  # fmt: skip
+    labels = ("low", "middle", "high") if len(names) > 1 else names
+    model = bert(tokenizer, "classify", labels=labels)
+    run = settings(tmp_path / "run", steps=60, lr=1e-2)
+    result = Trainer(model, tokenizer, run, objective="classify", quiet=True).fit(rows)
+    texts = [row["text"] for row in rows[:5]]
+    pipe = transformers.pipeline("text-classification", model=result["best"], device="cpu")
+    theirs = [{one["label"]: one["score"] for one in row} for row in pipe(texts, top_k=None)]
+    for one, expected in zip(ph.Classifier(model, tokenizer)(texts), theirs, strict=True):
+        assert one.scores == pytest.approx(expected, abs=1e-5)
+    if len(names) == 1:
+        assert all(row["LABEL_0"] > 2 for row in theirs)
+
+
+@pytest.mark.parametrize(
+    ("objective", "family", "head", "says"),
+    [
+        ("masked-lm", "gpt2", "lm", "masked-lm needs an encoder.*gpt2 is of the kind decoder"),
+        ("span-corruption", "bert", "lm", "needs an encoder-decoder.*bert is of the kind encoder"),
+        ("contrastive", "t5", "none", "t5 is of the kind encoder-decoder"),
+    ],
+)
+def test_a_kind_of_model_that_cannot_learn_it_is_said(objective, family, head, says):
+    sizes = {"vocab_size": 40, "d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    with pytest.raises(ConfigError, match=says):
+        Trainer(ph.build(family, head=head, **sizes), wordpiece(), objective=objective)
+
+
 def test_long_texts_are_cut_and_padding_changes_nothing(tmp_path):
     tokenizer = wordpiece()
     rows = [{"text": "cat " * n, "label": "low"} for n in (1, 50, 7)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening
+from polyhead.cli.opening import Opening, note
 from polyhead.cli.texts import lines_of, pairs_of, print_json, print_table, progress
 from polyhead.errors import ConfigError
 
@@ -21,7 +21,7 @@ class Args:
     """Say the class of each text, or of each image where the model reads images.
 
     The model needs a classification head; `polyhead train DATA --objective classify` makes one.
-    Texts longer than the model lose their end.
+    Texts longer than the model lose their end; a line on standard error says how many did.
 
     Examples:
       polyhead classify runs/mood "What a lovely day" "I want my money back"
@@ -48,7 +48,7 @@ class Args:
     head: str | None = None
     """Which head, where the model has several."""
     json: bool = False
-    """One JSON object a text and line: text, label, score, scores."""
+    """One JSON object a text and line: text, label, score, scores, cut (its end was not read)."""
     opening: Annotated[Opening, tyro.conf.arg(name="")] = field(default_factory=Opening)
 
 
@@ -62,7 +62,13 @@ def run(args: Args) -> int:
         found = _classified(args, model, path, lines, tell)
     if args.json:
         print_json(
-            {"text": line, "label": one.label, "score": one.score, "scores": dict(one.scores)}
+            {
+                "text": line,
+                "label": one.label,
+                "score": one.score,
+                "scores": dict(one.scores),
+                "cut": one.is_cut,
+            }
             for line, one in zip(lines, found, strict=True)
         )
     else:
@@ -75,6 +81,9 @@ def run(args: Args) -> int:
                 for place, (label, score) in enumerate(some)
             ],
         )
+    if cut := sum(one.is_cut for one in found):
+        most = model.config.max_tokens
+        note(f"of {cut} of {len(found)} texts the end was not read: the model takes {most} tokens")
     return 0
 
 
@@ -98,6 +107,8 @@ def _classified(
         zero = ZeroShotClassifier(model, tokenizer(path), Processor.load(path))
         return zero(lines, args.labels, template=args.template, progress=tell)
     if kind == "vision":
+        if args.pairs:
+            raise ConfigError(f"--pairs is for texts; {args.model} reads images")
         return ImageClassifier(model, Processor.load(path))(lines, progress=tell)
     classify = Classifier(model, tokenizer(path), args.head)
     if args.pairs:

@@ -147,9 +147,13 @@ def _parse(module: ModuleType, verb: str, rest: list[str]) -> Any:
 def _first_words(box: str) -> str:
     """What tyro's box says first, and the flag it thinks was meant."""
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()[1:]]
+    # Where a terminal has no lines to draw with, they are hyphens.
+    is_rule = [bool(line) and not line.strip("-+") for line in lines]
     text: list[str] = []
-    for line in lines:
-        if not line:
+    for number, line in enumerate(lines):
+        if is_rule[number] and not text:
+            continue
+        if is_rule[number] or not line:
             break
         text.append(line)
     close = re.search(r"Perhaps you meant:.*?(--[\w-]+)", box, re.DOTALL)

@@ -35,6 +35,11 @@ class Opening:
         from polyhead.models.load import tokenizer
 
         model, path = self.open_model(name)
+        if getattr(model.config, "kind", "") == "vision":
+            raise ConfigError(
+                f"{name} is a {model.config.model_type}, which reads images; name a model of "
+                "texts, or use polyhead classify"
+            )
         return model, tokenizer(path)
 
     def open_model(self, name: str) -> "tuple[TaskModel, Path]":

@@ -48,17 +48,20 @@ def from_checkpoint(
 ) -> "tuple[TaskModel, Any]":
     """A checkpoint with the head of an objective, and what makes its inputs.
 
-    The head it has is kept where its classes are those of the data; else it is drawn fresh.
+    A head that knows all labels of the data is kept with its own; else the data's are its labels,
+    and it is drawn fresh where their number is another.
     """
     import torch
 
     from polyhead.files.hub import resolve
     from polyhead.models.load import load
+    from polyhead.train.registry import check_model
 
     with working(f"loading {name}"):
         path = model_path(resolve(name))
         told = {} if _knows(path, classes) else classes
         model = load(path, dtype=torch.float32, head=kind.head or None, **told)
+        check_model(kind, model)
         return model, inputs_of(path, kind)
 
 
@@ -137,6 +140,7 @@ def make_model(
     from polyhead.cli.fields import config_fields, parse_fields
     from polyhead.models.assemble import build
     from polyhead.models.registry import family_of
+    from polyhead.train.registry import check_kind
 
     made = family_of(family).config
     values = parse_fields(made, settings)
@@ -151,6 +155,7 @@ def make_model(
         values.setdefault("kind", _transformer_kind(kind))
     if "d_ff" in known:
         values.setdefault("d_ff", 4 * values["d_model"])
+    check_kind(kind, family, values.get("kind", getattr(made, "kind", "decoder")))
     values |= classes
     return build(family, head=kind.head or None, seed=config.seed, **values)
 

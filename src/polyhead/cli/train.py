@@ -64,8 +64,9 @@ class Args:
     """A family for a fresh model (`polyhead info FAMILY` shows its fields), or a checkpoint. The
     default is by the objective: bert where it needs an encoder."""
     objective: str = "causal-lm"
-    """What to learn: causal-lm, masked-lm, classify, tag, answer, seq2seq, contrastive and others;
-    a wrong name lists them all."""
+    """What to learn. From texts: causal-lm, masked-lm, nsp, sop, replaced-token, span-corruption.
+    From tables: classify, tag, answer, seq2seq, contrastive, image-classify, clip. From several
+    tables: multitask. docs/training.md has the columns of each."""
     text: str | None = None
     """The column of the text, where it is not called text."""
     pair: str | None = None
@@ -186,9 +187,10 @@ def source_of(name: str, kind: "ObjectiveKind", columns: "ExampleColumns") -> An
     from polyhead.train.records import read_table
 
     if kind.name == "multitask":
-        from polyhead.train.multitask import read_tasks
+        from polyhead.train.multitask import opened, read_tasks
+        from polyhead.train.registry import TASKS
 
-        return read_tasks(name)
+        return opened(read_tasks(name), TASKS)
     return read_table(name, kind.columns, columns) if kind.columns else corpus(name)
 
 
@@ -300,17 +302,16 @@ def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":
     from polyhead.train.corpus import documents
 
     if kind.name == "multitask":
-        from polyhead.train.multitask import tables_of
-        from polyhead.train.registry import TASKS
-
-        tables = list(tables_of(data, TASKS).values())
+        tables = [task.data for task in data.values()]
     elif kind.columns:
         tables = [data]
     else:
         return documents(data)
     unread = ("label", "tags", "start", "answers")
     columns = [v for table in tables for role, v in table.columns.items() if role not in unread]
-    return ((v if isinstance(v, str) else " ".join(map(str, v))) for c in columns for v in c)
+    # What is no text is refused, with its row, where the dataset is made.
+    texts = (v for column in columns for v in column if isinstance(v, str | list))
+    return (v if isinstance(v, str) else " ".join(map(str, v)) for v in texts)
 
 
 def _snippet(args: Args) -> str:

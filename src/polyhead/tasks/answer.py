@@ -123,7 +123,7 @@ class Answerer:
             if room < 2:
                 raise DataError(
                     f"question {i} has {len(ids)} tokens and leaves the context no room in a "
-                    f"window of {self.window}; ask in fewer words"
+                    f"window of {self.window}; ask in fewer words, or take a larger window"
                 )
             found[self.stride if self.stride < room else room // 2].append(i)
         return found

@@ -88,12 +88,12 @@ def inputs(model: TaskModel, batch: Batch) -> dict[str, Tensor]:
 
 
 def longest(model: TaskModel, asked: int | None = None) -> int | None:
-    """Tokens that a row may have: those that are asked for, or all that the model takes."""
+    """Tokens that a row may have: the window asked for, or all that the model takes."""
     most = model.config.max_tokens
     if asked is None or most is None:
         return most if asked is None else asked
     if not 1 <= asked <= most:
-        raise ConfigError(f"max_len is {asked}; it must be from 1 to the model's {most} tokens")
+        raise ConfigError(f"window is {asked}; it must be from 1 to the model's {most} tokens")
     return asked
 
 

@@ -1,7 +1,7 @@
 """Classes of texts, of pairs of texts, and of images. B rows, C classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,11 +24,13 @@ class Classification:
 
     label, score: the likeliest class. scores: of every class, in the model's order: probabilities
     that sum to 1; where several labels may hold, of each on its own; of a regression, its values.
+    is_cut: whether the text was longer than the model, so that its end was not read.
     """
 
     label: str
     score: float
     scores: Mapping[str, float]
+    is_cut: bool = False
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -65,12 +67,13 @@ class Classifier:
         texts = [texts] if isinstance(texts, str) else texts
         pairs = [text_pairs] if isinstance(text_pairs, str) else text_pairs
         found: dict[int, Classification] = {}
+        most = longest(self.model)
         with evaluating(self.model), torch.inference_mode():
             for batch in batches(
                 self.tokenizer,
                 texts,
                 pairs,
-                max_len=longest(self.model),
+                max_len=most,
                 most_tokens=most_tokens,
                 progress=progress,
             ):
@@ -79,6 +82,10 @@ class Classifier:
                 logits = self.model(**inputs(self.model, batch), **named)
                 rows = classifications(logits, self.fit)
                 found.update(zip(batch.text_index.tolist(), rows, strict=True))
+                for text in batch.text_index[batch.lengths == most].tolist():
+                    given = texts[text : text + 1], pairs and pairs[text : text + 1]
+                    is_cut = int(self.tokenizer(*given).lengths) > (most or 0)
+                    found[text] = replace(found[text], is_cut=is_cut)
         return [found[i] for i in range(len(texts))]
 
 

@@ -13,6 +13,7 @@ from polyhead.generate.prompts import check_ids, encode_prompt
 from polyhead.models.model import TaskModel
 from polyhead.models.sentence import Sentences
 from polyhead.nn.pooling import Pooling
+from polyhead.tasks.fit import kind_of
 from polyhead.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -43,10 +44,15 @@ def embed(
     checkpoint's prompts, put before every text. truncate_dim: that many first numbers (Matryoshka).
     convert_to_tensor: False gives a numpy array.
     Errors: DataError for an empty text where the tokenizer has no token to stand for it,
-    ConfigError for a prompt that the checkpoint does not have.
+    ConfigError for a prompt that the checkpoint does not have, and for a model of another kind.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    if kind_of(model) not in ("encoder", "decoder"):
+        raise ConfigError(
+            f"{model.config.model_type} is of the kind {kind_of(model)}; vectors of texts need an "
+            "encoder or a decoder, such as bert"
+        )
     wanted = [texts] if isinstance(texts, str) else texts
     how = model.sentences or Sentences()
     pooling = model.head if isinstance(model.head, Pooling) else how.pooling
@@ -87,7 +93,7 @@ def _encode(
     """Ids of each text, framed as the tokenizer frames them, no longer than the model takes."""
     vocab_size = getattr(model.config, "vocab_size")  # noqa: B009
     limits = [limit for limit in (how.max_tokens, model.config.max_tokens) if limit is not None]
-    if getattr(model.config, "kind", "decoder") == "decoder":
+    if kind_of(model) == "decoder":
         rows = [encode_prompt(text, tokenizer, vocab_size) for text in texts]
         return [row[: min(limits, default=None)] for row in rows]
     rows = tokenizer.encode_batch(texts)

@@ -105,7 +105,9 @@ def labels_of(values: Iterable[Any], problem: str | None = None) -> Labels:
     several = problem == SEVERAL
     names = {name for value in values for name in (_several(value) if several else [_name(value)])}
     if len(names) < (1 if several else 2):
-        raise DataError(f"every row has the label {_listed(names)}: two or more are to be told")
+        raise DataError(
+            f"every row has the label {_listed(names)}: give rows with two or more to tell apart"
+        )
     return Labels(tuple(sorted(names, key=_in_order)), problem)
 
 
@@ -220,7 +222,7 @@ def _measure(value: Any, where: str, row: int) -> float:
 
 
 def _name(value: Any) -> str:
-    if value is None or isinstance(value, list | tuple | dict):
+    if value is None or value == "" or isinstance(value, list | tuple | dict):
         raise DataError(f"a label is {value!r}: each row needs one class, a word or a number")
     return str(value)
 

@@ -13,16 +13,17 @@ import torch
 
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel, require_causal
-from polyhead.train import adversarial, checkpoint, rundir
+from polyhead.train import adversarial, checkpoint, registry, rundir
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset, Windows
 from polyhead.train.evaluate import score_dataset, score_texts, score_tokens
 from polyhead.train.log import Log, View, peak_memory, tell_tokenising
+from polyhead.train.multitask import opened
 from polyhead.train.objectives import Objective
 from polyhead.train.optim import MasterAdamW, learning_rate
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
-from polyhead.train.registry import OBJECTIVES, ObjectiveKind, objective_named, sealed, settled
+from polyhead.train.registry import ObjectiveKind
 from polyhead.train.step import Interrupted, signals, train_step, write_sample
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
@@ -66,7 +67,7 @@ class Trainer:
         self.columns = (
             columns if isinstance(columns, ExampleColumns) else ExampleColumns(dict(columns or {}))
         )
-        self.options = settled(self.kind, options or {})
+        self.options = registry.settled(self.kind, options or {})
         self.objective: Objective = partial(self.kind.loss, **self.options.loss)
         self.sift = sift
         if sift:
@@ -103,7 +104,7 @@ class Trainer:
         self._count_epochs(len(train))
         torch.manual_seed(self.config.seed)
         optimizer = MasterAdamW(self.model, self.config)
-        digest = sealed(self.kind, self.options, train.digest)
+        digest = registry.sealed(self.kind, self.options, train.digest)
         digest += f" sift {self.sift}" if self.sift else ""
         progress = checkpoint.Progress(0, self.config, digest)
         last = checkpoint.latest(self.run) if resume else None
@@ -157,11 +158,8 @@ class Trainer:
                     "set context to that or less"
                 )
             self.sample = self.sample or write_sample
-        elif kind.head and self.model.head_kind not in (kind.head, *kind.also):
-            raise ConfigError(
-                f"{kind.name} needs a model with the head {kind.head!r}, and this one's is "
-                f"{self.model.head_kind!r}: load or build it with head={kind.head!r}"
-            )
+        else:
+            registry.check_model(kind, self.model)
         if config.sample_every and self.sample is None:
             raise ConfigError(
                 f"sample_every is {config.sample_every}, and {kind.name} writes no texts: set it "
@@ -192,6 +190,8 @@ class Trainer:
     ) -> tuple[Dataset, Dataset | None]:
         """What to learn from, and what to validate on (None where there is too little)."""
         config, source = self.config, self._source(texts)
+        if self.kind.decide is not None:
+            self.model.config = self.kind.decide(self.model.config, source)
         if valid is not None:
             config = replace(config, held_out=0.0)
             held_source = self._source(valid)
@@ -205,13 +205,13 @@ class Trainer:
 
     def _source(self, source: Source | Rows) -> Any:
         """Texts as they are; the table of an objective that reads one."""
+        given: Any = source
         if self.kind.name == "multitask":
-            return source
+            return opened(given, registry.TASKS)
         if not self.kind.columns:
-            return kept(source)  # pyright: ignore[reportArgumentType]
-        if isinstance(source, Table):
-            return source
-        return read_table(source, self.kind.columns, self.columns)  # pyright: ignore[reportArgumentType]
+            return kept(given)
+        is_read = isinstance(given, Table)
+        return given if is_read else read_table(given, self.kind.columns, self.columns)
 
     def _dataset(self, source: Any, config: TrainConfig, split: str) -> Dataset | None:
         more = dict(self.options.dataset)
@@ -229,10 +229,10 @@ class Trainer:
 
 def _kind(objective: str | ObjectiveKind | Objective) -> ObjectiveKind:
     if isinstance(objective, str):
-        return objective_named(objective)
+        return registry.objective_named(objective)
     if isinstance(objective, ObjectiveKind):
         return objective
-    return replace(OBJECTIVES["causal-lm"], loss=objective)
+    return replace(registry.OBJECTIVES["causal-lm"], loss=objective)
 
 
 class _Run:

@@ -1,6 +1,7 @@
 """Several heads on one backbone, trained together: each batch is of one task."""
 
 import hashlib
+import statistics
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,17 +12,23 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
+from polyhead.models.fits import fits
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Mixed, Split, TaskBatch
 from polyhead.train.objectives import Loss
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 
-_KNOWN = ("data", "head", "problem", "roles", "columns")
+# What a task of a file may say, and how.
+_KNOWN: Mapping[str, Any] = {
+    **dict.fromkeys(("data", "head", "problem"), str),
+    "roles": Mapping[str, str],
+    "columns": tuple[str, ...],
+}
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """One task's table, and the head that learns it: "classify", "tag", "answer" or "embed"."""
+    """One task's table, and the head that learns it: "classify", "tag" or "answer"."""
 
     data: Rows
     head: str
@@ -33,15 +40,8 @@ class OneTask:
     """A model of several heads as a model of one of them: what an objective sees of it."""
 
     def __init__(self, model: Any, name: str) -> None:
-        task = model.config.tasks[name]
-        labels = task.get("labels")
         self.model, self.name, self.backbone = model, name, model.backbone
-        self.config = replace(
-            model.config,
-            labels=None if labels is None else tuple(labels),
-            problem=task.get("problem"),
-            tasks=None,
-        )
+        self.config = of_task(model.config, name)
 
     @property
     def training(self) -> bool:
@@ -61,6 +61,14 @@ class OneTask:
         return self.model.answer(hidden, attention_mask, self.name)
 
 
+def of_task(config: Any, name: str) -> Any:
+    """The config of a model that has one of the tasks alone."""
+    task = config.tasks[name]
+    labels = task.get("labels")
+    names = None if labels is None else tuple(labels)
+    return replace(config, labels=names, problem=task.get("problem"), tasks=None)
+
+
 def read_tasks(path: str | Path) -> dict[str, TaskSource]:
     """Tasks of a TOML file: a table [name] each, with data (from the file's folder), head, and
     where they are needed problem, roles = {role = "column"} and columns = ["name", …]."""
@@ -73,9 +81,14 @@ def read_tasks(path: str | Path) -> dict[str, TaskSource]:
         raise FileError(f"{path} is not TOML: {error}") from None
     tasks: dict[str, TaskSource] = {}
     for name, task in found.items():
-        if not isinstance(task, dict) or not {"data", "head"} <= task.keys() <= set(_KNOWN):
+        if not isinstance(task, dict) or not {"data", "head"} <= task.keys() <= _KNOWN.keys():
             raise ConfigError(
                 f"{path}: task {name!r} has data and head, and may have problem, roles, columns"
+            )
+        if wrong := [key for key, value in task.items() if not fits(value, _KNOWN[key])]:
+            raise ConfigError(
+                f"{path}: {wrong[0]} of task {name!r} is {task[wrong[0]]!r}: data, head and "
+                "problem are words, roles a table of words, and columns a list of them"
             )
         columns = ExampleColumns(task.get("roles", {}), tuple(task.get("columns", ())))
         data = place.parent / task["data"]
@@ -97,6 +110,23 @@ def tables_of(sources: Mapping[str, TaskSource], kinds: Mapping[str, Any]) -> di
         columns = kinds[source.head].columns
         tables[name] = source.data if is_read else read_table(source.data, columns, source.columns)
     return tables
+
+
+def opened(sources: Mapping[str, TaskSource], kinds: Mapping[str, Any]) -> dict[str, TaskSource]:
+    """The same with every table read, so that it is read once."""
+    tables = tables_of(sources, kinds)
+    return {name: replace(source, data=tables[name]) for name, source in sources.items()}
+
+
+def decided_tasks(kinds: Mapping[str, Any], config: Any, sources: Mapping[str, TaskSource]) -> Any:
+    """A config that names the problem of each of its tasks that has one."""
+    tasks = dict(config.tasks or {})
+    for name, table in tables_of(sources, kinds).items():
+        kind = kinds[sources[name].head]
+        if kind.decide is not None and name in tasks:
+            own = kind.decide(of_task(config, name), table)
+            tasks[name] = {**tasks[name], "problem": own.problem}
+    return replace(config, tasks=tasks)
 
 
 def tasks_of(sources: Mapping[str, TaskSource], kinds: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,4 +192,4 @@ def task_figures(
         found = kind.metric(OneTask(model, name), dataset.parts[name], own)
         firsts.append(next(iter(found.values())))
         figures |= {f"{name}_{figure}": value for figure, value in found.items()}
-    return {"mean": sum(firsts) / len(firsts), **figures}
+    return {"mean": statistics.fmean(firsts), **figures}

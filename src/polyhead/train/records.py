@@ -89,10 +89,12 @@ def read_table(
         name, found, digest = str(path), *_read_file(path, needed.values(), optional, spec.names)
     if not found:
         raise DataError(f"{name} holds no rows: give a file with some")
+    may_lack_header = name.endswith((".tsv", ".csv")) and not spec.names
     if missing := [column for column in needed.values() if column not in found]:
         raise DataError(
             f"{name} has no column {_listed(missing)}; it has {_listed(list(found))}: name yours "
             f"for {', '.join(role for role, column in needed.items() if column in missing)}"
+            + (", or all columns, if its first line is no header" if may_lack_header else "")
         )
     taken = {role: found[column] for role, column in needed.items()}
     taken |= {role: found[role] for role in optional if role in found}
@@ -226,6 +228,11 @@ def _delimited(
     keys = list(names) or (first if header else [str(i) for i in range(len(first))])
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise DataError(f"{path} has column {twice[0]!r} twice: give each a name of its own")
+    if names and len(names) != len(first):
+        raise DataError(
+            f"{path} has {len(first)} columns, and {len(names)} are named ({_listed(names)}): name "
+            "them all, from left to right"
+        )
     values: list[list[str]] = [[] for _ in keys]
     if not header:
         _add(values, first, path, line)

@@ -21,7 +21,7 @@ from polyhead.train.data import Dataset, windows
 from polyhead.train.examples import Labels
 from polyhead.train.images import classified_images
 from polyhead.train.masked import hit_rate, masked_lm, masked_windows
-from polyhead.train.multitask import mixed_tasks, multitask, task_figures
+from polyhead.train.multitask import decided_tasks, mixed_tasks, multitask, task_figures
 from polyhead.train.objectives import Loss, causal_lm
 from polyhead.train.pairs import nsp, nsp_pairs, pair_accuracy, sop, sop_pairs
 from polyhead.train.records import Table
@@ -32,6 +32,7 @@ from polyhead.train.supervised import (
     class_labels,
     classified_texts,
     classify,
+    decided,
     tag,
     tag_figures,
     tag_labels,
@@ -58,7 +59,9 @@ class ObjectiveKind:
     head:    what the model needs, as `load(…, head=)` names it; "" where any will do.
     loss:    `(model, batch, **options) -> Loss`.
     also:    other heads that will do.
+    kinds:   of models it can train, as their configs say; empty where the factory checks.
     prepare: `(model) -> model`, what is trained in its place.
+    decide:  `(config, source) -> config`, with what the data say and a config leaves open.
     labels:  `(table, problem) -> Labels`, what a fresh head is to tell apart, where it has classes.
     columns: the columns it reads of a table, by the name of their role, and whether each must be
              there; empty where the source is plain text.
@@ -73,13 +76,17 @@ class ObjectiveKind:
     loss: Callable[..., Loss]
     metric: Metric | None = None
     also: tuple[str, ...] = field(default=(), kw_only=True)
+    kinds: tuple[str, ...] = field(default=(), kw_only=True)
     prepare: Callable[[Any], Any] | None = field(default=None, kw_only=True)
+    decide: Callable[[Any, Any], Any] | None = field(default=None, kw_only=True)
     labels: Callable[[Table, str | None], Labels] | None = None
     columns: Mapping[str, bool] = field(default_factory=dict[str, bool])
     dataset_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     loss_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
+# What reads texts and may carry a head of classes.
+_READERS = ("encoder", "decoder")
 _MASKING = {"choice": "token", "ratio": 0.15, "mask": 0.8, "random": 0.1, "max_span": 10}
 _ROWS = (
     ObjectiveKind("causal-lm", "predict each token from those before it", "lm", windows, causal_lm),
@@ -90,6 +97,7 @@ _ROWS = (
         masked_windows,
         masked_lm,
         hit_rate,
+        kinds=("encoder",),
         dataset_options=_MASKING,
     ),
     ObjectiveKind(
@@ -130,6 +138,7 @@ _ROWS = (
         corrupted_windows,
         span_corruption,
         hit_rate,
+        kinds=("encoder-decoder",),
         dataset_options={"density": 0.15, "mean_span": 3.0},
     ),
     ObjectiveKind(
@@ -140,6 +149,8 @@ _ROWS = (
         classify,
         class_figures,
         class_labels,
+        kinds=_READERS,
+        decide=decided,
         columns={"text": True, "label": True, "pair": False},
     ),
     ObjectiveKind(
@@ -150,6 +161,7 @@ _ROWS = (
         tag,
         tag_figures,
         tag_labels,
+        kinds=_READERS,
         columns={"tokens": True, "tags": True},
     ),
     ObjectiveKind(
@@ -173,6 +185,8 @@ _ROWS = (
         classify,
         class_figures,
         class_labels,
+        kinds=("vision",),
+        decide=decided,
         columns={"image": True, "label": True},
     ),
     ObjectiveKind(
@@ -182,6 +196,7 @@ _ROWS = (
         translated_texts,
         seq2seq,
         translation_figures,
+        kinds=("encoder-decoder",),
         columns={"source": True, "target": True},
         loss_options={"smoothing": 0.1},
     ),
@@ -192,6 +207,7 @@ _ROWS = (
         paired_texts,
         contrastive,
         recall_figures,
+        kinds=_READERS,
         columns={"text": True, "pair": True, "negative": False},
         loss_options={"scale": 20.0, "symmetric": False, "chunk": 0},
     ),
@@ -202,13 +218,14 @@ _ROWS = (
         captioned_images,
         clip,
         recall_figures,
+        kinds=("two towers",),
         columns={"image": True, "text": True},
         loss_options={"chunk": 0},
     ),
 )
 
 # What several heads on one backbone learn, by the head.
-TASKS = {row.head: row for row in _ROWS if row.name in ("classify", "tag", "answer", "contrastive")}
+TASKS = {row.head: row for row in _ROWS if row.name in ("classify", "tag", "answer")}
 _MULTITASK = ObjectiveKind(
     "multitask",
     "several heads on one backbone, each on a table of its own",
@@ -216,6 +233,8 @@ _MULTITASK = ObjectiveKind(
     partial(mixed_tasks, TASKS),
     partial(multitask, TASKS),
     partial(task_figures, TASKS),
+    kinds=_READERS,
+    decide=partial(decided_tasks, TASKS),
 )
 
 OBJECTIVES: dict[str, ObjectiveKind] = {row.name: row for row in (*_ROWS, _MULTITASK)}
@@ -226,6 +245,33 @@ def objective_named(name: str) -> ObjectiveKind:
     if name not in OBJECTIVES:
         raise ConfigError(f"objective {name!r} is not one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]
+
+
+_SUCH_AS = {
+    "encoder": "an encoder, such as bert",
+    "decoder": "a decoder, such as gpt2",
+    "encoder-decoder": "an encoder-decoder, such as t5",
+    "vision": "a model of images, such as vit",
+    "two towers": "a model of texts and images, such as clip",
+}
+
+
+def check_kind(objective: ObjectiveKind, model_type: str, kind: str) -> None:
+    """ConfigError for a kind of model that the objective cannot train."""
+    if objective.kinds and kind not in objective.kinds:
+        wanted = " or ".join(_SUCH_AS[one] for one in objective.kinds)
+        raise ConfigError(f"{objective.name} needs {wanted}; {model_type} is of the kind {kind}")
+
+
+def check_model(objective: ObjectiveKind, model: Any) -> None:
+    """ConfigError for a model of another kind, or with another head."""
+    config, head = model.config, objective.head
+    check_kind(objective, config.model_type, getattr(config, "kind", "decoder"))
+    if head and model.head_kind not in (head, *objective.also):
+        raise ConfigError(
+            f"{objective.name} needs a model with the head {head!r}, and this one's is "
+            f"{model.head_kind!r}: load or build it with head={head!r}"
+        )
 
 
 @dataclass(frozen=True)

@@ -53,11 +53,6 @@ def translated_texts(
     table: Table, tokenizer: Any, model: Any, config: TrainConfig, split: Split
 ) -> Examples | None:
     """Rows of `source` and `target`."""
-    if getattr(model.config, "kind", "") != "encoder-decoder":
-        raise ConfigError(
-            f"seq2seq needs an encoder-decoder, such as t5, marian or transformer, and this is a "
-            f"{model.config.model_type}"
-        )
     if any(piece.startswith(_TARGETS_ONLY) for piece in tokenizer.vocab):
         raise ConfigError(
             "the tokenizer cuts source texts alone (Marian's has a model for each language): "

@@ -1,7 +1,7 @@
 """Classes of texts and images, and tags of words. B rows, T tokens, C classes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -109,6 +109,12 @@ def labelled(
 def class_labels(table: Table, problem: str | None = None) -> Labels:
     """What the label column of a table holds."""
     return labels_of(table.columns["label"], problem)
+
+
+def decided(config: Any, table: Table) -> Any:
+    """A config that names its problem: a head of one label without it is read as a class, and
+    has learned a measure."""
+    return replace(config, problem=problem_of(config, table.columns["label"]))
 
 
 def classify(model: Any, batch: ClassBatch) -> Loss:
