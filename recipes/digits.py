@@ -43,8 +43,8 @@ def main() -> None:
         model = ph.build(family, head="classify", seed=0, labels=LABELS, init_std=0.1, **sizes)
         processor = Processor(size=None, mean=(0.5,), std=(0.5,))
         config = TrainConfig(
-            epochs=given.epochs * EPOCHS[family], batch_size=64, lr=2e-3, warmup=100, weight_decay=0.05,
-            validate_every=250, checkpoint_every=250, validate_batches=0,
+            epochs=given.epochs * EPOCHS[family], batch_size=64, lr=2e-3, warmup=100,
+            weight_decay=0.05, validate_every=250, checkpoint_every=250, validate_batches=0,
             out=f"{given.out}/{family}",
         )  # fmt: skip
         trainer = ph.Trainer(model, processor, config, objective="image-classify")
