@@ -1,19 +1,15 @@
 // Attention over not too many keys: softmax(q k^T * scale + bias) v, a head of a row at a time.
 //
 // A head's keys and values are laid out once for products whose 16 lanes are keys (scores) or
-// channels (answers); its scores are fp32 and never leave the cache. Written in the vectors of GCC
-// and Clang, compiled for the machine at hand. Where that multiplies pairs of bf16, bf16 does so;
-// elsewhere it is widened first.
+// channels (answers); its scores are fp32 and never leave the cache. Where the machine multiplies
+// pairs of bf16, bf16 does so; elsewhere it is widened first.
 
 #include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <new>
 #include <type_traits>
-#ifdef __AVX512BW__
-#include <immintrin.h>
-#endif
+
+#include "vectors.h"
 
 // Rows of q, k, v and out are `d` numbers side by side, a multiple of 16; other strides are in
 // numbers.
@@ -27,68 +23,9 @@ struct Shape {
 
 namespace {
 
-constexpr int LANES = 16;
 constexpr int ROWS = 5, BLOCKS = 4;  // of a tile: its 20 sums and 4 blocks stay in registers
 constexpr int CHUNK = 40;            // queries whose scores are held at once
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
-
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
-
-struct BFloat {
-    uint16_t bits;
-};
-struct Pair {
-    uint32_t bits;
-};
-
-inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-inline Words load_bits(const BFloat* from) {
-    return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
-}
-inline Floats load(const BFloat* from) { return (Floats)(load_bits(from) << 16); }
-inline Ints load(const uint8_t* from) {
-    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints);
-}
-
-// The first n numbers; the rest is zero.
-template <class T> inline auto load_some(const T* from, int n) {
-    T few[LANES] = {};
-    for (int i = 0; i < n; i++) few[i] = from[i];
-    return load(few);
-}
-
-inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
-inline void store(Pair* to, Words x) { *reinterpret_cast<Words*>(to) = x; }
-
-#ifdef __AVX512BW__
-inline Floats load_some(const float* from, int n) {
-    return (Floats)_mm512_maskz_loadu_ps((1u << n) - 1, from);
-}
-inline Floats load_some(const BFloat* from, int n) {
-    __m512i bits = _mm512_maskz_loadu_epi16((1u << n) - 1, from);
-    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
-}
-inline float largest(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
-inline float total(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
-#else
-template <class Op> inline float reduce(Floats x, Op op) {
-    float all[LANES];
-    std::memcpy(all, &x, sizeof(all));
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) all[i] = op(all[i], all[i + half]);
-    return all[0];
-}
-inline float largest(Floats x) {
-    return reduce(x, [](float a, float b) { return a > b ? a : b; });
-}
-inline float total(Floats x) {
-    return reduce(x, [](float a, float b) { return a + b; });
-}
-#endif
 
 inline Floats multiply_add(Floats sum, float one, const float* sixteen) {
     return sum + load(sixteen) * one;
@@ -97,23 +34,12 @@ inline Floats multiply_add(Floats sum, float one, const float* sixteen) {
 #ifdef __AVX512BF16__
 template <class T> using Unit = std::conditional_t<std::is_same_v<T, BFloat>, Pair, float>;
 
-inline void store(BFloat* to, Floats x) {
-    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
-}
 inline Floats multiply_add(Floats sum, Pair one, const Pair* sixteen) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(one.bits),
                                     (__m512bh)_mm512_loadu_si512(sixteen));
 }
 #else
 template <class T> using Unit = float;
-
-inline void store(BFloat* to, Floats x) {  // to the nearest, ties to even
-    Words bits = (Words)x;
-    Words near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    Words none = (Words)(x != x);
-    *reinterpret_cast<Halves*>(to) =
-        __builtin_convertvector((near & ~none) | (none & 0x7fc0), Halves);
-}
 #endif
 
 inline Floats exponential(Floats x) {  // of x <= 0, to 1e-7

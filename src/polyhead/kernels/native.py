@@ -31,7 +31,8 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
     source = Path(__file__).with_name(f"{name}.cpp")
     # -march=native means another machine's instructions where the cache is shared.
     flags = f"{_FLAGS} {machine}"
-    made_of = source.read_text(encoding="utf-8"), flags, compiler, _machine(), torch.__version__
+    texts = [file.read_text(encoding="utf-8") for file in (source, source.with_name("vectors.h"))]
+    made_of = *texts, flags, compiler, _machine(), torch.__version__
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     built = home() / "kernels" / f"{name}-{key}.so"
     try:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
 from polyhead.kernels.attend import attend
+from polyhead.kernels.norm import PackedNorm
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
 from polyhead.nn.mask import Lowered
@@ -31,7 +32,7 @@ def pack(model: M) -> M:
     """A copy of `model` with weights laid out for this CPU's products; for inference alone.
 
     Linear layers become `PackedLinear`s, with the activation that follows in a feed-forward layer;
-    attention over up to 2048 keys takes a kernel of our own where there is a compiler for it. What
+    attention over up to 2048 keys and LayerNorm take kernels of our own where g++ is there. What
     a machine or a dtype does not support stays as it is. The old model is untouched, and what is
     not packed is shared with it; drop it, and its linear layers' weights are freed. The new one
     saves and loads weights like the old, but is not trained, moved or cast: do that before.
@@ -48,6 +49,8 @@ def pack(model: M) -> M:
                 setattr(part, name, PackedLinear(child))
             elif type(child) is MultiHeadAttention:
                 setattr(part, name, PackedAttention.of(child))
+            elif type(child) is nn.LayerNorm and child.elementwise_affine:
+                setattr(part, name, PackedNorm.of(child))
     return packed
 
 

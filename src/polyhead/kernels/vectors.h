@@ -1,0 +1,92 @@
+// Sixteen numbers at once, in the vectors of GCC and Clang: read, written and summed.
+
+#pragma once
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
+
+struct BFloat {
+    uint16_t bits;
+};
+struct Pair {
+    uint32_t bits;
+};
+
+inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+#ifdef __AVX512BW__  // GCC 12 widens in two halves
+inline Words load_bits(const BFloat* from) {
+    return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+}
+#else
+inline Words load_bits(const BFloat* from) {
+    return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
+}
+#endif
+inline Floats load(const BFloat* from) { return (Floats)(load_bits(from) << 16); }
+inline Ints load(const uint8_t* from) {
+    return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints);
+}
+
+// The first n numbers; the rest is zero.
+template <class T> inline auto load_some(const T* from, int n) {
+    T few[LANES] = {};
+    for (int i = 0; i < n; i++) few[i] = from[i];
+    return load(few);
+}
+
+inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
+inline void store(Pair* to, Words x) { *reinterpret_cast<Words*>(to) = x; }
+
+#ifdef __AVX512BW__
+inline Floats load_some(const float* from, int n) {
+    return (Floats)_mm512_maskz_loadu_ps((1u << n) - 1, from);
+}
+inline Floats load_some(const BFloat* from, int n) {
+    __m512i bits = _mm512_maskz_loadu_epi16((1u << n) - 1, from);
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
+}
+inline float largest(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
+inline float total(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
+#else
+template <class Op> inline float reduce(Floats x, Op op) {
+    float all[LANES];
+    std::memcpy(all, &x, sizeof(all));
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) all[i] = op(all[i], all[i + half]);
+    return all[0];
+}
+inline float largest(Floats x) {
+    return reduce(x, [](float a, float b) { return a > b ? a : b; });
+}
+inline float total(Floats x) {
+    return reduce(x, [](float a, float b) { return a + b; });
+}
+#endif
+
+#ifdef __AVX512BF16__
+inline void store(BFloat* to, Floats x) {
+    _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+#else
+inline void store(BFloat* to, Floats x) {  // to the nearest, ties to even
+    Words bits = (Words)x;
+    Words near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    Words none = (Words)(x != x);
+    *reinterpret_cast<Halves*>(to) =
+        __builtin_convertvector((near & ~none) | (none & 0x7fc0), Halves);
+}
+#endif
+
+}  // namespace
