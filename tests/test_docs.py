@@ -1,12 +1,17 @@
 """Every example in the README and the docs runs."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from tests.tasks.test_images import clip, pictures, vision
+from tests.tasks.test_translate import make as translator
+from tests.tasks.tiny import make
 
 from polyhead.cli.main import main
+from polyhead.train.registry import OBJECTIVES
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(\w+)\n(.*?)```", re.DOTALL)
@@ -35,20 +40,68 @@ def test_python(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
 ) -> None:
-    if note.startswith("needs: "):
-        request.getfixturevalue({"weights": "smollm2", "minilm": "minilm"}[note[7:]])
     monkeypatch.chdir(tmp_path)
+    if note.startswith("needs: "):
+        needed = {"weights": "smollm2", "minilm": "minilm", "tiny": "tiny"}[note[7:]]
+        there = request.getfixturevalue(needed)
+        if needed == "tiny":
+            monkeypatch.chdir(there)
     exec(compile(body, "example", "exec"), {})
 
 
 @pytest.mark.parametrize(("note", "body"), blocks("console"))
-def test_commands(note: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands(
+    note: str,
+    body: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     commands = [shlex.split(line, comments=True) for line in body.splitlines()]
     assert all(words[0] in ("polyhead", "make") for words in commands)
-    monkeypatch.chdir(tmp_path)
-    if note == "run: table":
+    monkeypatch.chdir(request.getfixturevalue("tiny") if note == "run: tiny" else tmp_path)
+    if note in ("run: table", "run: tasks"):
         rows = [f"{text}\t{label}" for text, label in POSTS * 10]
         (tmp_path / "posts.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
+    if note == "run: tasks":
+        page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+        (toml,) = [body for _, fence, body in BLOCK.findall(page) if fence == "toml"]
+        (tmp_path / "tasks.toml").write_text(toml)
+        row = json.dumps({"words": ["Ada", "lives"], "kinds": ["B-PER", "O"]})
+        (tmp_path / "names.jsonl").write_text(f"{row}\n" * 20)
     for words in commands:
         if note.startswith("run"):
             assert main(words[1:]) == 0, words
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the models of docs/tasks.md stand, small and untaught."""
+    folder = tmp_path_factory.mktemp("tiny")
+    runs = folder / "runs"
+    make(runs / "mood", "classify", labels=("bad", "good"))
+    make(runs / "names", "tag", labels=("O", "B-PER", "I-PER"))
+    make(runs / "squad", "answer")
+    make(runs / "bert", "lm")
+    make(runs / "vectors", "none")
+    translator(runs / "en-es")
+    vision(runs / "vit")
+    clip(runs / "clip")
+    for name, path in zip(("cat.png", "dog.png"), pictures(folder, 2), strict=True):
+        Path(path).rename(folder / name)
+    return folder
+
+
+def test_the_table_of_objectives_has_every_name_column_and_option() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert rows.keys() == OBJECTIVES.keys()
+    for name, kind in OBJECTIVES.items():
+        said = rows["masked-lm"] if "as `masked-lm`" in rows[name] else rows[name]
+        options = {**kind.dataset_options, **kind.loss_options}
+        for option, value in options.items():
+            assert f"`{option}={json.dumps(value).strip(chr(34))}`" in said, (name, option)
+        for column in kind.columns:
+            assert f"`{column}`" in said, (name, column)
+        if kind.head:
+            assert f"`{kind.head}`" in rows[name], name
