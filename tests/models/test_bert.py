@@ -1,5 +1,6 @@
 """BERT, RoBERTa and DistilBERT equal transformers, with every head, both ways."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,47 @@ def test_heads_that_do_not_fit(head: str, word: str, tmp_path: Path) -> None:
     case("base", "Bert", "Model").save(tmp_path)
     with pytest.raises(ph.ConfigError, match=word):
         ph.load(tmp_path, head=head)
+
+
+def test_a_file_that_names_no_head_and_has_none(tmp_path: Path) -> None:
+    theirs = case("base", "Bert", "Model").save(tmp_path)
+    said = json.loads((tmp_path / "config.json").read_text())
+    del said["architectures"]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    with pytest.raises(ph.FileError, match=r"no head 'lm'.*load it with head='none'"):
+        ph.load(tmp_path)
+    ids = torch.randint(3, 53, (2, 7))
+    with torch.no_grad():
+        found = ph.load(tmp_path, head="none")(ids)
+        assert difference(found, theirs(ids).last_hidden_state) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (dict(head="classify", labels="neg"), "labels is the text 'neg'"),
+        (dict(head="classify", labels=()), "labels is empty"),
+        (dict(head="classify", labels=("a",), problem="ranking"), "problem is 'ranking'"),
+        (dict(head="multitask", tasks={"topic": "classify"}), "task 'topic' is 'classify'; write"),
+    ],
+)
+def test_what_a_caller_cannot_ask(asked: dict[str, Any], words: str, tmp_path: Path) -> None:
+    case("base", "Bert", "Model").save(tmp_path)
+    with pytest.raises(ph.ConfigError, match=words):
+        ph.load(tmp_path, **asked)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("bert", dict(type_vocab_size=-1), "type_vocab_size is -1; it must be from 0"),
+        ("roberta", dict(pad_id=-1), "counts positions from pad_token_id, which is -1"),
+        ("roberta", dict(pad_id=None), "counts positions from pad_token_id, which is None"),
+    ],
+)
+def test_sizes_that_cannot_be(kind: str, fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ph.ConfigError, match=words):
+        ph.build(kind, **fields)
 
 
 def test_too_long_a_text_says_so(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyhead.errors import FileError
 from polyhead.models.config import Config
 from polyhead.models.initialize import initialize
 from polyhead.models.keys import Dropped, Rule, differ, knows, to_ours
@@ -82,6 +83,12 @@ def from_tensors(
     if model.pooler is None:
         rules = [rule for rule in rules if rule not in poolers]
         rules += [Dropped(rule.theirs) for rule in poolers]
+    own = [rule for rule in rules if isinstance(rule, Rule) and _is_top(rule.ours, "head.")]
+    if own and not is_new and not any(knows(own, name) for name in tensors):
+        raise FileError(
+            f"the checkpoint has no head {head!r}, which its config.json names or leaves to be "
+            "guessed; load it with head='none', or name the head that it has"
+        )
     # What belongs to another head of this type is no fault, and of no use.
     rules += _other_heads(config)
     shapes = {

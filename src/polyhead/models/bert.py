@@ -98,8 +98,11 @@ class BertConfig(Config):
         super().__post_init__()
         if self.d_model % self.num_heads:
             raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
-        if self.offset_by_padding and self.pad_id is None:
-            raise ConfigError(f"{self.model_type} counts positions from pad_token_id; name one")
+        if self.offset_by_padding and (self.pad_id is None or self.pad_id < 0):
+            raise ConfigError(
+                f"{self.model_type} counts positions from pad_token_id, which is {self.pad_id}; "
+                "name one from 0"
+            )
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:

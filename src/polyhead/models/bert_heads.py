@@ -22,8 +22,7 @@ def tanh_pooler(config: Any) -> Pooler:
 
 def masked_language(config: Any) -> MaskedLanguageHead:
     """A masked-LM head of the config's sizes; RoBERTa's is always a GELU."""
-    is_roberta = config.offset > 0
-    activation = "gelu" if is_roberta else config.activation
+    activation = "gelu" if config.offset_by_padding else config.activation
     return MaskedLanguageHead(config.d_model, config.vocab_size, activation, config.norm_eps)
 
 

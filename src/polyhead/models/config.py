@@ -14,6 +14,8 @@ from polyhead.models.row import JSON, Row
 
 __all__ = ["JSON", "Config", "Row", "hf"]
 
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+
 
 def hf(
     *keys: str,
@@ -31,7 +33,7 @@ def hf(
 
 
 def _read_labels(value: Any) -> tuple[str, ...] | None:
-    if value is None:
+    if value is None or value == {}:
         return None
     if isinstance(value, int):
         return tuple(f"LABEL_{number}" for number in range(value))
@@ -49,8 +51,8 @@ def _write_labels(labels: tuple[str, ...]) -> dict[str, str]:
 class Config:
     """What all families' configurations share.
 
-    labels:  names of a classifier's classes. problem: what they are: single_label_classification,
-             multi_label_classification or regression; None where it follows from the data.
+    labels:  names of a classifier's classes. problem: what they are, of `PROBLEMS`; None where it
+             follows from the data.
     tasks:   several heads at once: `{name: {"head": ..., "labels": [...], "problem": ...}}`.
     """
 
@@ -68,13 +70,17 @@ class Config:
             if not fits(value, item.type):
                 raise ConfigError(f"{item.name} is {value!r}; it must be {in_words(item.type)}")
             most = _SIZES.get(item.name)
-            least = 0 if item.name == "num_experts" else 1
+            least = 0 if item.name in ("num_experts", "type_vocab_size") else 1
             if most is not None and isinstance(value, int) and not least <= value <= most:
                 raise ConfigError(f"{item.name} is {value}; it must be from {least} to {most}")
             if item.name in ("norm_eps", "init_std") and value < 0:
                 raise ConfigError(f"{item.name} is {value}; it must not be below 0")
             if item.name.endswith("dropout") and not 0 <= (value or 0) < 1:
                 raise ConfigError(f"{item.name} is {value}; it must be from 0 to below 1")
+        if self.labels is not None and not self.labels:
+            raise ConfigError("labels is empty; name one class or more")
+        if self.problem not in (None, *PROBLEMS):
+            raise ConfigError(f"problem is {self.problem!r}; choose {', '.join(PROBLEMS)}")
 
     @property
     def num_labels(self) -> int:
@@ -129,6 +135,7 @@ class Config:
 # What a file that lies could ask for would otherwise be built before its tensors are looked at.
 _SIZES = {
     **dict.fromkeys("vocab_size d_model d_ff num_heads num_kv_heads head_dim".split(), 2**24),
+    "type_vocab_size": 2**24,
     **dict.fromkeys(("num_layers", "num_experts", "top_k", "sparse_step"), 4096),
     **dict.fromkeys(("max_seq_len", "window"), 2**31),
 }

@@ -126,6 +126,8 @@ def multitask(heads: Mapping[str, HeadKind]) -> HeadKind:
 def _task(
     heads: Mapping[str, HeadKind], config: Any, name: str, task: Mapping[str, Any]
 ) -> tuple[HeadKind, Any]:
+    if not isinstance(task, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"task {name!r} is {task!r}; write {{'head': ...}}, with labels if any")
     head = task.get("head")
     if head is None or head not in heads or not name.isidentifier() or hasattr(nn.ModuleDict, name):
         raise ConfigError(

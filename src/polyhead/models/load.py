@@ -130,6 +130,8 @@ def _told(
     tasks: Mapping[str, Any] | None,
 ) -> Config:
     """The config with what the caller says of the head."""
+    if isinstance(labels, str):
+        raise ConfigError(f"labels is the text {labels!r}; pass a list of names")
     said = {"labels": None if labels is None else tuple(labels), "problem": problem, "tasks": tasks}
     return replace(config, **{name: value for name, value in said.items() if value is not None})
 
