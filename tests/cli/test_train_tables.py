@@ -93,6 +93,8 @@ def test_a_table_run_goes_on(cli, table, checkpoint, tmp_path):
     refused = cli("train", "--out", out, "--resume", "--label", "text")
     assert refused.code == 2
     assert "--label is taken from the run" in refused.err
+    other = cli("train", table, "--out", out, "--resume", "--objective", "tag")
+    assert (other.code, "--objective is taken from the run" in other.err) == (2, True)
 
 
 def test_other_objectives_on_a_checkpoint(cli, checkpoint, tmp_path):

@@ -148,6 +148,8 @@ def test_answers_as_squad_writes_them(tmp_path):
     ]
     dataset = dataset_of(rows, tokenizer, model, tmp_path)
     assert dataset.rows.answers == [[("cat", 11)], []]
+    lists = [{**squad, "answers": [{"text": "cat", "answer_start": 11}]}, {**squad, "answers": []}]
+    assert dataset_of(lists, tokenizer, model, tmp_path).rows.answers == dataset.rows.answers
     # [CLS] cat [SEP] a cat on a cat [SEP]
     labels = dataset.collate([dataset.rows[0], dataset.rows[1]]).labels
     assert labels.tolist() == [[7, 7], [0, 0]]
@@ -162,6 +164,8 @@ def test_answers_as_squad_writes_them(tmp_path):
         ({"answer": "cat", "start": 3}, "'cat' is not at character 3"),
         ({"answer": "cat", "start": "x"}, "start is 'x'"),
         ({}, "row 0 has no answer"),
+        ({"answer": 3}, "the answer is 3: it must be text"),
+        ({"answer": "cat", "question": "a " * 29}, "row 0: the question has 29 tokens .* lower"),
         ({"context": None, "answer": "cat"}, "context of row 0 is missing"),
     ],
 )
@@ -169,6 +173,6 @@ def test_bad_answers_are_one_line(tmp_path, row, says):
     tokenizer = wordpiece()
     row = {"question": "a", "context": "the cat sat", **row}
     with pytest.raises(DataError, match=says):
-        dataset_of([row], tokenizer, bert(tokenizer, "answer"), tmp_path)
+        dataset_of([row], tokenizer, bert(tokenizer, "answer"), tmp_path, context=32)
     with pytest.raises(ConfigError, match="stride is -1"):
         dataset_of(rows_of(3), tokenizer, bert(tokenizer, "answer"), tmp_path, stride=-1)

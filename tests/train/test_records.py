@@ -68,6 +68,9 @@ def test_columns_without_a_header(tmp_path):
     assert [named[i] for i in range(2)] == [by_number[i] for i in range(2)]
     with pytest.raises(DataError, match=r"has 2 columns, and 1 are named \('text'\)"):
         read_table(path, WANTED, ExampleColumns({}, ("text",)))
+    path.write_text("rating\ttext\n0.5\ta\n")
+    said_twice = read_table(path, WANTED, spec)
+    assert (len(said_twice), said_twice[0]) == (1, {"text": "a", "label": "0.5"})
     path.write_text("1\t0\na\tb\n")
     headed = read_table(path, WANTED, ExampleColumns({"text": "0", "label": "1"}))
     assert headed[0] == {"text": "b", "label": "a"}

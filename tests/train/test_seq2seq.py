@@ -120,6 +120,10 @@ def test_what_cannot_translate_is_said(tmp_path, tokenizer):
     marians = Tokenizer.train(["a b"] * 3, kind="bpe", extra_tokens=["\U0010ffffab"])
     with pytest.raises(ConfigError, match="source texts alone"):
         dataset_of(rows, marians, transformer(marians), tmp_path)
+    with pytest.raises(DataError, match="source of row 1 is empty"):
+        dataset_of(
+            [rows[0], {"source": " ", "target": "a"}], tokenizer, transformer(tokenizer), tmp_path
+        )
     spoilt = [rows[0], {"source": "a", "target": None}]
     with pytest.raises(DataError, match="target of row 1 is missing"):
         dataset_of(spoilt, tokenizer, transformer(tokenizer), tmp_path)

@@ -72,6 +72,8 @@ def test_what_a_label_column_holds():
     assert labels_of(["10", "9", "-1"]) == labels_of([10, 9, -1])
     assert labels_of(["10", "9", "-1"]).names == ("-1", "9", "10")
     assert labels_of(["1", "0.5"]).problem == labels_of([1.0, 2]).problem == REGRESSION
+    assert labels_of(["1", "nan", "0.5"]).problem == REGRESSION  # refused where it is numbered
+    assert labels_of(["nan", "gran"]).names == ("gran", "nan")
     assert labels_of(["1", "0.5"], SINGLE).names == ("0.5", "1")
     assert labels_of([["a", "c"], [], ["b"]]) == labels_of(["a, c", "", "b"], SEVERAL)
     with pytest.raises(DataError, match="every row has the label 'a'"):
@@ -292,6 +294,7 @@ def test_a_tagger_learns_and_its_loss_is_transformers(tmp_path):
     [
         ({"tokens": ["a", "b"], "tags": ["O"]}, "row 0 has 2 tokens and 1 tags"),
         ({"tokens": "", "tags": "O"}, "tokens of row 0 are ''"),
+        ({"tokens": ["a", None], "tags": ["O", "O"]}, r"tokens of row 0 are \['a', None\]"),
         ({"tokens": "a", "tags": "B-Q"}, "label 'B-Q'"),
     ],
 )

@@ -146,11 +146,11 @@ def run(args: Args) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     kind = objective_named(args.objective)
     columns = columns_of(args)
-    data = source_of(args.data, kind, columns)
-    valid = None if args.valid is None else source_of(args.valid, kind, columns)
     run_dir = Path(args.train.out)
     if args.resume:
         _check_settled(run_dir, args.given)
+    data = source_of(args.data, kind, columns)
+    valid = None if args.valid is None else source_of(args.valid, kind, columns)
     model, inputs = _resumed(run_dir, kind) if args.resume else (None, None)
     if model is None or inputs is None:
         model, inputs = _start(args, kind, data)

@@ -127,6 +127,7 @@ def answered_contexts(
     if stride < 0:
         raise ConfigError(f"stride is {stride}: windows share 0 tokens or more")
     inputs = TextInputs.of(tokenizer, model, config)
+    _check_room(part, inputs, stride)
     answers = [_answers(part, row) for row in range(len(part))]
     places: list[tuple[int, int]] = []
     for at in range(0, len(part), _AT_ONCE):
@@ -141,12 +142,33 @@ def answered_contexts(
     return Examples(rows, SpanCollator(inputs, stride, rows), config.seed, seal)
 
 
+def _check_room(table: Table, inputs: TextInputs, stride: int) -> None:
+    """DataError for a question that leaves windows of its context too little room."""
+    tokenizer, size = inputs.tokenizer, inputs.max_len
+    frame = int((tokenizer(["a"], ["a"]).sequence_ids < 0).sum())
+    questions = tokenizer.encode_batch(table.columns["question"], add_special_tokens=False)
+    for row, ids in enumerate(questions):
+        room = size - frame - len(ids)
+        if room > stride:
+            continue
+        context = tokenizer.encode(table.columns["context"][row], add_special_tokens=False)
+        if len(context) > room:
+            raise DataError(
+                f"{table.name}: row {row}: the question has {len(ids)} tokens and leaves "
+                f"{max(0, room)} of {size} to its context, whose windows share {stride}: "
+                "shorten it, raise context, or lower the option stride"
+            )
+
+
 def _answers(table: Table, row: int) -> list[tuple[str, int]]:
     """The right answers of a row, each where it stands in the context."""
     here = table[row]
     where = f"{table.name}: row {row}"
-    if isinstance(both := here.get("answers"), Mapping):
+    both = here.get("answers")
+    if isinstance(both, Mapping):
         pairs = list(zip(both.get("text", ()), both.get("answer_start", ()), strict=False))
+    elif isinstance(both, list) and all(isinstance(one, Mapping) for one in both):
+        pairs = [(one.get("text"), one.get("answer_start")) for one in both]
     elif "answer" in here:
         text, start = here["answer"], here.get("start")
         pairs = [(text, None if start in (None, "") else start)] if text else []
@@ -154,6 +176,8 @@ def _answers(table: Table, row: int) -> list[tuple[str, int]]:
         raise DataError(f"{where} has no answer: a column `answer`, or `answers` as SQuAD's")
     found: list[tuple[str, int]] = []
     for text, start in pairs:
+        if not isinstance(text, str):
+            raise DataError(f"{where}: the answer is {text!r}: it must be text")
         try:
             at = here["context"].find(text) if start is None else int(start)
         except (TypeError, ValueError):

@@ -197,8 +197,10 @@ def _listed(names: Iterable[str]) -> str:
 def _are_measures(values: Sequence[Any]) -> bool:
     """Whether all are numbers, some of them with a fraction or written as one."""
     if all(isinstance(value, str) for value in values):
-        found = [_number(value) for value in values]
-        return None not in found and not all(_is_whole(value) for value in values)
+        # What is nan among fractions is a measure that is missing, and is refused as one.
+        rest = [value for value in values if value.strip().lower() != "nan"]
+        found = [_number(value) for value in rest]
+        return None not in found and not all(_is_whole(value) for value in rest)
     return all(type(v) in (int, float) for v in values) and any(type(v) is float for v in values)
 
 

@@ -224,7 +224,8 @@ def _delimited(
     line, first = next(lines, (0, []))
     if not first:
         return {}
-    header = not names and not _by_number(wanted, first)
+    # Names that are the first line are its header, said again.
+    header = first == list(names) or (not names and not _by_number(wanted, first))
     keys = list(names) or (first if header else [str(i) for i in range(len(first))])
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise DataError(f"{path} has column {twice[0]!r} twice: give each a name of its own")

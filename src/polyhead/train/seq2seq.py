@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, DataError
 from polyhead.generate.seq2seq import Seq2Seq, start_id
 from polyhead.train import metrics
 from polyhead.train.config import TrainConfig
@@ -60,6 +60,8 @@ def translated_texts(
         )
     for role in ("source", "target"):
         strings(table.columns[role], role, table.name)
+    if blank := [row for row, text in enumerate(table.columns["source"]) if not text.strip()]:
+        raise DataError(f"{table.name}: source of row {blank[0]} is empty: take the row out")
     start = start_id(model, tokenizer)
     if start is None or tokenizer.eos_id is None:
         what = "starts" if start is None else "ends"

@@ -247,7 +247,7 @@ def tag_labels(table: Table, problem: str | None = None) -> Labels:
 
 def _split(value: Any, role: str, where: str, row: int) -> list[str]:
     words = value.split() if isinstance(value, str) else value
-    if not isinstance(words, list) or not words:
+    if not isinstance(words, list) or not words or None in words:
         raise DataError(f"{where}: {role} of row {row} are {value!r}: give a list, or words")
     return [str(word) for word in words]
 
