@@ -8,9 +8,11 @@ from polyhead.cli.fields import parse_fields
 from polyhead.cli.info import figures
 from polyhead.errors import ConfigError
 from polyhead.files.gguf import open_gguf
+from polyhead.images.processor import Processor
+from polyhead.images.sizes import Exactly
+from polyhead.models.assemble import build
 from polyhead.models.llama_config import LlamaConfig
 from polyhead.models.load import load, tokenizer
-from polyhead.models.assemble import build
 from polyhead.tasks.perplexity import perplexity
 
 from .conftest import TEXT, save_model
@@ -69,6 +71,43 @@ def test_convert_keeps_the_type_and_the_generation_settings(cli, tmp_path):
     )
     assert load(tmp_path / "c").dtype == torch.bfloat16
     assert load(tmp_path / "c").generation == model.generation
+
+
+TEXTS = dict(vocab_size=40, d_model=16, d_ff=20, num_layers=1, num_heads=2, max_seq_len=32)
+IMAGES = dict(d_model=16, d_ff=20, num_layers=2, num_heads=2, image_size=8, patch_size=4)
+KINDS = {
+    "bert": dict(head="pretraining", **TEXTS),
+    "t5": dict(vocab_size=40, d_model=16, head_dim=8, d_ff=20, num_layers=1, num_heads=2),
+    "vit": {**IMAGES, "image_size": (8, 12), "num_channels": 1},
+    "clip": dict(text=TEXTS, vision=IMAGES),
+    "clip_vision_model": IMAGES,
+    "llava": dict(text=TEXTS, vision=IMAGES, image_token_id=39),
+}
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_models_of_every_kind_are_verified(cli, tmp_path, monkeypatch, family):
+    build(family, seed=0, **KINDS[family]).save(tmp_path / "a")
+    found = cli("convert", tmp_path / "a", tmp_path / "b", "--to", "hf", "--verify", "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["max_logit_difference"] == 0
+
+    def damaged(source, args):
+        model = load(source)
+        with torch.no_grad():
+            # The last that stands in the file: of two heads, that of the second.
+            list(model.parameters())[-1].add_(1)
+        model.save(args.dest)
+
+    monkeypatch.setattr(convert, "_to_hf", damaged)
+    assert cli("convert", tmp_path / "a", tmp_path / "c", "--to", "hf", "--verify").code == 1
+
+
+def test_image_settings_travel(cli, tmp_path):
+    build("vit", seed=0, **IMAGES).save(tmp_path / "a")
+    Processor(size=Exactly(8, 8), resample=3).save(tmp_path / "a")
+    assert cli("convert", tmp_path / "a", tmp_path / "b", "--to", "hf").code == 0
+    assert Processor.load(tmp_path / "b") == Processor.load(tmp_path / "a")
 
 
 def test_a_wrong_conversion_fails(cli, plain, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from polyhead.models.model import TaskModel
+
 Format = Literal["hf", "gguf"]
 TOLERANCE = 1e-4
 # Globs of what a converted model writes, or removes when it was another model's.
@@ -27,17 +29,18 @@ _WRITTEN = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "preprocessor_config.json",
 )
 _PROMPTS, _PROMPT_TOKENS, _SEED = 4, 32, 0
 
 
 @dataclass(frozen=True)
 class Args:
-    """Rewrite a model. Tokenizer, chat template and generation settings travel with it.
+    """Rewrite a model. Tokenizer, template, generation and image settings travel with it.
 
     Without --dtype nothing is rounded: floats keep their type, and what was quantised becomes
-    float32. --verify loads both models, compares their logits on fixed random prompts in float32
-    (the source's weights first rounded to --dtype) and exits with 1 above 1e-4.
+    float32. --verify loads both models, compares what they answer to random prompts and images in
+    float32 (the source's weights first rounded to --dtype), and exits with 1 above 1e-4.
 
     Examples:
       polyhead convert smollm2-135m smol/ --to hf --verify
@@ -129,11 +132,14 @@ def _to_gguf(source: Path, args: Args) -> None:
 
 
 def _to_hf(source: Path, args: Args) -> None:
+    from polyhead.images.processor import Processor
     from polyhead.models.load import load, read_checkpoint, tokenizer
 
     dtype = args.dtype if args.dtype != "keep" else _widest(read_checkpoint(source)[1])
     model = load(source, dtype=dtype)
     model.save(args.dest, force=args.force)
+    if (source / "preprocessor_config.json").exists():
+        Processor.load(source).save(args.dest)
     try:
         words = tokenizer(source)
     except PolyheadError as error:
@@ -194,22 +200,53 @@ def _size(path: Path) -> int:
 
 
 def _difference(source: Path, args: Args) -> float:
-    """The largest difference of the logits of both models on a few random prompts, in float32."""
+    """The largest difference of what both models answer to a few random inputs, in float32."""
     import torch
 
     from polyhead.models.load import load
 
     device = device_named(args.device)
     before = load(source, dtype=None if args.dtype == "keep" else args.dtype).float().to(device)
-    vocab_size = before.config.vocab_size
-    length = min(_PROMPT_TOKENS, before.config.max_tokens or _PROMPT_TOKENS)
-    random = torch.Generator().manual_seed(_SEED)
-    ids = torch.randint(vocab_size, (_PROMPTS, length), generator=random).to(device)
-    given = [ids]
-    if getattr(before.config, "kind", "") == "encoder-decoder":
-        given.append(ids.flip(1) % getattr(before.config, "target_vocab_size", vocab_size))
+    given = {name: tensor.to(device) for name, tensor in _inputs(before.config).items()}
     with torch.inference_mode():
-        wanted = before(*given)
+        wanted = _answers(before, given)
         del before
-        found = load(args.dest, dtype=torch.float32, device=device)(*given)
-    return float((wanted - found).abs().max())
+        found = _answers(load(args.dest, dtype=torch.float32, device=device), given)
+    return max(float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True))
+
+
+def _answers(model: "TaskModel", given: "Mapping[str, Tensor]") -> "list[Tensor]":
+    """One answer, or one of each head where there are several."""
+    from polyhead.nn.head import Heads
+
+    heads = list(model.head) if isinstance(model.head, Heads) else [None]
+    return [model(**given, head=head) for head in heads]
+
+
+def _inputs(config: Any) -> "dict[str, Tensor]":
+    """Random arguments for a model of any kind, in a batch of a few."""
+    import torch
+
+    from polyhead.models.vision_config import pair
+
+    kind = getattr(config, "kind", "decoder")
+    random = torch.Generator().manual_seed(_SEED)
+    given: dict[str, Tensor] = {}
+    if kind != "vision":
+        length = min(_PROMPT_TOKENS, config.max_tokens or _PROMPT_TOKENS)
+        ids = torch.randint(config.vocab_size, (_PROMPTS, length), generator=random)
+        if kind == "image-text":
+            image, room = config.image_token_id, config.tokens_per_image
+            ids[ids == image] = (image + 1) % config.vocab_size
+            spare = max(1, config.max_seq_len - room)
+            ids = torch.cat([ids.new_full((_PROMPTS, room), image), ids[:, :spare]], dim=1)
+        given["input_ids"] = ids
+        if kind == "encoder-decoder":
+            target = getattr(config, "target_vocab_size", config.vocab_size)
+            given["decoder_input_ids"] = ids.flip(1) % target
+    if kind in ("vision", "two towers", "image-text"):
+        tower = config if kind == "vision" else config.vision
+        size = pair("image_size", tower.image_size)
+        shape = (_PROMPTS, tower.num_channels, *size)
+        given["pixel_values"] = torch.randn(shape, generator=random)
+    return given
