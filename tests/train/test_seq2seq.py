@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError
@@ -127,3 +128,19 @@ def test_what_cannot_translate_is_said(tmp_path, tokenizer):
     spoilt = [rows[0], {"source": "a", "target": None}]
     with pytest.raises(DataError, match="target of row 1 is missing"):
         dataset_of(spoilt, tokenizer, transformer(tokenizer), tmp_path)
+
+
+def test_a_fresh_translator_writes_in_transformers_what_it_writes_here(tmp_path, tokenizer):
+    sizes = {"d_model": 16, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = ph.build("t5", seed=0, vocab_size=tokenizer.vocab_size, **sizes)
+    config = settings(tmp_path / "run", steps=20, lr=1e-2)
+    rows = rows_of(20)
+    found = Trainer(model, tokenizer, config, objective="seq2seq", quiet=True).fit(rows)
+    theirs = transformers.T5ForConditionalGeneration.from_pretrained(found["best"])
+    assert theirs.generation_config.eos_token_id == tokenizer.eos_id
+    saved = ph.load(found["best"])
+    for row in rows[:4]:
+        ids = torch.tensor([tokenizer.encode(row["source"])])
+        out = theirs.generate(ids, max_new_tokens=6, do_sample=False)
+        (ours,) = ph.Translator(saved, tokenizer)(row["source"], num_beams=1, max_new_tokens=6)
+        assert out[0, 1:].tolist()[: len(ours.token_ids)] == list(ours.token_ids)

@@ -191,7 +191,7 @@ class Trainer:
         """What to learn from, and what to validate on (None where there is too little)."""
         config, source = self.config, self._source(texts)
         if self.kind.decide is not None:
-            self.model.config = self.kind.decide(self.model.config, source)
+            self.kind.decide(self.model, self.tokenizer, source)
         if valid is not None:
             config = replace(config, held_out=0.0)
             held_source = self._source(valid)

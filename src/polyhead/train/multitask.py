@@ -41,7 +41,10 @@ class OneTask:
 
     def __init__(self, model: Any, name: str) -> None:
         self.model, self.name, self.backbone = model, name, model.backbone
-        self.config = of_task(model.config, name)
+        task = model.config.tasks[name]
+        labels = task.get("labels")
+        names = None if labels is None else tuple(labels)
+        self.config = replace(model.config, labels=names, problem=task.get("problem"), tasks=None)
 
     @property
     def training(self) -> bool:
@@ -59,14 +62,6 @@ class OneTask:
     def answer(self, hidden: Tensor, attention_mask: Any = None) -> Tensor:
         """The task's head's answer."""
         return self.model.answer(hidden, attention_mask, self.name)
-
-
-def of_task(config: Any, name: str) -> Any:
-    """The config of a model that has one of the tasks alone."""
-    task = config.tasks[name]
-    labels = task.get("labels")
-    names = None if labels is None else tuple(labels)
-    return replace(config, labels=names, problem=task.get("problem"), tasks=None)
 
 
 def read_tasks(path: str | Path) -> dict[str, TaskSource]:
@@ -118,15 +113,18 @@ def opened(sources: Mapping[str, TaskSource], kinds: Mapping[str, Any]) -> dict[
     return {name: replace(source, data=tables[name]) for name, source in sources.items()}
 
 
-def decided_tasks(kinds: Mapping[str, Any], config: Any, sources: Mapping[str, TaskSource]) -> Any:
-    """A config that names the problem of each of its tasks that has one."""
-    tasks = dict(config.tasks or {})
+def decided_tasks(
+    kinds: Mapping[str, Any], model: Any, tokenizer: Any, sources: Mapping[str, TaskSource]
+) -> None:
+    """Name the problem of each task that has one."""
+    tasks = dict(model.config.tasks or {})
     for name, table in tables_of(sources, kinds).items():
         kind = kinds[sources[name].head]
         if kind.decide is not None and name in tasks:
-            own = kind.decide(of_task(config, name), table)
-            tasks[name] = {**tasks[name], "problem": own.problem}
-    return replace(config, tasks=tasks)
+            one = OneTask(model, name)
+            kind.decide(one, tokenizer, table)
+            tasks[name] = {**tasks[name], "problem": one.config.problem}
+    model.config = replace(model.config, tasks=tasks)
 
 
 def tasks_of(sources: Mapping[str, TaskSource], kinds: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from polyhead.train.objectives import Loss, causal_lm
 from polyhead.train.pairs import nsp, nsp_pairs, pair_accuracy, sop, sop_pairs
 from polyhead.train.records import Table
 from polyhead.train.replaced import detection, prepared, replaced_token, replaced_windows
-from polyhead.train.seq2seq import seq2seq, translated_texts, translation_figures
+from polyhead.train.seq2seq import decided_ids, seq2seq, translated_texts, translation_figures
 from polyhead.train.supervised import (
     class_figures,
     class_labels,
@@ -61,7 +61,8 @@ class ObjectiveKind:
     also:    other heads that will do.
     kinds:   of models it can train, as their configs say; empty where the factory checks.
     prepare: `(model) -> model`, what is trained in its place.
-    decide:  `(config, source) -> config`, with what the data say and a config leaves open.
+    decide:  `(model, tokenizer, source) -> None`: writes into the model what these say of it and it
+             leaves open, for those who read it later.
     labels:  `(table, problem) -> Labels`, what a fresh head is to tell apart, where it has classes.
     columns: the columns it reads of a table, by the name of their role, and whether each must be
              there; empty where the source is plain text.
@@ -78,7 +79,7 @@ class ObjectiveKind:
     also: tuple[str, ...] = field(default=(), kw_only=True)
     kinds: tuple[str, ...] = field(default=(), kw_only=True)
     prepare: Callable[[Any], Any] | None = field(default=None, kw_only=True)
-    decide: Callable[[Any, Any], Any] | None = field(default=None, kw_only=True)
+    decide: Callable[[Any, Any, Any], None] | None = field(default=None, kw_only=True)
     labels: Callable[[Table, str | None], Labels] | None = None
     columns: Mapping[str, bool] = field(default_factory=dict[str, bool])
     dataset_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -139,6 +140,7 @@ _ROWS = (
         span_corruption,
         hit_rate,
         kinds=("encoder-decoder",),
+        decide=decided_ids,
         dataset_options={"density": 0.15, "mean_span": 3.0},
     ),
     ObjectiveKind(
@@ -197,6 +199,7 @@ _ROWS = (
         seq2seq,
         translation_figures,
         kinds=("encoder-decoder",),
+        decide=decided_ids,
         columns={"source": True, "target": True},
         loss_options={"smoothing": 0.1},
     ),

@@ -76,6 +76,20 @@ def translated_texts(
     return Examples(part, collate, config.seed, seal, lengths)  # pyright: ignore[reportArgumentType]
 
 
+def decided_ids(model: Any, tokenizer: Any, source: Any) -> None:
+    """Say what a fresh model's decoder begins and ends with: transformers writes nothing without,
+    and takes the ids of another tokenizer for them."""
+    if start_id(model) is not None:
+        return
+    ids = {
+        "decoder_start_token_id": start_id(model, tokenizer),
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    told = {name: value for name, value in ids.items() if value is not None}
+    model.generation = {**told, **model.generation}
+
+
 def seq2seq(model: Any, batch: LabelledBatch, smoothing: float = 0.1) -> Loss:
     """Cross-entropy of the targets, and a part `smoothing` of it spread over the vocabulary
     (Szegedy et al. 2016): `loss` is the cross-entropy alone."""

@@ -111,10 +111,11 @@ def class_labels(table: Table, problem: str | None = None) -> Labels:
     return labels_of(table.columns["label"], problem)
 
 
-def decided(config: Any, table: Table) -> Any:
-    """A config that names its problem: a head of one label without it is read as a class, and
-    has learned a measure."""
-    return replace(config, problem=problem_of(config, table.columns["label"]))
+def decided(model: Any, tokenizer: Any, table: Table) -> None:
+    """Name the problem: a head of one label without it is read as a class, and has learned a
+    measure."""
+    problem = problem_of(model.config, table.columns["label"])
+    model.config = replace(model.config, problem=problem)
 
 
 def classify(model: Any, batch: ClassBatch) -> Loss:
