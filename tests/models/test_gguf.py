@@ -14,7 +14,11 @@ from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.files.safetensors import open_checkpoint, write_checkpoint
 from polyhead.models import gguf as ours
-from polyhead.models.gguf_config import config_from_metadata, metadata_from_config
+from polyhead.models.gguf_config import (
+    config_from_metadata,
+    family_of_metadata,
+    metadata_from_config,
+)
 from polyhead.models.gguf_rope import llama3_factors
 
 transformers = pytest.importorskip("transformers")
@@ -389,3 +393,8 @@ def test_a_fresh_model_with_every_default_goes_out_and_comes_back(
     again = polyhead.load(tmp_path / "m.gguf")
     ids = torch.randint(0, 50, (1, 9))
     assert torch.equal(model(ids), again(ids))
+
+
+def test_another_architecture_is_told_what_to_load() -> None:
+    with pytest.raises(ConfigError, match=r"'bert' is not read here.*load the safetensors"):
+        family_of_metadata({"general.architecture": "bert"})

@@ -37,7 +37,10 @@ def family_of_metadata(metadata: Mapping[str, Any]) -> Family:
         if family.arch == arch:
             return family
     known = ", ".join(dict.fromkeys(family.arch for family in FAMILIES))
-    raise ConfigError(f"GGUF architecture {arch!r} is not read here (known: {known})")
+    raise ConfigError(
+        f"GGUF architecture {arch!r} is not read here (known: {known}); load the safetensors that "
+        "it was made from"
+    )
 
 
 def family_of_config(config: Mapping[str, Any]) -> Family:
