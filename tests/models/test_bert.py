@@ -169,6 +169,7 @@ def test_a_head_the_checkpoint_lacks_is_drawn_fresh(tmp_path: Path) -> None:
 def test_several_tasks_on_one_backbone(tmp_path: Path) -> None:
     tasks = {
         "topic": {"head": "classify", "labels": ["a", "b", "c"]},
+        "aspects": {"head": "classify", "labels": ["x", "y"]},
         "words": {"head": "tag", "labels": ["O", "X"]},
     }
     case("base", "Bert", "Model").save(tmp_path / "base")
@@ -179,6 +180,7 @@ def test_several_tasks_on_one_backbone(tmp_path: Path) -> None:
     model.save(tmp_path / "tuned")
     again = ph.load(tmp_path / "tuned")
     assert again.head_kind == "multitask"
+    assert list(again.head) == list(tasks), "the first is asked unless one is named"
     for name in tasks:
         assert torch.equal(again(ids, head=name), model(ids, head=name))
 

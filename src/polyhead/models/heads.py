@@ -129,11 +129,10 @@ def _task(
     if not isinstance(task, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"task {name!r} is {task!r}; write {{'head': ...}}, with labels if any")
     head = task.get("head")
-    if head is None or head not in heads or not name.isidentifier() or hasattr(nn.ModuleDict, name):
-        raise ConfigError(
-            f"task {name!r} asks for head {head!r}; name it by letters, and choose a head from "
-            f"{', '.join(heads)}"
-        )
+    if head is None or head not in heads:
+        raise ConfigError(f"task {name!r} asks for head {head!r}; choose from {', '.join(heads)}")
+    if not name.isidentifier() or hasattr(nn.ModuleDict, name):
+        raise ConfigError(f"a task cannot be called {name!r}; use another name, of letters")
     labels = task.get("labels")
     own = replace(
         config,

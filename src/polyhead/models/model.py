@@ -212,4 +212,6 @@ def require_causal(model: TaskModel) -> None:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    # What stands inside a key has an order that may mean something: the first of several tasks.
+    data = {key: data[key] for key in sorted(data)}
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
