@@ -26,6 +26,7 @@ CALLS = {
     "build": "polyhead.models.assemble",
     "families": "polyhead.models.registry",
     "load": "polyhead.models.load",
+    "pack": "polyhead.kernels.packing",
     "perplexity": "polyhead.tasks.perplexity",
     "tokenizer": "polyhead.models.load",
 }

@@ -33,6 +33,7 @@ _HOMES = {
     "embed": "tasks.embed",
     "families": "models.registry",
     "load": "models.load",
+    "pack": "kernels.packing",
     "perplexity": "tasks.perplexity",
     "tokenizer": "models.load",
 }

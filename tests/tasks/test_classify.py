@@ -102,7 +102,7 @@ def test_one_of_several_heads(tmp_path: Path) -> None:
     expected = model(ids, head="mood").softmax(-1)[0].tolist()
     found = Classifier(model, tokenizer, head="mood")(TEXTS[0])[0]
     assert found.scores == pytest.approx(dict(zip(["down", "up"], expected, strict=True)), abs=1e-5)
-    with pytest.raises(ph.ConfigError, match="mood, topic"):
+    with pytest.raises(ph.ConfigError, match="topic, mood"):
         Classifier(model, tokenizer)
     with pytest.raises(ph.ConfigError, match="no such head 'words'"):
         Classifier(model, tokenizer, head="words")
