@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError
+from polyhead.models.config import PROBLEMS
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import tokenizer_digest
 from polyhead.train.data import Split, split_rows
 from polyhead.train.objectives import IGNORE
 from polyhead.train.records import Table
 
-SINGLE = "single_label_classification"
-SEVERAL = "multi_label_classification"
-REGRESSION = "regression"
-PROBLEMS = (SINGLE, SEVERAL, REGRESSION)
+SINGLE, SEVERAL, REGRESSION = PROBLEMS
 _SHOWN = 8
 
 
@@ -113,7 +111,6 @@ def labels_of(values: Iterable[Any], problem: str | None = None) -> Labels:
 
 def problem_of(config: Any, values: Sequence[Any]) -> str:
     """The problem of a model: what its config says, or what its labels leave over."""
-    _check_known(config.problem)
     if config.problem is not None:
         return config.problem
     if any(isinstance(value, list | tuple) for value in values):
