@@ -111,6 +111,7 @@ def test_the_head_is_the_vector(tmp_path: Path) -> None:
     batch = tokenizer(sentences(4))
     with torch.no_grad():
         vectors = model(batch.input_ids, batch.attention_mask)
+        assert torch.equal(model(batch.input_ids, ph.Mask(keep=batch.attention_mask > 0)), vectors)
     assert torch.allclose(vectors, ph.embed(model, tokenizer, sentences(4)), atol=1e-5)
 
 

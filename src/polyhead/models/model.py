@@ -18,6 +18,7 @@ from polyhead.models.keys import Rules, to_theirs
 from polyhead.models.registry import family_of
 from polyhead.models.sentence import Sentences, write_sentences
 from polyhead.nn.head import Head, Heads, LanguageHead
+from polyhead.nn.mask import Mask
 from polyhead.nn.pooling import Pooling
 
 
@@ -72,6 +73,8 @@ class TaskModel(nn.Module):
         if reads_pooled:
             assert self.pooler is not None
             hidden = self.pooler(hidden)
+        if isinstance(attention_mask, Mask):
+            attention_mask = attention_mask.keep
         needs_mask = isinstance(top, Head) and top.needs_mask
         return top(hidden, attention_mask) if needs_mask else top(hidden)
 
