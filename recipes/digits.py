@@ -26,7 +26,7 @@ MODELS = {
 }  # fmt: skip
 
 
-EPOCHS = {"vit": 12, "swin": 30}
+EPOCHS = {"vit": 10, "swin": 30}
 
 
 def main() -> None:
