@@ -113,8 +113,9 @@ def _check_places(source: Path, args: Args) -> None:
 
 
 def _to_gguf(source: Path, args: Args) -> None:
+    from polyhead.files.jsons import read_json
     from polyhead.models import gguf
-    from polyhead.models.load import load, read_checkpoint, read_json
+    from polyhead.models.load import load, read_checkpoint
 
     if source.suffix == ".gguf":
         config, tensors, file = gguf.read(source)

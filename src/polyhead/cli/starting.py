@@ -83,7 +83,7 @@ def inputs_of(path: Path, kind: "ObjectiveKind") -> Any:
 
 def _knows(path: Path, classes: Mapping[str, Any]) -> bool:
     """Whether the classes of a checkpoint's head are those of the data."""
-    from polyhead.models.load import read_json
+    from polyhead.files.jsons import read_json
 
     data = read_json(path / "config.json") if path.is_dir() else {}
     if "tasks" in classes:

@@ -1,6 +1,5 @@
 """From a path or a name to a model and its tokenizer: Hugging Face directories and GGUF files."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.gguf import open_gguf
 from polyhead.files.hub import resolve
+from polyhead.files.jsons import read_json
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.models import gguf
 from polyhead.models.assemble import from_tensors
@@ -97,19 +97,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
             raise FileError(f"{folder} is a training run; name a checkpoint, such as {steps[-1]}")
         raise FileError(f"{folder} has no config.json; name a model directory or a .gguf file")
     return read_json(folder / "config.json"), open_checkpoint(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty where there is no file."""
-    if not path.exists():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise FileError(f"{path} is not JSON: {error}; fetch it again") from None
-    if not isinstance(data, dict):
-        raise FileError(f"{path} holds a {type(data).__name__}, not an object; fetch it again")
-    return data  # pyright: ignore[reportUnknownVariableType]
 
 
 def _model_type(data: Mapping[str, Any], path: Path) -> str:

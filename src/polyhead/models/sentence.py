@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from polyhead.errors import ConfigError, FileError
+from polyhead.errors import ConfigError
+from polyhead.files.jsons import read_json
 from polyhead.files.safetensors import open_checkpoint, write_checkpoint
 from polyhead.nn.pooling import KINDS, Activated, Pooling
 
@@ -61,7 +62,7 @@ def read_sentences(folder: Path) -> Sentences | None:
         name = str(step["type"]).rpartition(".")[2]
         place = folder / str(step["path"])
         if name == "Pooling":
-            kinds = _kinds(_json(place / "config.json"), place)
+            kinds = _kinds(read_json(place / "config.json"), place)
         elif name == "Dense":
             dense.append(_dense(place))
         elif name == "Normalize":
@@ -71,10 +72,10 @@ def read_sentences(folder: Path) -> Sentences | None:
                 f"{folder / 'modules.json'} has the step {name!r}, which is not supported; "
                 f"supported are {', '.join(_STEPS)}"
             )
-    said = _json(folder / "config_sentence_transformers.json")
+    said = read_json(folder / "config_sentence_transformers.json")
     pooling = Pooling(kinds, dense, normalize, said.get("truncate_dim"))
-    old = _json(folder / "sentence_bert_config.json")
-    limit = old.get("max_seq_length") or _json(folder / "tokenizer_config.json").get(
+    old = read_json(folder / "sentence_bert_config.json")
+    limit = old.get("max_seq_length") or read_json(folder / "tokenizer_config.json").get(
         "model_max_length"
     )
     return Sentences(
@@ -131,7 +132,7 @@ def _kinds(config: Mapping[str, Any], place: Path) -> tuple[str, ...]:
 
 
 def _dense(place: Path) -> Activated:
-    config = _json(place / "config.json")
+    config = read_json(place / "config.json")
     name = str(config.get("activation_function", "Tanh")).rpartition(".")[2]
     if name not in ACTIVATIONS:
         raise ConfigError(f"{place} has the activation {name!r}; known are {list(ACTIVATIONS)}")
@@ -155,15 +156,6 @@ def _write_dense(place: Path, layer: Activated) -> None:
         "activation_function": f"{kind.__module__}.{kind.__name__}",
     }
     _write(place / "config.json", config)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise FileError(f"{path} is not JSON: {error}; fetch it again") from None
 
 
 def _write(path: Path, data: Any) -> None:
