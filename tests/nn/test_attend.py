@@ -1,11 +1,14 @@
 """The fused path equals the definition, for every mask, position and grouping of heads."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from tests.nn.parts import DEVICE, MASKS, POSITIONS, B, D, E, H, T, randomized
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from polyhead.nn import attend as attending
 from polyhead.nn.attend import attend, expand_heads, weights
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.mask import EVERYTHING, Mask
@@ -124,22 +127,42 @@ def test_half_precision_stays_near() -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4], ids=["mqa", "gqa", "mha"])
-def test_half_precision_training_is_as_exact_as_the_fused_kernel(groups: int) -> None:
-    exact = [torch.randn(B, n, 24, D, requires_grad=True) for n in (H, groups, groups)]
+@pytest.mark.parametrize("at_once", [1, 2**21], ids=["row-by-row", "together"])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("name", ["everything", "causal", "keep"])
+def test_half_precision_training_is_as_exact_as_the_fused_kernel(
+    groups: int, at_once: int, biased: bool, name: str
+) -> None:
+    length = 24
+    shapes = [(B, H, length, D), *[(B, groups, length, D)] * 2]
+    shapes += [(1, H, length, length)] * biased
+    exact = [torch.randn(shape, requires_grad=True) for shape in shapes]
     half = [x.detach().bfloat16().requires_grad_() for x in exact]
     fused = [x.detach().bfloat16().requires_grad_() for x in exact]
-    mask = Mask(causal=True).lower(24, 24, DEVICE)
-    upstream = torch.randn(B, H, 24, D)
-    y = attend(*exact, mask, scale=D**-0.5)
-    y.backward(upstream)
-    mine = attend(*half, mask, scale=D**-0.5)
-    mine.backward(upstream.bfloat16())
-    theirs = nn.functional.scaled_dot_product_attention(
-        *fused, is_causal=True, scale=D**-0.5, enable_gqa=groups != H
-    )
-    theirs.backward(upstream.bfloat16())
+    masks = {
+        "everything": Mask(),
+        "causal": Mask(causal=True),
+        "keep": Mask(keep=torch.arange(length) < torch.arange(length, length - B, -1)[:, None]),
+    }
+    mask = masks[name].lower(length, length, DEVICE)
+    upstream = torch.randn(B, H, length, D)
+    with patch.object(attending, "_AT_ONCE", at_once):
+        mine = attend(*half[:3], mask, *half[3:] or [None], scale=D**-0.5)
+    y = attend(*exact[:3], mask, *exact[3:] or [None], scale=D**-0.5)
+    with patch.object(attending, "_trains_half_on_cpu", lambda q: False):
+        theirs = attend(*fused[:3], mask, *fused[3:] or [None], scale=D**-0.5)
+    for found in (y, mine, theirs):
+        found.backward(upstream.to(found.dtype))
     for ours, sdpa, true in zip((mine, *half), (theirs, *fused), (y, *exact), strict=True):
         if true is not y:
             ours, sdpa, true = ours.grad, sdpa.grad, true.grad
         wrong, reference = ((x.float() - true).abs().max() for x in (ours, sdpa))
         assert wrong <= 2 * reference + 1e-2
+
+
+def test_dropped_shares_keep_the_mean_in_half_precision_training() -> None:
+    q, k, v = (torch.randn(2, 2, 16, D).bfloat16().requires_grad_() for _ in range(3))
+    whole = attend(q, k, v)
+    many = torch.stack([attend(q, k, v, dropout=0.3).detach().float() for _ in range(2000)])
+    assert many.std(0).min() > 0.01
+    assert_close(many.mean(0), whole.float(), atol=0.05, rtol=0.05)

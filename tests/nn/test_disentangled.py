@@ -8,7 +8,7 @@ from tests.nn.parts import randomized
 from torch import Tensor
 from torch.testing import assert_close
 
-from polyhead.nn import disentangled
+from polyhead.nn import attend
 from polyhead.nn.disentangled import Disentangled, DisentangledAttention, log_buckets
 from polyhead.nn.mask import Mask
 from polyhead.nn.norm import LayerNorm
@@ -85,7 +85,7 @@ def test_equals_a_gather_and_so_do_gradients(
     leaves = [x, *position.parameters(), *attention.parameters()]
     at = torch.arange(length)[None]
     mask = Mask(keep=keep)
-    with patch.object(disentangled, "AT_ONCE", at_once):
+    with patch.object(attend, "_AT_ONCE", at_once):
         ready = position.prepare(at, at, x.dtype)
         found = attention(x, memory, mask, ready, at)
     expected = by_gathering(attention, position, x, memory, keep)

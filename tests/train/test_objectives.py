@@ -7,7 +7,12 @@ from polyhead.nn.head import LanguageHead
 from polyhead.train import objectives
 from polyhead.train.config import TrainConfig
 from polyhead.train.loop import train_step
-from polyhead.train.objectives import LanguageBatch, causal_lm, head_cross_entropy
+from polyhead.train.objectives import (
+    LanguageBatch,
+    causal_lm,
+    head_cross_entropy,
+    smoothed_cross_entropy,
+)
 from polyhead.train.optim import MasterAdamW
 
 from .conftest import tiny
@@ -16,7 +21,10 @@ from .conftest import tiny
 @pytest.mark.parametrize("chunk", [1, 100, 1 << 30])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk, bias, scale, monkeypatch):
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_chunks_give_the_loss_and_gradients_of_the_whole(
+    chunk, bias, scale, smoothing, monkeypatch
+):
     monkeypatch.setattr(objectives, "CHUNK_LOGITS", chunk)
     torch.manual_seed(0)
     head = LanguageHead(8, 13, bias=bias, scale=scale).double()
@@ -28,13 +36,18 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk, bias, scale, mon
     def gradients(loss):
         return torch.autograd.grad(3 * loss, tensors)
 
-    found = head_cross_entropy(head, hidden, labels)
-    wanted = F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten(), reduction="sum")
+    found, nll = smoothed_cross_entropy(head, hidden, labels, smoothing)
+    rows = head(hidden).flatten(0, 1), labels.flatten()
+    wanted = F.cross_entropy(*rows, reduction="sum", label_smoothing=smoothing)
+    plain = F.cross_entropy(*rows, reduction="sum").detach()
+    torch.testing.assert_close(nll.double(), plain, rtol=1e-6, atol=1e-5)
+    assert not nll.requires_grad
     torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-5)
     for ours, theirs in zip(gradients(found), gradients(wanted), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     with torch.no_grad():
-        assert torch.equal(head_cross_entropy(head, hidden, labels), found)
+        assert torch.equal(smoothed_cross_entropy(head, hidden, labels, smoothing)[0], found)
+        assert torch.equal(head_cross_entropy(head, hidden, labels), nll)
 
 
 def test_large_logits_are_never_held_whole(monkeypatch):

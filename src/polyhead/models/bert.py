@@ -20,6 +20,7 @@ from polyhead.models.heads import both
 from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import PostNormBlock
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.embedding import Table, TokenEmbedding
 from polyhead.nn.feedforward import FeedForward
 from polyhead.nn.mask import Lowered, Mask
@@ -134,7 +135,7 @@ class Bert(nn.Module):
         self.positions = LearnedPositions(config.max_seq_len, width)
         self.token_types = Table(types, width) if types else None
         self.embedding_norm = LayerNorm(width, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = self.make_layers()
 
     def make_layers(self) -> nn.ModuleList:

@@ -14,6 +14,7 @@ from polyhead.models.deberta_config import POSITIONS, PREFIX, DebertaConfig
 from polyhead.models.heads import both
 from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.nn.disentangled import Disentangled, DisentangledAttention
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.embedding import Table, TokenEmbedding
 from polyhead.nn.feedforward import FeedForward, activation_named
 from polyhead.nn.mask import Lowered, Mask, as_mask
@@ -41,7 +42,7 @@ class DebertaBlock(nn.Module):
         self.attention_norm = norm()
         self.ffn = FeedForward(config.d_model, config.d_ff, config.activation)
         self.ffn_norm = norm()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -66,7 +67,7 @@ class Convolution(nn.Module):
         self.conv = nn.Conv1d(width, width, size, padding=size // 2, groups=config.conv_groups)
         self.activation = activation_named(config.conv_activation)
         self.norm = LayerNorm(width, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, out: Tensor, keep: Tensor | None) -> Tensor:
         """x: the embedded tokens; out: the first layer's answer to them; keep: false on padding."""
@@ -92,7 +93,7 @@ class Deberta(nn.Module):
         is_narrow = config.embedding_width not in (None, config.d_model)
         self.widen = nn.Linear(width, config.d_model, bias=False) if is_narrow else None
         self.embedding_norm = norm()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.relative = (
             Disentangled(
                 config.d_model,

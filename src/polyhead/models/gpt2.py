@@ -14,6 +14,7 @@ from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import TransformerBlock
 from polyhead.nn.cache import Caches
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.feedforward import FeedForward
 from polyhead.nn.mask import Mask
@@ -83,7 +84,7 @@ class GPT2(nn.Module):
         self.config = config
         self.embedding = TokenEmbedding(config.vocab_size, config.d_model)
         self.positions = LearnedPositions(config.max_seq_len, config.d_model)
-        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.dropout = Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(self.make_block(layer) for layer in range(config.num_layers))
         self.norm = LayerNorm(config.d_model, config.norm_eps)
 

@@ -10,6 +10,7 @@ from polyhead.models.heads import HeadKind, both
 from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.models.vision_config import VisionConfig, read_size, write_size
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.feedforward import FeedForward
 from polyhead.nn.image_head import MeanClassifier
 from polyhead.nn.norm import LayerNorm
@@ -100,7 +101,7 @@ class SwinBlock(nn.Module):
         self.bias = WindowBias(config.num_heads[stage], config.window)
         self.ffn_norm = LayerNorm(width, config.norm_eps)
         self.ffn = FeedForward(width, int(config.mlp_ratio * width), config.activation)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.drop_path = DropPath(path_dropout)
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
@@ -147,7 +148,7 @@ class Swin(nn.Module):
         self.embedding_norm = LayerNorm(config.d_model)
         if config.has_positions:
             self.positions = PatchPositions(config.d_model, config.grid)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.stages = nn.ModuleList(SwinStage(config, stage) for stage in range(len(config.depths)))
         self.norm = LayerNorm(config.width(-1), config.norm_eps)
 

@@ -20,6 +20,7 @@ from polyhead.models.keys import Dropped, Rule, Rules, Tied
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import TransformerBlock
 from polyhead.nn.cache import Caches
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.feedforward import FeedForward, GatedFeedForward
 from polyhead.nn.head import LanguageHead
@@ -133,7 +134,7 @@ class T5Stack(nn.Module):
         )
         self.layers = nn.ModuleList(self.make_block() for _ in range(num_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def make_block(self) -> TransformerBlock:
         """One layer. Its scores are not scaled: the weights of the queries begin smaller."""

@@ -22,6 +22,7 @@ from polyhead.models.transformer_parts import (
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import PostNormBlock, TransformerBlock
 from polyhead.nn.cache import Caches
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.mask import EVERYTHING, Lowered, Mask
 from polyhead.nn.norm import make_norm
@@ -41,7 +42,7 @@ class Stack(nn.Module):
         self.mask = sparse_pattern(config) & (CAUSAL if is_causal else Mask())
         self.positions = absolute_position(config)
         self.relative = relative_position(config, is_causal)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(self.make_block() for _ in range(config.num_layers))
         # Shaw's tables belong to each layer; other positions to the stack.
         self.shaw = nn.ModuleList(

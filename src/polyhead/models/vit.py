@@ -14,6 +14,7 @@ from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.models.vit_config import DINOv2Config, ViTConfig
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.block import TransformerBlock
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.feedforward import FeedForward, GatedFeedForward
 from polyhead.nn.norm import LayerNorm
 from polyhead.nn.patches import PatchEmbedding, PatchPositions
@@ -60,7 +61,7 @@ class ViT(nn.Module):
         self.positions = PatchPositions(
             config.d_model, config.grid, 1 + config.is_distilled, config.any_size
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(make_block(config) for _ in range(config.num_layers))
         self.norm = LayerNorm(config.d_model, config.norm_eps)
 

@@ -1,10 +1,15 @@
 """Attention over projected queries, keys and values: the definition, and the fused path."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.nn.dropout import dropout
 from polyhead.nn.mask import EVERYTHING, Lowered
+
+_AT_ONCE = 2**21
 
 
 def weights(
@@ -36,8 +41,8 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """`weights(...) @ v` by torch's fused kernel; `[B, H, Q, D]`, equal to the definition."""
-    if mask.is_causal and bias is None and not dropout and _trains_half_on_cpu(q):
-        return _written_out(q, k, v, scale)
+    if _trains_half_on_cpu(q):
+        return _written_out(q, k, v, mask, bias, scale, dropout)
     fused_mask = mask.dense
     if bias is not None:
         allowed = mask.boolean(q.shape[2], k.shape[2], q.device)
@@ -63,12 +68,40 @@ def _trains_half_on_cpu(q: Tensor) -> bool:
     return is_half_on_cpu and q.requires_grad and q.shape[2] <= 1024
 
 
-def _written_out(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention whose scores `[B, H, T, T]` are kept for the backward pass, in q's dtype."""
-    num_heads, length = q.shape[1:3]
-    later = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores = (q * scale) @ expand_heads(k, num_heads).transpose(-1, -2) + later
-    return scores.softmax(-1) @ expand_heads(v, num_heads)
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Lowered,
+    bias: Tensor | None,
+    scale: float,
+    rate: float,
+) -> Tensor:
+    """The definition in q's dtype, a few rows at a time; the backward pass keeps their shares."""
+    num_heads, num_queries, num_keys = q.shape[1], q.shape[2], k.shape[2]
+    allowed = mask.boolean(num_queries, num_keys, q.device)
+    if allowed is not None:
+        hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
+        hidden.masked_fill_(~allowed, torch.finfo(q.dtype).min)
+        bias = hidden if bias is None else bias.to(q.dtype) + hidden
+    rows = rows_at_once(q, k)
+    biases = [bias] * math.ceil(len(q) / rows)
+    if bias is not None and len(bias) > 1:
+        biases = list(bias.split(rows))
+    k, v = expand_heads(k, num_heads).transpose(-1, -2), expand_heads(v, num_heads)
+    parts: list[Tensor] = []
+    for a, b, c, own in zip(
+        (q * scale).split(rows), k.split(rows), v.split(rows), biases, strict=True
+    ):
+        scores = a @ b if own is None else a @ b + own
+        parts.append(dropout(scores.softmax(-1), rate) @ c)
+    found = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return found if allowed is None else found.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
+
+
+def rows_at_once(q: Tensor, k: Tensor) -> int:
+    """Of a batch, as many rows as have scores that a CPU keeps near at hand."""
+    return max(1, _AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[2]))
 
 
 def expand_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from polyhead.nn.attend import attend, expand_heads, weights
 from polyhead.nn.cache import Cache, Caches, CrossCache
+from polyhead.nn.dropout import dropout
 from polyhead.nn.mask import Lowered, Mask
 from polyhead.nn.position import Position
 
@@ -197,7 +198,7 @@ class MultiHeadAttention(nn.Module):
             replaced = probe(seen)
             seen = seen if replaced is None else replaced
         if self.training and self.dropout:
-            seen = nn.functional.dropout(seen, self.dropout)
+            seen = dropout(seen, self.dropout)
         heads = seen @ expand_heads(v, self.num_heads)
         if position is not None and position.has_values:
             heads = heads + position.values(seen, at, keys_at)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cache import Cache
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.mask import Lowered, Mask
 from polyhead.nn.position import Position
 
@@ -32,7 +33,7 @@ class TransformerBlock(nn.Module):
         self.cross = cross
         self.ffn_norm = norm()
         self.ffn = ffn
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(
         self,

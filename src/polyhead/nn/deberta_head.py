@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.feedforward import activation_named
 from polyhead.nn.head import Head, MaskedLanguageHead
 from polyhead.nn.norm import LayerNorm
@@ -47,9 +48,9 @@ class ContextClassifier(Head):
     ) -> None:
         super().__init__()
         self.activation = activation_named(activation)
-        self.pooler_dropout = nn.Dropout(pooler_dropout)
+        self.pooler_dropout = Dropout(pooler_dropout)
         self.dense = nn.Linear(d_model, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(d_model, num_labels)
 
     def forward(self, hidden: Tensor) -> Tensor:

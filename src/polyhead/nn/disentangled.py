@@ -12,15 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyhead.nn.attend import rows_at_once
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.dropout import dropout
 from polyhead.nn.embedding import Table
 from polyhead.nn.mask import Lowered
 from polyhead.nn.position import Position
 
 TERMS = ("c2p", "p2c")
 BLOCK = 64
-AT_ONCE = 2**22
-"""Scores that a CPU keeps near at hand."""
 
 Windows = tuple[Tensor | None, Tensor | None]
 """For queries and for keys, the vectors of the offsets that each block of places meets."""
@@ -84,7 +84,7 @@ class DisentangledAttention(MultiHeadAttention):
             return super().weigh(q, k, v, mask, position, at, keys_at)
         windows = position.windows(self)
         allowed = mask.boolean(q.shape[2], k.shape[2], q.device)
-        rows = max(1, AT_ONCE // (q.shape[1] * q.shape[2] * k.shape[2]))
+        rows = rows_at_once(q, k)
         masks = [allowed] * math.ceil(len(q) / rows)
         if allowed is not None and len(allowed) > 1:
             masks = list(allowed.split(rows))
@@ -102,7 +102,7 @@ class DisentangledAttention(MultiHeadAttention):
         scores = scores.unflatten(0, q.shape[:2])
         if allowed is not None:
             scores = scores.masked_fill_(~allowed, torch.finfo(scores.dtype).min)
-        found = F.dropout(scores.softmax(-1), self.dropout, self.training) @ v
+        found = dropout(scores.softmax(-1), self.dropout, self.training) @ v
         if allowed is None:
             return found
         return found.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
@@ -163,7 +163,7 @@ class Distances(Position):
 
     def windows(self, attention: DisentangledAttention) -> Windows:
         """What a layer multiplies its queries, and its keys, with; the scale is in them."""
-        vectors = F.dropout(self.vectors, self.dropout) if self.dropout else self.vectors
+        vectors = dropout(self.vectors, self.dropout) if self.dropout else self.vectors
         keys, queries = attention.keys_of(vectors), attention.queries_of(vectors)
         heads, scale = attention.num_heads, attention.scale
         # A key's offset from the query is -d: the last distance comes first.

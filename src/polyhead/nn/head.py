@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from polyhead.nn.dropout import Dropout
 from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import activation_named
 from polyhead.nn.norm import LayerNorm
@@ -77,7 +78,7 @@ class Pooler(nn.Module):
     def __init__(self, d_model: int, activation: str = "tanh", dropout: float = 0.0) -> None:
         super().__init__()
         self.activation = torch.tanh if activation == "tanh" else activation_named(activation)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.dense = nn.Linear(d_model, d_model)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class Classifier(Head):
     ) -> None:
         super().__init__()
         self.reads_pooled = pooled
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(width, num_labels, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -113,7 +114,7 @@ class FirstTokenClassifier(Head):
     ) -> None:
         super().__init__()
         self.pooler = Pooler(d_model, activation, dropout)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(d_model, num_labels)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -138,7 +139,7 @@ class SpanHead(Head):
 
     def __init__(self, d_model: int, dropout: float = 0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.ends = nn.Linear(d_model, 2)
 
     def forward(self, hidden: Tensor) -> Tensor:

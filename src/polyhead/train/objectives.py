@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
 
 IGNORE = -100
-# Below this many logits a chunk, one product for all rows is fastest, and small beside a block's
-# activations; above it the rows go through in chunks of about this many logits.
-CHUNK_LOGITS = 1 << 24
+# Below this many logits one product for all rows is fastest, and small beside a block's
+# activations; above it the rows go through in chunks of about as many. Smaller ones stay in a
+# CPU's cache.
+CHUNK_LOGITS, CHUNK_LOGITS_CPU = 1 << 24, 1 << 22
 # Weights of the routers' losses where the model's config names none (Fedus et al. 2021; Zoph et
 # al. 2022).
 BALANCE, ROUTER_Z = 0.01, 0.001
@@ -108,7 +110,15 @@ def _router_losses(
 
 
 def head_cross_entropy(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Sum over labels of -log p, in fp32, of the head's logits for `hidden` [B, T, E].
+    """Sum over labels of -log p, in fp32, of the head's logits for `hidden` [B, T, E]."""
+    return smoothed_cross_entropy(head, hidden, labels, 0.0)[0]
+
+
+def smoothed_cross_entropy(
+    head: Any, hidden: Tensor, labels: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The same with a part `smoothing` of each label spread over the vocabulary (Szegedy et al.
+    2016); and, without gradient, what it is without that.
 
     Never holds all logits of a large vocabulary: rows go through in chunks, and each chunk's
     gradient is taken while its logits are there, so nothing is computed twice (Liger Kernel, 2024).
@@ -116,36 +126,53 @@ def head_cross_entropy(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     weight, bias, scale = head.weight, getattr(head, "bias", None), getattr(head, "scale", 1.0)
-    if hidden.shape[0] * weight.shape[0] <= CHUNK_LOGITS:
+    on_cpu = hidden.device.type == "cpu"
+    chunk = min(CHUNK_LOGITS, CHUNK_LOGITS_CPU) if on_cpu else CHUNK_LOGITS
+    if hidden.shape[0] * weight.shape[0] <= chunk:
         logits = head(hidden).float()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        sums = partial(F.cross_entropy, logits, labels, ignore_index=IGNORE, reduction="sum")
+        total = sums(label_smoothing=smoothing)
+        return total, sums().detach() if smoothing else total.detach()
     if scale != 1.0:
         hidden, bias = hidden * scale, None if bias is None else bias * scale
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)
+    # A chunk adds to a gradient of the weight's size: fewer rows than columns are not worth it.
+    rows = max(hidden.shape[1] if on_cpu else 1, chunk // weight.shape[0])
+    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, smoothing, rows)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(x wᵀ + b)[label], gradients made chunk by chunk on the way forward."""
+    """Cross-entropy of x wᵀ + b, gradients made chunk by chunk on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        labels: Tensor,
+        smoothing: float,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
         wants = [tensor is not None and tensor.requires_grad for tensor in (x, w, b)]
         dx = torch.empty_like(x) if wants[0] else None
         dw = torch.zeros_like(w, dtype=torch.float32) if wants[1] else None
         db = torch.zeros_like(b, dtype=torch.float32) if b is not None and wants[2] else None
-        total = x.new_zeros((), dtype=torch.float32)
-        rows = max(1, CHUNK_LOGITS // w.shape[0])
+        nll, even = x.new_zeros(2, dtype=torch.float32)
         for start in range(0, x.shape[0], rows):
             part, target = x[start : start + rows], labels[start : start + rows]
             counts = target != IGNORE
             target = target.clamp_min(0)[:, None]
             logp = F.linear(part, w, b).float()
             logp -= logp.logsumexp(-1, keepdim=True)
-            total -= (logp.gather(-1, target)[:, 0] * counts).sum()
+            nll -= (logp.gather(-1, target)[:, 0] * counts).sum()
+            if smoothing:
+                even -= (logp.mean(-1) * counts).sum()
             if not any(wants):
                 continue
             dlogits = logp.exp_()
-            dlogits.scatter_add_(-1, target, torch.full_like(dlogits[:, :1], -1.0))
+            if smoothing:
+                dlogits -= smoothing / w.shape[0]
+            dlogits.scatter_add_(-1, target, torch.full_like(dlogits[:, :1], smoothing - 1.0))
             dlogits *= counts[:, None]
             if db is not None:
                 db += dlogits.sum(0)
@@ -158,16 +185,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 dw += dlogits.T @ part
         ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = w.dtype, b.dtype if b is not None else None
-        return total
+        total = nll + smoothing * (even - nll)
+        nll = nll.clone()
+        ctx.mark_non_differentiable(nll)
+        return total, nll
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, scale: Tensor
+        ctx: Any, scale: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
         return (
             None if dx is None else (dx * scale).to(dx.dtype),
             None if dw is None else (dw * scale).to(ctx.dtypes[0]),
             None if db is None else (db * scale).to(ctx.dtypes[1]),
+            None,
+            None,
             None,
         )

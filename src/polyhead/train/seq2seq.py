@@ -20,7 +20,7 @@ from polyhead.train.examples import (
     part_of,
     strings,
 )
-from polyhead.train.objectives import IGNORE, Loss, head_cross_entropy, shifted
+from polyhead.train.objectives import IGNORE, Loss, shifted, smoothed_cross_entropy
 from polyhead.train.records import Table
 
 # How text/marian.py marks the pieces that only a target text is cut into.
@@ -93,18 +93,13 @@ def decided_ids(model: Any, tokenizer: Any, source: Any) -> None:
 def seq2seq(model: Any, batch: LabelledBatch, smoothing: float = 0.1) -> Loss:
     """Cross-entropy of the targets, and a part `smoothing` of it spread over the vocabulary
     (Szegedy et al. 2016): `loss` is the cross-entropy alone."""
-    hidden = model.backbone(**batch.inputs)
-    if not (smoothing and model.training):
-        # Where nothing reads every logit, they need not all be there at once.
-        nll = head_cross_entropy(model.head, hidden, batch.labels)
-        return Loss(nll, batch.tokens(), {"loss": nll.detach()}, _told(model, batch))
+    states = model.backbone(**batch.inputs)
     counts = batch.labels != IGNORE
-    logits = model.answer(hidden[counts]).float()
-    logp = logits.log_softmax(-1)
-    nll = -logp.gather(-1, batch.labels[counts][:, None]).sum()
-    spread = smoothing * (-logp.mean(-1).sum() - nll)
-    parts = {"loss": nll.detach(), "smoothing": spread.detach()}
-    return Loss(nll + spread, batch.tokens(), parts, (), lambda: logits)
+    hidden, labels = states[counts], batch.labels[counts]
+    smoothing = smoothing if model.training else 0.0
+    total, nll = smoothed_cross_entropy(model.head, hidden, labels, smoothing)
+    parts = {"loss": nll, **({"smoothing": (total - nll).detach()} if smoothing else {})}
+    return Loss(total, batch.tokens(), parts, _told(model, batch), lambda: model.answer(hidden))
 
 
 def _told(model: Any, batch: LabelledBatch) -> tuple[Tensor, ...]:
