@@ -24,7 +24,7 @@ def main() -> None:
     )
     model = ph.build(
         "t5", seed=0, vocab_size=words.vocab_size, d_model=192, d_ff=512, num_layers=3,
-        num_heads=4, activation="gelu_tanh", is_gated=True, dropout=0.0,
+        num_heads=4, feed_forward="gated-gelu", dropout=0.0,
     )  # fmt: skip
     config = TrainConfig(
         steps=given.steps, batch_size=given.batch_size, context=128, lr=2e-3, warmup=150,

@@ -42,7 +42,7 @@ def by_gathering(
     return layer.out(torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v).flatten(2))
 
 
-LENGTHS = [1, 2, 7, 64, 65, 130]
+LENGTHS = [1, 2, 7, 64, 65, 130, 260]
 PARTS = {
     "a-row-a-distance": dict(span=140),
     "short-reach": dict(span=4),

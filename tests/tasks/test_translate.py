@@ -191,9 +191,19 @@ def test_opus_tokenizers_are_those_of_transformers(opus: Path, tmp_path: Path) -
         ids = [chance.randrange(2, ours.vocab_size - 2) for _ in range(8)] + [0]
         decoded = theirs.decode(ids, skip_special_tokens=True)
         assert ours.decode(ids).strip() == decoded
+    written = ours.encode_targets(texts)
+    wanted = [theirs(text_target=text).input_ids for text in texts]
+    is_known = [theirs.unk_token_id not in ids for ids in wanted]
+    assert sum(is_known) > 10
+    for ids, other, known in zip(written, wanted, is_known, strict=True):
+        assert [*ids, 0] == other or not known
+    assert written != [ids[:-1] for ids in map(ours.encode, texts)]
     ours.save(tmp_path)
     again = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert [again(text).input_ids for text in texts] == [ours.encode(text) for text in texts]
+    assert ph.tokenizer(tmp_path).encode_targets(texts) == written
+    ph.Tokenizer.train(texts).save(tmp_path, force=True)
+    assert not (tmp_path / "target_tokenizer.json").exists()
 
 
 def test_an_opus_directory_translates(opus: Path) -> None:
@@ -206,6 +216,21 @@ def test_an_opus_directory_translates(opus: Path) -> None:
     with pytest.raises(ph.FileError, match="a vocabulary for each language"):
         ph.tokenizer(opus)
     (opus / "target_vocab.json").unlink()
+
+
+def test_an_opus_checkpoint_is_taught(opus: Path, tmp_path: Path) -> None:
+    words = ph.tokenizer(opus)
+    model = ph.build("marian", seed=0, vocab_size=words.vocab_size, d_model=32, d_ff=48,
+                     init_std=0.2, num_layers=1, num_heads=2, pad_id=words.pad_id)  # fmt: skip
+    rows = [{"source": f"the {word}", "target": f"{word} {word}"} for word in WORDS] * 4
+    config = ph.TrainConfig.fine_tuning(
+        steps=200, lr=5e-3, batch_size=16, out=str(tmp_path / "run")
+    )
+    trainer = ph.Trainer(model, words, config, objective="seq2seq", quiet=True)
+    taught = trainer.fit(rows, rows[: len(WORDS)])
+    assert taught["valid_loss"] < 1.0
+    found = ph.Translator(ph.load(taught["best"]), ph.tokenizer(taught["best"]))(["the fox"])
+    assert found == ["fox fox"]
 
 
 def test_a_model_that_was_taught_translates(tmp_path: Path) -> None:

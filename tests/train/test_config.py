@@ -80,6 +80,7 @@ def test_every_field_has_a_default_and_help_needs_no_torch():
 
 
 def test_fine_tuning_is_gentle_and_epochs_are_positive(tmp_path):
+    assert TrainConfig.fine_tuning(steps=7).epochs is None
     made = TrainConfig.fine_tuning(lr=1e-4)
     assert (made.lr, made.epochs, made.min_lr, made.schedule) == (1e-4, 3.0, 0.0, "linear")
     made.save(tmp_path / "config.toml")

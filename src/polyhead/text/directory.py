@@ -5,6 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from polyhead.text.special import ROLES, SpecialTokens, TokenizerParts, add_spec
 _CONFIG = "tokenizer_config.json"
 _SPECIAL = "special_tokens_map.json"
 _GENERATION = "generation_config.json"
+_TARGET = "target_tokenizer.json"
 # entries of tokenizer_config.json that say nothing this library acts on, and others may need
 _KEPT = ("model_max_length", "model_input_names", "do_lower_case", "response_schema")
 
@@ -50,6 +52,8 @@ def _read_directory(path: Path, special: Mapping[str, str | None] | None) -> Tok
         config = {**read_json(path / _SPECIAL), **config}
     if (path / "tokenizer.json").is_file():
         parts = _read_json(path / "tokenizer.json")
+        if (path / _TARGET).is_file():
+            parts = replace(parts, target=_read_json(path / _TARGET).backend)
     elif (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         parts = vocab_files.read_bpe(path / "vocab.json", path / "merges.txt", config)
     elif (path / "source.spm").is_file() and (path / "vocab.json").is_file():
@@ -132,6 +136,7 @@ def _finish(
         chat_templates=templates or parts.chat_templates,
         clean_up=bool(config.get("clean_up_tokenization_spaces", False)),
         config={key: config[key] for key in _KEPT if key in config},
+        target=parts.target,
     )
 
 
@@ -236,6 +241,7 @@ def write(path: Path, parts: TokenizerParts, force: bool) -> None:
     """The directory that `read` and transformers read; each file appears whole or not at all."""
     special = {f"{role}_token": token for role, token in parts.special.items()}
     templates = dict(parts.chat_templates)
+    target = parts.target
     files: dict[str, Callable[[Path], object]] = {
         "tokenizer.json": lambda file: parts.backend.save(str(file), pretty=True),
         _CONFIG: lambda file: _write_json(
@@ -250,6 +256,8 @@ def write(path: Path, parts: TokenizerParts, force: bool) -> None:
         ),
         _SPECIAL: lambda file: _write_json(file, special),
     }
+    if target is not None:
+        files[_TARGET] = lambda file: target.save(str(file), pretty=True)
     for name, text in templates.items():
         if not re.fullmatch(r"[\w-]+", name):
             raise FileError(f"the chat template's name {name!r} is no file name; rename it")
@@ -265,8 +273,9 @@ def write(path: Path, parts: TokenizerParts, force: bool) -> None:
     for name, fill in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path / name, fill)
-    if "default" not in templates and force:
-        (path / "chat_template.jinja").unlink(missing_ok=True)  # another tokenizer's
+    if force:  # what another tokenizer left
+        for name in {"chat_template.jinja", _TARGET} - files.keys():
+            (path / name).unlink(missing_ok=True)
 
 
 def _input_names(special: SpecialTokens) -> list[str]:

@@ -54,7 +54,8 @@ class TokenizerParts:
     """What every reader and recipe hands to `Tokenizer`.
 
     `stops` are ids that end generation besides the eos token; `config` keeps the entries of
-    `tokenizer_config.json` that are written back untouched.
+    `tokenizer_config.json` that are written back untouched. `target` cuts texts that a model is to
+    write, of the same ids, where it is another than for those it reads.
     """
 
     backend: tokenizers.Tokenizer
@@ -63,6 +64,7 @@ class TokenizerParts:
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     clean_up: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)
+    target: tokenizers.Tokenizer | None = None
 
 
 def add_special(backend: tokenizers.Tokenizer, tokens: list[str]) -> None:

@@ -11,6 +11,7 @@ from polyhead.errors import ConfigError, DataError
 from polyhead.text import directory
 from polyhead.text.batch import Batch, collate
 from polyhead.text.from_gguf import read_gguf
+from polyhead.text.marian import TARGETS
 from polyhead.text.special import ROLES, SpecialTokens, TokenizerParts
 from polyhead.text.stream import TextStream, clean_up
 from polyhead.text.train import DEFAULT_SPECIAL, KINDS, train_parts
@@ -33,7 +34,7 @@ class Tokenizer:
         self._clean_up = parts.clean_up and not isinstance(
             self.backend.model, tokenizers.models.BPE
         )
-        self._stops = parts.stops
+        self._stops, self._target = parts.stops, parts.target
         ids = {role: self.backend.token_to_id(token) for role, token in parts.special.items()}
         self.bos_id: int | None = ids.get("bos")
         self.eos_id: int | None = ids.get("eos")
@@ -103,7 +104,8 @@ class Tokenizer:
         return cls(read_gguf(metadata))
 
     def save(self, path: str | Path, force: bool = False) -> None:
-        """tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja.
+        """tokenizer.json, tokenizer_config.json, special_tokens_map.json, chat_template.jinja; of
+        Marian's, target_tokenizer.json too.
 
         transformers loads the directory and gives the same ids. A file in the way is a FileError
         unless `force`. Further stop ids go into generation_config.json if there is none.
@@ -117,6 +119,7 @@ class Tokenizer:
                 chat_templates=self.chat_templates,
                 clean_up=self._clean_up,
                 config=self.config,
+                target=self._target,
             ),
             force,
         )
@@ -136,6 +139,24 @@ class Tokenizer:
             check_text(text, f"text {i}")
         # the "fast" call leaves out offsets: a quarter of the time
         found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
+
+    def encode_targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that a model is to write, without special tokens.
+
+        Those of `encode_batch`, but for Marian's tokenizers, which cut both languages by their own
+        pieces. Errors: ConfigError where such a one was saved without its target's.
+        """
+        if self._target is None:
+            if self._lacks_target:
+                raise ConfigError(
+                    "the tokenizer cuts source texts alone: target.spm or target_tokenizer.json "
+                    "is missing beside it"
+                )
+            return self.encode_batch(texts, add_special_tokens=False)
+        for i, text in enumerate(texts):
+            check_text(text, f"text {i}")
+        found = self._target.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
@@ -218,6 +239,10 @@ class Tokenizer:
     def vocab(self) -> dict[str, int]:
         """Every token with its id; built when first asked for."""
         return self.backend.get_vocab()
+
+    @cached_property
+    def _lacks_target(self) -> bool:
+        return self._target is None and any(piece.startswith(TARGETS) for piece in self.vocab)
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

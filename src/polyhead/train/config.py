@@ -117,9 +117,10 @@ class TrainConfig:
         """Settings for a checkpoint that learns a task from a table, but for those named.
 
         Three epochs at 5e-5 as Devlin et al. (2019) advise, falling to 0; everything held out is
-        validated on, and the best checkpoint is kept.
+        validated on, and the best checkpoint is kept. `steps` takes the place of the epochs.
         """
-        return cls(**{**FINE_TUNING, **settings})
+        counts = {"epochs": None} if "steps" in settings else {}
+        return cls(**{**FINE_TUNING, **counts, **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON and TOML hold it."""

@@ -23,9 +23,6 @@ from polyhead.train.examples import (
 from polyhead.train.objectives import IGNORE, Loss, shifted, smoothed_cross_entropy
 from polyhead.train.records import Table
 
-# How text/marian.py marks the pieces that only a target text is cut into.
-_TARGETS_ONLY = "\U0010ffff"
-
 
 @dataclass(frozen=True)
 class TargetCollator:
@@ -37,9 +34,7 @@ class TargetCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, str]]) -> LabelledBatch:
         inputs = self.inputs([row["source"] for row in rows])
-        targets = self.inputs.tokenizer.encode_batch(
-            [row["target"] for row in rows], add_special_tokens=False
-        )
+        targets = self.inputs.tokenizer.encode_targets([row["target"] for row in rows])
         targets = [[*ids[: self.inputs.max_len - 1], self.end] for ids in targets]
         labels = torch.full((len(rows), max(map(len, targets))), IGNORE)
         for row, ids in zip(labels, targets, strict=True):
@@ -53,11 +48,7 @@ def translated_texts(
     table: Table, tokenizer: Any, model: Any, config: TrainConfig, split: Split
 ) -> Examples | None:
     """Rows of `source` and `target`."""
-    if any(piece.startswith(_TARGETS_ONLY) for piece in tokenizer.vocab):
-        raise ConfigError(
-            "the tokenizer cuts source texts alone (Marian's has a model for each language): "
-            "fine-tune a t5, or a marian with a tokenizer for both languages"
-        )
+    tokenizer.encode_targets([])  # refuses now what it would refuse at the first batch
     for role in ("source", "target"):
         strings(table.columns[role], role, table.name)
     if blank := [row for row, text in enumerate(table.columns["source"]) if not text.strip()]:
