@@ -15,7 +15,7 @@ from polyhead.train.config import TrainConfig
 
 
 def main() -> None:
-    given = arguments(__doc__, "translate", steps=1900, batch_size=64)
+    given = arguments(__doc__, "translate", steps=1600, batch_size=64)
     began = time.perf_counter()
     rows = pairs("bible.en-es.tsv")
     test, valid = rows[-500:], rows[-750:-500]
@@ -40,8 +40,8 @@ def main() -> None:
     )
     config = TrainConfig(
         steps=given.steps, batch_size=given.batch_size, context=128, lr=2e-3, warmup=300,
-        dtype="bfloat16", betas=(0.9, 0.98), weight_decay=0.01, validate_every=475,
-        checkpoint_every=475, validate_batches=0, out=given.out,
+        dtype="bfloat16", betas=(0.9, 0.98), weight_decay=0.01, validate_every=400,
+        checkpoint_every=400, validate_batches=0, out=given.out,
     )  # fmt: skip
     trainer = ph.Trainer(model, tokenizer, config, objective="seq2seq")
     fitted = trainer.fit(_table(train), _table(valid), force=given.force)

@@ -14,6 +14,7 @@ import torch
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel, require_causal
 from polyhead.train import adversarial, checkpoint, registry, rundir
+from polyhead.train.allocator import keep_freed_memory
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset, Windows
@@ -100,6 +101,8 @@ class Trainer:
         rundir.claim(self.run, resume=resume, force=force)
         device = self._device()
         self.model.to(device)
+        if device.type == "cpu":
+            keep_freed_memory()
         train, held = self._datasets(texts, valid)
         self._count_epochs(len(train))
         torch.manual_seed(self.config.seed)
