@@ -29,6 +29,7 @@ def test_the_demo_leaves_a_model_and_a_report_and_can_be_run_again(small, tmp_pa
     page = (out / "report.html").read_text()
     assert all(title in page for title in ("Loss", "Comparison", "Where one head looks", "Step 6"))
     ids = tokenizer(out).encode("The word 3")
+    assert tokenizer(out).config["model_max_length"] == load(out).config.max_tokens
     assert load(out)(__import__("torch").tensor([ids])).shape == (1, len(ids), len(tokenizer(out)))
 
 

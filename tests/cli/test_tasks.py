@@ -59,6 +59,88 @@ def test_texts_that_are_cut_are_counted_on_standard_error(cli, models):
     assert cli("classify", models / "classify", "Ada").err == ""
 
 
+def test_embedded_and_ranked_texts_that_are_cut_are_counted_too(cli, models, tmp_path):
+    long = "Ada wrote a program. " * 40
+    said = "texts the end was not read: the model takes 64 tokens"
+    for shown in ((), ("--json",), ("--out", tmp_path / "vectors.npy")):
+        found = cli("embed", models / "lm", long, "Ada", long, *shown)
+        assert found.err.count(f"of 2 of 3 {said}\n") == 1
+    (tmp_path / "help.txt").write_text(f"Ada\n{long}\nGrace\n")
+    ranked = cli("similar", models / "lm", long, "--among", tmp_path / "help.txt")
+    assert ranked.err == f"of 2 of 4 {said}\n"
+    for verb in ("embed", "similar"):
+        assert cli(verb, models / "lm", "Ada", "Grace").err == ""
+
+
+def numbers(value: Any) -> list[float]:
+    """All that stand anywhere in a record, in their order."""
+    if isinstance(value, dict | list):
+        inner = value.values() if isinstance(value, dict) else value
+        return [number for each in inner for number in numbers(each)]
+    return [value] if isinstance(value, float) else []
+
+
+VERBS = {
+    "embed": ["{lm}", "--file", "{lines}"],
+    "similar": ["{lm}", "Ada", "--among", "{lines}"],
+    "classify": ["{classify}", "--file", "{lines}"],
+    "tag": ["{tag}", "--file", "{lines}"],
+    "answer": ["{answer}", "Who?", "Where?", "--context", "{lines}"],
+    "fill": ["{lm}", "--file", "{lines}"],
+    "classify images": ["{vit}", "--file", "{images}"],
+}
+
+
+@pytest.fixture
+def packings(monkeypatch) -> list[Any]:
+    """The models that verbs pack, from here on."""
+    import polyhead.kernels
+
+    seen, pack = [], polyhead.kernels.pack
+    monkeypatch.setattr(polyhead.kernels, "pack", lambda model: seen.append(model) or pack(model))
+    return seen
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_much_work_is_done_by_a_packed_model(cli, models, tmp_path, monkeypatch, packings, verb):
+    (tmp_path / "lines").write_text("\n".join(f"{text} [MASK]" for text in TEXTS * 12))
+    (tmp_path / "images").write_text("\n".join(pictures(tmp_path, 3)))
+    files = {path.name: path for path in (*models.iterdir(), *tmp_path.iterdir())}
+    words = [verb.split()[0], *(word.format(**files) for word in VERBS[verb]), "--json"]
+    found = cli(*words)
+    assert (found.code, len(packings)) == (0, 1), found.err
+    monkeypatch.setattr("polyhead.cli.opening._WORTH_PACKING", 1e9)
+    plain = cli(*words)
+    assert len(packings) == 1
+    assert numbers(records(plain.out)) == pytest.approx(
+        numbers(records(found.out)), rel=1e-4, abs=1e-5
+    )
+
+
+def test_a_few_texts_are_not_worth_packing(cli, models, packings):
+    assert cli("embed", models / "lm", *TEXTS).code == 0
+    assert packings == []
+
+
+def test_packing_keeps_quiet_where_nothing_compiles(models, tmp_path, monkeypatch, packings, capfd):
+    from polyhead.cli.main import main
+    from polyhead.kernels.native import library
+
+    (tmp_path / "lines").write_text("\n".join(TEXTS * 20))
+    words = ["classify", str(models / "classify"), "--file", str(tmp_path / "lines"), "--json"]
+    monkeypatch.setenv("POLYHEAD_HOME", str(tmp_path / "home"))
+    try:
+        for compiler in ("no-such-compiler", "false"):
+            monkeypatch.setenv("CXX", compiler)
+            library.cache_clear()
+            assert main(words) == 0
+            seen = capfd.readouterr()
+            assert (len(seen.out.splitlines()), seen.err) == (20 * len(TEXTS), "")
+    finally:
+        library.cache_clear()
+    assert len(packings) == 2
+
+
 def test_a_model_of_images_is_none_of_texts(cli, models):
     for words in (("tag", models / "vit", "Ada"), ("embed", models / "vit", "Ada")):
         found = cli(*words)

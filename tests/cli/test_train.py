@@ -32,6 +32,8 @@ def test_train_writes_a_run_that_generates(cli, text, tmp_path, family):
         p.name for p in out.iterdir()
     }
     assert json.loads((out / "run.json").read_text())["model"] == family
+    made = out / "checkpoints" / "step-00000004"
+    assert tokenizer(made).config["model_max_length"] == load(made).config.max_tokens
     page = (out / "report.html").read_text()
     assert "polyline" in page
     assert "Where one head looks" in page

@@ -110,6 +110,16 @@ def test_image_settings_travel(cli, tmp_path):
     assert Processor.load(tmp_path / "b") == Processor.load(tmp_path / "a")
 
 
+def test_a_converted_tokenizer_states_the_length_unless_it_did(cli, plain, tmp_path):
+    assert "model_max_length" not in tokenizer(plain).config
+    assert cli("convert", plain, tmp_path / "a", "--to", "hf").code == 0
+    assert tokenizer(tmp_path / "a").config["model_max_length"] == 128
+    said = tmp_path / "a" / "tokenizer_config.json"
+    said.write_text(said.read_text().replace(": 128", ": 77"))
+    assert cli("convert", tmp_path / "a", tmp_path / "b", "--to", "hf").code == 0
+    assert tokenizer(tmp_path / "b").config["model_max_length"] == 77
+
+
 def test_a_wrong_conversion_fails(cli, plain, tmp_path, monkeypatch):
     def damaged(source, args):
         model = load(source)

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from tests.tasks.tiny import make
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.tasks.embed import embed
+from polyhead.models.sentence import Sentences
+from polyhead.tasks.embed import cut_texts, embed, limit
 
 TEXTS = [
     "the lazy dog",
@@ -59,6 +61,36 @@ def test_an_empty_text_needs_a_token_to_stand_for_it(model, with_bos, tokenizer)
     bare = type(tokenizer).train(["ab"], kind="bytes", special_tokens={"bos": None, "eos": None})
     with pytest.raises(DataError, match="empty"):
         embed(model, bare, ["hello", ""])
+
+
+def test_which_texts_are_cut_can_be_asked(model, tokenizer):
+    assert limit(model) == 48
+    whole = tokenizer.decode(tokenizer.encode("the lazy dog. " * 40)[:48])
+    assert len(tokenizer.encode(whole)) == 48
+    texts = ["x", whole + " and more", whole, "some more text. " * 40]
+    assert cut_texts(model, tokenizer, texts) == [1, 3]
+    vectors = embed(model, tokenizer, texts)
+    assert torch.allclose(vectors[1], vectors[2], atol=1e-5)
+
+
+def test_the_end_of_the_frame_stays_where_a_text_is_cut(tmp_path):
+    model, words = make(tmp_path, "lm")
+    ids = words.encode("Ada wrote a program. " * 40)
+    assert limit(model) == 64
+    with torch.no_grad():
+        expected = model.backbone(torch.tensor([[*ids[:63], words.sep_id]]))[0].mean(0)
+    found = embed(model, words, "Ada wrote a program. " * 40, normalize_embeddings=False)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_the_shorter_of_two_limits_holds_and_prompts_count(tmp_path):
+    model, words = make(tmp_path, "lm")
+    model.sentences = Sentences(max_tokens=8, prompts={"query": "Ada Ada "})
+    assert limit(model) == 8
+    assert cut_texts(model, words, ["Ada", "Ada " * 7, "Ada " * 6]) == [1]
+    assert cut_texts(model, words, ["Ada " * 4, "Ada " * 5], prompt_name="query") == [1]
+    model.sentences = Sentences(max_tokens=500)
+    assert limit(model) == 64
 
 
 def test_batch_size_is_checked(model, tokenizer):

@@ -78,6 +78,17 @@ def test_the_language_head_of_a_pretraining_model(tmp_path: Path) -> None:
     assert (best.token_id, best.score) == (int(row.argmax()), pytest.approx(row.max().item()))
 
 
+def test_the_states_are_those_that_its_own_head_reads(tmp_path: Path) -> None:
+    tasks = {"names": {"head": "tag"}, "words": {"head": "lm"}}
+    model, tokenizer = make(tmp_path, "multitask", "deberta-v2", position_buckets=8, tasks=tasks)
+    fill, ids = Filler(model, tokenizer), tokenizer.encode(MASKED[0])
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), head="words")
+    row = logits[0, ids.index(fill.mask_id)].softmax(-1)
+    best = fill(MASKED[0], top_k=1)[0][0][0]
+    assert (best.token_id, best.score) == (int(row.argmax()), pytest.approx(row.max().item()))
+
+
 @pytest.mark.parametrize(
     ("texts", "word"),
     [

@@ -111,6 +111,23 @@ def test_long_texts_lose_their_end_and_keep_their_mark(tmp_path: Path) -> None:
     best = writer.generate([[*ids[:15], ids[-1]]], writer.settings(num_beams=4, max_new_tokens=6))
     found = ph.Translator(model, words)(long, max_new_tokens=6)
     assert found[0].token_ids == best[0][0].ids
+    fitting = " ".join(WORDS * 4)[: len(words.decode(ids[:10]))]
+    told = ph.Translator(model, words)([long, "", fitting], max_new_tokens=2)
+    assert [one.is_cut for one in told] == [True, False, False]
+
+
+def test_verbs_count_the_texts_that_lose_their_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path / "model", "marian", max_seq_len=16)
+    asked = [str(tmp_path / "model"), " ".join(WORDS * 4), "fox", "--max-new-tokens", "2"]
+    for verb in ("translate", "summarize"):
+        assert main([verb, *asked, "--json"]) == 0
+        seen = capsys.readouterr()
+        assert [json.loads(line)["cut"] for line in seen.out.splitlines()] == [True, False]
+        assert seen.err == "of 1 of 2 texts the end was not read: the model takes 16 tokens\n"
+        assert main([verb, asked[0], *asked[2:]]) == 0
+        assert capsys.readouterr().err == ""
 
 
 def test_progress_is_told(tmp_path: Path) -> None:

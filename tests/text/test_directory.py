@@ -4,6 +4,7 @@ import pydoc_data.topics
 import pytest
 
 from polyhead.errors import FileError
+from polyhead.text.directory import state_length
 from polyhead.text.tokenizer import Tokenizer
 
 CORPUS = "\n".join(pydoc_data.topics.topics.values())[:30_000]
@@ -177,6 +178,27 @@ def test_baked_in_padding_and_cutting_do_not_act(trained, tmp_path):
     loaded = Tokenizer.load(tmp_path)
     assert loaded.encode(CORPUS[:500]) == trained["bpe"].encode(CORPUS[:500])
     assert loaded.special_tokens.pad == "<|pad|>"
+
+
+def test_a_length_is_stated_where_none_stands(trained, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    state_length(tmp_path, 12)
+    assert not any(tmp_path.iterdir())
+    trained["wordpiece"].save(tmp_path)
+    written = (tmp_path / "tokenizer_config.json").read_text()
+    state_length(tmp_path, None)
+    assert (tmp_path / "tokenizer_config.json").read_text() == written
+    for length in (12, 99):
+        state_length(tmp_path, length)
+        after = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert after == {**json.loads(written), "model_max_length": 12}
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert len(theirs(CORPUS[:500], truncation=True).input_ids) == 12
+    again = Tokenizer.load(tmp_path)
+    assert len(again.encode(CORPUS[:500])) > 12
+    again.save(tmp_path / "again")
+    state_length(tmp_path / "again", 99)
+    assert Tokenizer.load(tmp_path / "again").config["model_max_length"] == 12
 
 
 @pytest.mark.parametrize("lower", [True, False, None])

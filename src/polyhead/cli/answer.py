@@ -62,7 +62,7 @@ def run(args: Args) -> int:
     context = read_text(args.context) if args.context is not None else args.text or ""
     if not context.strip():
         raise DataError("the context is empty; give a text that holds the answer")
-    model, tokenizer = args.opening.open(args.model)
+    model, tokenizer = args.opening.open(args.model, [context] * len(questions))
     from polyhead.tasks.answer import Answerer
 
     answer = Answerer(

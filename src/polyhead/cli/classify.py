@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening, note
-from polyhead.cli.texts import lines_of, pairs_of, print_json, print_table, progress
+from polyhead.cli.opening import Opening
+from polyhead.cli.texts import lines_of, note_cut, pairs_of, print_json, print_table, progress
 from polyhead.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyhead.models.model import TaskModel
+    from polyhead.tasks.batching import Progress
     from polyhead.tasks.classify import Classification
 
 
@@ -57,7 +58,7 @@ def run(args: Args) -> int:
     if args.top_k < 1:
         raise ConfigError(f"--top-k is {args.top_k}; it must be at least 1")
     lines = lines_of(args.texts, args.file, "text or image")
-    model, path = args.opening.open_model(args.model)
+    model, path = args.opening.open_model(args.model, lines)
     with progress("classifying") as tell:
         found = _classified(args, model, path, lines, tell)
     if args.json:
@@ -81,14 +82,12 @@ def run(args: Args) -> int:
                 for place, (label, score) in enumerate(some)
             ],
         )
-    if cut := sum(one.is_cut for one in found):
-        most = model.config.max_tokens
-        note(f"of {cut} of {len(found)} texts the end was not read: the model takes {most} tokens")
+    note_cut(sum(one.is_cut for one in found), len(found), model.config.max_tokens)
     return 0
 
 
 def _classified(
-    args: Args, model: "TaskModel", path: Path, lines: Sequence[str], tell: object
+    args: Args, model: "TaskModel", path: Path, lines: Sequence[str], tell: "Progress"
 ) -> "list[Classification]":
     from polyhead.images import Processor
     from polyhead.models.load import tokenizer

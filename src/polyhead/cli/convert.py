@@ -135,6 +135,7 @@ def _to_gguf(source: Path, args: Args) -> None:
 def _to_hf(source: Path, args: Args) -> None:
     from polyhead.images.processor import Processor
     from polyhead.models.load import load, read_checkpoint, tokenizer
+    from polyhead.text.directory import state_length
 
     dtype = args.dtype if args.dtype != "keep" else _widest(read_checkpoint(source)[1])
     model = load(source, dtype=dtype)
@@ -147,6 +148,7 @@ def _to_hf(source: Path, args: Args) -> None:
         note(f"no tokenizer travels: {error}")
         return
     words.save(args.dest, force=True)
+    state_length(args.dest, model.config.max_tokens)
 
 
 def _tokenizer_metadata(source: Path, vocab_size: int | None) -> Mapping[str, Any]:

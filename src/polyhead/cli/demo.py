@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(out: Path, steps: int | None = None) -> dict[str, float]:
     """The whole demo; bits per byte on the held-out text by model."""
+    from polyhead.text.directory import state_length
+
     began = time.monotonic()
     _claim(out)
     corpus = split()
@@ -89,6 +91,7 @@ def run(out: Path, steps: int | None = None) -> dict[str, float]:
     bits = {"GPT": _bits_per_byte(model, tokenizer, corpus.held_out), **baselines}
     model.save(out, force=True)
     tokenizer.save(out, force=True)
+    state_length(out, model.config.max_tokens)
     text = _write(model, tokenizer)
     print(f"\n{text}\n")
     _print_table(bits)

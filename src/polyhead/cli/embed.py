@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from polyhead.cli.opening import Opening, note
-from polyhead.cli.texts import lines_of, print_json, print_table, progress
+from polyhead.cli.texts import lines_of, note_cut, print_json, print_table, progress
 from polyhead.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from polyhead.models.model import TaskModel
+    from polyhead.text.tokenizer import Tokenizer
 
 _AT_ONCE = 2048  # texts between two words of progress
 _SHOWN = 5
@@ -23,7 +26,8 @@ class Args:
     """Turn each text into a vector whose cosine to others says how alike they are.
 
     Directories of sentence-transformers give their own pooling, length and normalisation; of any
-    other model the vector is the mean over the text's tokens, of length 1.
+    other model the vector is the mean over the text's tokens, of length 1. Texts longer than the
+    model lose their end; a line on standard error says how many did.
 
     Examples:
       polyhead embed minilm-l6 "A cat sleeps." "A kitten naps." --json
@@ -57,8 +61,18 @@ def run(args: Args) -> int:
     if args.out is not None and args.out.suffix != ".npy":
         raise FileError(f"{args.out} does not end in .npy; name it {args.out.with_suffix('.npy')}")
     lines = lines_of(args.texts, args.file)
+    model, tokenizer = args.opening.open(args.model, lines)
     with progress("embedding") as tell:
-        vectors = _embedded(args, lines, tell)
+        vectors, cut = _embedded(args, model, tokenizer, lines, tell)
+    _show(args, lines, vectors)
+    from polyhead.tasks.embed import limit
+
+    note_cut(cut, len(lines), limit(model))
+    return 0
+
+
+def _show(args: Args, lines: Sequence[str], vectors: "np.ndarray") -> None:
+    """Written to a file, or printed whole, or the first numbers of each."""
     if args.out is not None:
         import numpy as np
 
@@ -76,17 +90,21 @@ def run(args: Args) -> int:
             for line, row in zip(lines, vectors.tolist(), strict=True)
         ]
         print_table(("width", *names, "text"), rows)
-    return 0
 
 
-def _embedded(args: Args, lines: Sequence[str], tell: Callable[[int, int], None]) -> "np.ndarray":
-    """`[texts, width]`."""
-    model, tokenizer = args.opening.open(args.model)
+def _embedded(
+    args: Args,
+    model: "TaskModel",
+    tokenizer: "Tokenizer",
+    lines: Sequence[str],
+    tell: Callable[[int, int], None],
+) -> "tuple[np.ndarray, int]":
+    """`[texts, width]`, and how many texts were cut."""
     import numpy as np
 
-    from polyhead.tasks.embed import embed
+    from polyhead.tasks.embed import cut_texts, embed
 
-    found = []
+    found, cut = [], 0
     for first in range(0, len(lines), _AT_ONCE):
         some = lines[first : first + _AT_ONCE]
         found.append(
@@ -100,5 +118,6 @@ def _embedded(args: Args, lines: Sequence[str], tell: Callable[[int, int], None]
                 truncate_dim=args.truncate_dim,
             )
         )
+        cut += len(cut_texts(model, tokenizer, some, prompt_name=args.prompt_name))
         tell(first + len(some), len(lines))
-    return np.concatenate(found)
+    return np.concatenate(found), cut

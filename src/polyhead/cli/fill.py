@@ -39,7 +39,7 @@ class Args:
 def run(args: Args) -> int:
     """Fill and print."""
     lines = lines_of(args.texts, args.file)
-    model, tokenizer = args.opening.open(args.model)
+    model, tokenizer = args.opening.open(args.model, lines)
     from polyhead.tasks.fill import Filler
 
     with progress("filling") as tell:

@@ -1,18 +1,24 @@
 """`polyhead similar`: which texts are like another."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from polyhead.cli.opening import Opening, working
-from polyhead.cli.texts import lines_of, print_json, print_table
+from polyhead.cli.texts import lines_of, note_cut, print_json, print_table
 from polyhead.errors import DataError
+
+if TYPE_CHECKING:
+    from polyhead.tasks.similar import Match
 
 
 @dataclass(frozen=True)
 class Args:
     """Rank texts by how alike they are to a query: the cosine of their embeddings, 1 the same.
+
+    Texts longer than the model lose their end; a line on standard error says how many did.
 
     Examples:
       polyhead similar minilm-l6 "how do I return this?" --among help.txt --top-k 3
@@ -44,21 +50,28 @@ def run(args: Args) -> int:
         queries, texts = queries[:1], queries[1:]
         if not texts:
             raise DataError("there is nothing to rank; give more texts, or --among FILE")
-    model, tokenizer = args.opening.open(args.model)
+    given = [*queries, *texts]
+    model, tokenizer = args.opening.open(args.model, given)
+    from polyhead.tasks.embed import cut_texts, limit
     from polyhead.tasks.similar import Similar
 
     with working(f"embedding {len(texts)} texts"):
         found = Similar(model, tokenizer, texts, batch_size=args.batch_size)(
             queries, top_k=args.top_k
         )
-    if args.json:
+    _print(queries, found, as_json=args.json)
+    note_cut(len(cut_texts(model, tokenizer, given)), len(given), limit(model))
+    return 0
+
+
+def _print(queries: Sequence[str], found: "list[list[Match]]", *, as_json: bool) -> None:
+    if as_json:
         print_json(
             {"query": query, "matches": [asdict(one) for one in matches]}
             for query, matches in zip(queries, found, strict=True)
         )
-        return 0
+        return
     for query, matches in zip(queries, found, strict=True):
         if len(queries) > 1:
             print(query)
         print_table(("cosine", "line", "text"), [(m.score, m.index + 1, m.text) for m in matches])
-    return 0

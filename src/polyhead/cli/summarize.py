@@ -14,6 +14,8 @@ from polyhead.errors import DataError
 class Args:
     """Summarize with an encoder-decoder, such as T5.
 
+    Texts longer than the model lose their end; a line on standard error says how many did.
+
     Examples:
       polyhead summarize t5-small article.txt
       cat article.txt | polyhead summarize t5-small - --max-new-tokens 60 --json
@@ -24,7 +26,7 @@ class Args:
     texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TEXT ...")]
     """Texts, or files, each of which is one; - reads one from standard input."""
     json: bool = False
-    """One JSON object a text and line: source, text, score, tokens."""
+    """One JSON object a text and line: source, text, score, tokens, cut (its end was not read)."""
     writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
     opening: Annotated[Opening, tyro.conf.arg(name="")] = field(default_factory=Opening)
 

@@ -45,7 +45,7 @@ class Args:
 def run(args: Args) -> int:
     """Tag and print."""
     lines = lines_of(args.texts, args.file)
-    model, tokenizer = args.opening.open(args.model)
+    model, tokenizer = args.opening.open(args.model, lines)
     from polyhead.tasks.tag import Tagger
 
     tag = Tagger(model, tokenizer, args.aggregation, args.head, args.window)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from polyhead.cli.opening import read_text
+from polyhead.cli.opening import note, read_text
 from polyhead.errors import DataError
 
 _WORTH_A_BAR_S = 1.0
@@ -90,6 +90,12 @@ def progress(text: str) -> Generator[Callable[[int, int], None]]:
         timer.cancel()
         timer.join()
         bar.stop()
+
+
+def note_cut(cut: int, every: int, most: int | None) -> None:
+    """A line on standard error where texts were longer than the model. most: tokens it takes."""
+    if cut:
+        note(f"of {cut} of {every} texts the end was not read: the model takes {most} tokens")
 
 
 def print_json(records: Iterable[Mapping[str, Any]]) -> None:

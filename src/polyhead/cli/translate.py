@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from polyhead.cli.opening import Opening, read_text
-from polyhead.cli.texts import print_json, progress
+from polyhead.cli.texts import note_cut, print_json, progress
 from polyhead.errors import DataError
 
 if TYPE_CHECKING:
     from polyhead.cli.summarize import Args as SummaryArgs
-    from polyhead.tasks.translate import Translator
+    from polyhead.tasks.translate import Rewriting, Translator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Writing:
 class Args:
     """Translate with an encoder-decoder: Marian, T5, or one of your own.
 
+    Texts longer than the model lose their end; a line on standard error says how many did.
+
     Examples:
       polyhead translate Helsinki-NLP/opus-mt-en-es "Good morning."
       polyhead translate runs/en-es book.txt --num-beams 4 > libro.txt
@@ -47,7 +49,7 @@ class Args:
     file: str | None = None
     """A UTF-8 file more, whose lines are texts; a blank line stays blank."""
     json: bool = False
-    """One JSON object a text and line: source, text, score, tokens."""
+    """One JSON object a text and line: source, text, score, tokens, cut (its end was not read)."""
     writing: Annotated[Writing, tyro.conf.arg(name="")] = field(default_factory=Writing)
     opening: Annotated[Opening, tyro.conf.arg(name="")] = field(default_factory=Opening)
 
@@ -80,14 +82,19 @@ def rewrite(writer: "Translator", texts: Sequence[str], args: "Args | SummaryArg
             progress=tell,
             **more,
         )
-    if not args.json:
+    if args.json:
+        print_json(_record(text, one) for text, one in zip(texts, found, strict=True))
+    else:
         for answer in found:
             print(" ".join(answer.split()))
-        return
-    print_json(
-        {"source": text, "text": str(one), "score": one.score, "tokens": len(one.token_ids)}
-        for text, one in zip(texts, found, strict=True)
-    )
+    note_cut(sum(one.is_cut for one in found), len(found), writer.model.config.max_tokens)
+
+
+def _record(source: str, one: "Rewriting") -> dict[str, Any]:
+    tokens = len(one.token_ids)
+    return {
+        "source": source, "text": str(one), "score": one.score, "tokens": tokens, "cut": one.is_cut,
+    }  # fmt: skip
 
 
 def whole(text: str) -> str:

@@ -32,10 +32,10 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
     # -march=native means another machine's instructions where the cache is shared.
     flags = f"{_FLAGS} {machine}"
     texts = [file.read_text(encoding="utf-8") for file in (source, source.with_name("vectors.h"))]
-    made_of = *texts, flags, compiler, _machine(), torch.__version__
-    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    built = home() / "kernels" / f"{name}-{key}.so"
     try:
+        made_of = *texts, flags, compiler, _machine(), torch.__version__
+        key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+        built = home() / "kernels" / f"{name}-{key}.so"
         if not built.exists():
             _compile([compiler, *flags.split(), str(source)], built)
         return ctypes.CDLL(str(built))

@@ -77,14 +77,14 @@ def to_ours(
                     found[ours] = _reshaped(tensor, shapes.get(ours)) if rule.reshape else tensor
     for ours, parts in stacks.items():
         found[ours] = _stacked(ours, parts)
-    _complain(
-        "holds", [*surplus, *(found.keys() - shapes.keys())], "that this model has no place for"
-    )
+    left = [*surplus, *(found.keys() - shapes.keys())]
+    _complain("holds", left, "that this model has no place for", "take its own config.json")
     for name in optional:
         if name in found and found[name].shape != shapes[name]:
             del found[name]
     lacking = shapes.keys() - found.keys() - set(optional)
-    _complain("lacks", list(lacking), "that this model needs")
+    remedy = "fetch it again, or take its own config.json"
+    _complain("lacks", list(lacking), "that this model needs", remedy)
     for name, tensor in found.items():
         if not tensor.is_floating_point():
             raise FileError(f"{name} holds {tensor.dtype}, not numbers with a point; convert it")
@@ -99,6 +99,17 @@ def to_ours(
 def knows(rules: Rules, name: str) -> bool:
     """Whether a rule speaks of a tensor of theirs."""
     return _matching(rules, name)[0] is not None
+
+
+def place_of(rules: Rules, ours: str) -> tuple[Rule, int, str] | None:
+    """The rule that writes a tensor of ours, which of its parts that is, and the name there."""
+    for rule in rules:
+        if isinstance(rule, Rule):
+            parts = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
+            for number, part in enumerate(parts):
+                if (indices := _match(part, ours)) is not None and not rule.stack:
+                    return rule, number, rule.theirs.format(**indices)
+    return None
 
 
 def differ(rules: Rules, theirs: Mapping[str, Tensor]) -> bool:
@@ -214,7 +225,7 @@ def _without(indices: Indices, key: str | None) -> Indices:
     return {name: number for name, number in indices.items() if name != key}
 
 
-def _complain(verb: str, names: list[str], why: str) -> None:
+def _complain(verb: str, names: list[str], why: str, remedy: str) -> None:
     if names:
         some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-        raise FileError(f"the checkpoint {verb} {len(names)} tensor(s) {why}: {some}")
+        raise FileError(f"the checkpoint {verb} {len(names)} tensor(s) {why}: {some}; {remedy}")

@@ -1,7 +1,8 @@
 """A backbone and a head: called and saved alike in every family."""
 
+import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ class TaskModel(nn.Module):
         self.head = head
         self.pooler = pooler
         self.head_kind = "none" if head is None else head_kind
+        self._arguments = tuple(inspect.signature(backbone.forward).parameters)
+        self._masks = _masks(config, self._arguments)
         self.generation: dict[str, Any] = {}
         """What the checkpoint's `generation_config.json` holds."""
         self.sentences: Sentences | None = None
@@ -53,8 +56,8 @@ class TaskModel(nn.Module):
 
         head: which one, where the model has several.
         """
-        mask = named.get("attention_mask", inputs[1] if len(inputs) > 1 else None)
-        return self.answer(self.hidden(*inputs, head=head, **named), mask, head)
+        hidden = self.hidden(*inputs, head=head, **named)
+        return self.answer(hidden, self._mask(inputs, named), head)
 
     def hidden(self, *inputs: Tensor, head: str | None = None, **named: Any) -> Tensor:
         """The states that the head reads `[B, T, E]`: the backbone's, or its mask decoder's."""
@@ -77,6 +80,11 @@ class TaskModel(nn.Module):
             attention_mask = attention_mask.keep
         needs_mask = isinstance(top, Head) and top.needs_mask
         return top(hidden, attention_mask) if needs_mask else top(hidden)
+
+    def _mask(self, inputs: Sequence[Any], named: Mapping[str, Any]) -> Any:
+        """Of the backbone's arguments the mask of the states that it answers with."""
+        given = {**dict(zip(self._arguments, inputs, strict=False)), **named}
+        return next((given[name] for name in self._masks if given.get(name) is not None), None)
 
     def _top(self, name: str | None) -> nn.Module | None:
         return self.head.pick(name) if isinstance(self.head, Heads) else self.head
@@ -203,6 +211,15 @@ def checkpoint_rules(config: Config, head: str) -> Rules:
     if head == "none":
         return rules
     return (*rules, *within("head.", config.row(config.model_type).kind(head).rules(config)))
+
+
+def _masks(config: Config, arguments: Sequence[str]) -> tuple[str, ...]:
+    """What a backbone may call the mask of its answer: the first that is given is it."""
+    if "decoder_input_ids" not in arguments:
+        return ("attention_mask",)
+    has_both = getattr(config, "kind", "encoder-decoder") == "encoder-decoder"
+    # A stack alone takes its mask in the second place as well.
+    return ("decoder_attention_mask",) if has_both else ("attention_mask", "decoder_input_ids")
 
 
 def require_causal(model: TaskModel) -> None:

@@ -92,7 +92,7 @@ class Filler:
         head = model.head.pick(name) if isinstance(model.head, Heads) else model.head
         if isinstance(head, MaskedLanguageHead):
             # A vocabulary at every token would cost more than the rest of the model.
-            logits = head(model.hidden(**given)[masks.to(model.device)])
+            logits = head(model.hidden(head=name, **given)[masks.to(model.device)])
         else:
             named = {} if name is None else {"head": name}
             logits = model(**given, **named)[masks.to(model.device)]

@@ -7,7 +7,7 @@ from polyhead.generate.search import Hypothesis
 from polyhead.generate.search_config import SearchConfig
 from polyhead.generate.seq2seq import Seq2Seq, recommended
 from polyhead.models.model import TaskModel
-from polyhead.tasks.batching import Progress
+from polyhead.tasks.batching import Progress, longest
 from polyhead.text.tokenizer import Tokenizer, check_text
 
 
@@ -15,14 +15,17 @@ class Rewriting(str):
     """A text that a model wrote, with its ids and its score.
 
     score: log-probability / length ** length_penalty; 0 where there were no beams to compare.
+    is_cut: whether its source was longer than the model, so that the end was not read.
     """
 
     token_ids: tuple[int, ...]
     score: float
+    is_cut: bool
 
-    def __new__(cls, text: str, answer: Hypothesis) -> Self:
+    def __new__(cls, text: str, answer: Hypothesis, is_cut: bool = False) -> Self:
         self = super().__new__(cls, text)
         self.token_ids, self.score = answer
+        self.is_cut = is_cut
         return self
 
 
@@ -69,7 +72,7 @@ class Translator:
         """One text for each, in their order; a blank one stays blank.
 
         num_beams, max_new_tokens: None is what the checkpoint says, or 4 and 256. settings: further
-        fields of `SearchConfig`. Texts longer than the model lose their end.
+        fields of `SearchConfig`. Texts longer than the model lose their end: `is_cut`.
         """
         if num_beams is not None:
             settings["num_beams"] = num_beams
@@ -82,15 +85,17 @@ class Translator:
         found = [Rewriting("", Hypothesis(()))] * len(wanted)
         full = [number for number, text in enumerate(wanted) if text.strip()]
         if full:
-            sources = [self._encode(wanted[number]) for number in full]
+            whole = [self.tokenizer.encode(self.prefix + wanted[number]) for number in full]
+            sources = [self._cut(ids) for ids in whole]
             answers = self.writer.generate(sources, config, progress=progress)
-            for number, (best, *_) in zip(full, answers, strict=True):
-                found[number] = Rewriting(self.tokenizer.decode(best.ids).strip(), best)
+            for number, ids, source, (best, *_) in zip(full, whole, sources, answers, strict=True):
+                text = self.tokenizer.decode(best.ids).strip()
+                found[number] = Rewriting(text, best, is_cut=len(source) < len(ids))
         return found
 
-    def _encode(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(self.prefix + text)
-        most = self.model.config.max_tokens
+    def _cut(self, ids: list[int]) -> list[int]:
+        """As much of a source as the model takes."""
+        most = longest(self.model)
         if most is None or len(ids) <= most:
             return ids
         # The token that ends a source, where there is one, stays its last.

@@ -278,6 +278,20 @@ def write(path: Path, parts: TokenizerParts, force: bool) -> None:
             (path / name).unlink(missing_ok=True)
 
 
+def state_length(path: Path, max_tokens: int | None) -> None:
+    """Write what a model takes as `model_max_length` of the tokenizer beside it, if none stands.
+
+    transformers truncates by it alone. None, for a model that nothing bounds, writes nothing.
+    """
+    file = path / _CONFIG
+    if max_tokens is None or not file.is_file():
+        return
+    config = read_json(file)
+    if config.get("model_max_length") is None:
+        stated = {**config, "model_max_length": max_tokens}
+        _write_whole(file, lambda draft: _write_json(draft, stated))
+
+
 def _input_names(special: SpecialTokens) -> list[str]:
     pairs = ["token_type_ids"] if special.cls is not None and special.sep is not None else []
     return ["input_ids", *pairs, "attention_mask"]

@@ -30,6 +30,7 @@ from polyhead.errors import ConfigError, FileError
 from polyhead.files.disk import atomic_file, sync_directory
 from polyhead.files.safetensors import open_checkpoint, write_checkpoint
 from polyhead.models.model import TaskModel
+from polyhead.text.directory import state_length
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig
 from polyhead.train.optim import MasterAdamW, learning_rate
 
@@ -61,6 +62,7 @@ def save(
         temp.mkdir(parents=True)
         model.save(temp, force=True)
         tokenizer.save(temp)
+        state_length(temp, model.config.max_tokens)
         write_checkpoint(temp / _TRAINER, _tensors(model, optimizer))
         (temp / _TRAINER / "state.json").write_text(json.dumps(_state(progress)))
         _sync_files(temp)
