@@ -25,15 +25,15 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    given = arguments(__doc__, "pretrain", steps=1500, batch_size=32)
+    given = arguments(__doc__, "pretrain", steps=500, batch_size=32)
     train, held = corpus()
     words = tokenizer(train, 8000)
     for name, options in MODELS.items():
         began = time.perf_counter()
         model = ph.build(name, seed=0, vocab_size=words.vocab_size, **SIZES, **options)
         config = TrainConfig(
-            steps=given.steps, batch_size=given.batch_size, context=128, lr=1.5e-3, warmup=150,
-            dtype="bfloat16", weight_decay=0.01, betas=(0.9, 0.98), validate_every=500,
+            steps=given.steps, batch_size=given.batch_size, context=128, lr=1.5e-3, warmup=100,
+            dtype="bfloat16", weight_decay=0.01, betas=(0.9, 0.98), validate_every=250,
             validate_batches=32, out=f"{given.out}/{name}", cache=f"{given.out}/tokens",
         )  # fmt: skip
         trainer = ph.Trainer(model, words, config, objective="masked-lm")

@@ -15,7 +15,7 @@ from polyhead.train.config import TrainConfig
 
 
 def main() -> None:
-    given = arguments(__doc__, "span-corruption", steps=1200, batch_size=32)
+    given = arguments(__doc__, "span-corruption", steps=600, batch_size=32)
     began = time.perf_counter()
     train, held = corpus()
     sentinels = [f"<extra_id_{number}>" for number in range(100)]
@@ -27,8 +27,8 @@ def main() -> None:
         num_heads=4, feed_forward="gated-gelu", dropout=0.0,
     )  # fmt: skip
     config = TrainConfig(
-        steps=given.steps, batch_size=given.batch_size, context=128, lr=2e-3, warmup=150,
-        dtype="bfloat16", weight_decay=0.01, validate_every=400, validate_batches=32,
+        steps=given.steps, batch_size=given.batch_size, context=128, lr=2e-3, warmup=100,
+        dtype="bfloat16", weight_decay=0.01, validate_every=200, validate_batches=32,
         out=given.out,
     )  # fmt: skip
     trainer = ph.Trainer(model, words, config, objective="span-corruption")

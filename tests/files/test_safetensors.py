@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from polyhead.errors import FileError
-from polyhead.files.safetensors import DTYPES, SafetensorsFile, open_checkpoint, write_checkpoint
+from polyhead.files.safetensors import DTYPES, SafetensorsFile, open_checkpoint
+from polyhead.files.safetensors_write import write_checkpoint
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),

@@ -12,7 +12,8 @@ from polyhead.errors import ConfigError, PolyheadError
 from polyhead.files.gguf import open_gguf
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
-from polyhead.files.safetensors import open_checkpoint, write_checkpoint
+from polyhead.files.safetensors import open_checkpoint
+from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models import gguf as ours
 from polyhead.models.gguf_config import (
     config_from_metadata,

@@ -6,7 +6,6 @@ Layout: uint64 N (little-endian), N bytes of JSON {name: {dtype, shape, data_off
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import FileError
-from polyhead.files.disk import atomic_file, map_file
-from polyhead.files.views import tensor_bytes, view_as, view_bytes
+from polyhead.files.disk import map_file
+from polyhead.files.views import view_as, view_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -107,7 +106,7 @@ class ShardedCheckpoint(Mapping[str, Tensor]):
         for name, shard in self._homes.items():
             if name not in self._shards[shard]:
                 raise FileError(
-                    f"{self.path / shard}: lacks tensor {_short(name)} that the index puts there; "
+                    f"{self.path / shard}: lacks tensor {short(name)} that the index puts there; "
                     "fetch shards and index of one revision"
                 )
 
@@ -151,45 +150,6 @@ def open_checkpoint(path: str | Path) -> Mapping[str, Tensor]:
     )
 
 
-def write_checkpoint(
-    directory: str | Path,
-    tensors: Mapping[str, Tensor],
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write model.safetensors, or shards and their index where it would exceed `max_shard_bytes`.
-
-    The bytes depend only on names, values and metadata. Every file is complete on disk before the
-    first takes its name, and the index comes last; then files of an earlier checkpoint that readers
-    would prefer or mix in are removed. `tensors` is read twice, first for the shapes.
-
-    Errors: FileError for names and types that cannot be written, and from the system.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    plan = {name: _plan_entry(directory, name, tensor) for name, tensor in tensors.items()}
-    shards = _split(plan, max_shard_bytes)
-    count = len(shards)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    if count == 1:
-        names = [SINGLE]
-    stale = _written_before(directory) - set(names)
-    with ExitStack() as stack:
-        # Entered first, renamed last: the index appears when all its shards stand.
-        if count > 1:
-            index = stack.enter_context(atomic_file(directory / INDEX))
-            index.write(_index_bytes(plan, shards, names))
-            stale.discard(INDEX)
-        for file_name, shard in zip(names, shards, strict=True):
-            file = stack.enter_context(atomic_file(directory / file_name))
-            file.write(_header_bytes(plan, shard, {"format": "pt", **(metadata or {})}))
-            for name in shard:
-                file.write(tensor_bytes(tensors[name]))
-    for file_name in stale:
-        (directory / file_name).unlink(missing_ok=True)
-
-
 def _read_header(path: Path, buffer: Any) -> tuple[dict[str, Entry], dict[str, str]]:
     """Parse and check everything a header promises, before any tensor is made."""
     total = len(buffer)
@@ -224,7 +184,7 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         if len(table) != len(pairs):
             seen: set[str] = set()
             double = next(k for k, _ in pairs if k in seen or seen.add(k))
-            raise FileError(f"{path}: the key {_short(double)} appears twice; write the file again")
+            raise FileError(f"{path}: the key {short(double)} appears twice; write the file again")
         return table
 
     def refuse(constant: str) -> NoReturn:
@@ -252,31 +212,31 @@ def _read_entry(path: Path, name: str, row: Any, data_start: int) -> Entry:
     """Check one row of the header by itself; positions come out relative to the file."""
 
     def fail(fault: str) -> NoReturn:
-        raise FileError(f"{path}: tensor {_short(name)}: {fault}; fetch or write the file again")
+        raise FileError(f"{path}: tensor {short(name)}: {fault}; fetch or write the file again")
 
-    if not _is_name(name):
+    if not is_name(name):
         fail(f"its name is not 1 to {MAX_NAME_BYTES} bytes of UTF-8")
     if not isinstance(row, dict) or row.keys() != {"dtype", "shape", "data_offsets"}:
         fail("its row is not {dtype, shape, data_offsets}")
     dtype = DTYPES.get(row["dtype"]) if isinstance(row["dtype"], str) else None
     if dtype is None:
-        fail(f"unknown dtype {_short(row['dtype'])}")
+        fail(f"unknown dtype {short(row['dtype'])}")
     shape, offsets = row["shape"], row["data_offsets"]
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        fail(f"shape {_short(shape)} is not a list of sizes")
+        fail(f"shape {short(shape)} is not a list of sizes")
     if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
-        fail(f"data_offsets {_short(offsets)} are not two integers")
+        fail(f"data_offsets {short(offsets)} are not two integers")
     if len(shape) > MAX_DIMS:
         fail(f"{len(shape)} dimensions exceed {MAX_DIMS}")
     if _product(shape, at_least=1) > MAX_ELEMENTS:
-        fail(f"shape {_short(shape)} has too many elements")
+        fail(f"shape {short(shape)} has too many elements")
     begin, end = offsets
     if not 0 <= begin <= end:
-        fail(f"data_offsets {_short(offsets)} are not 0 <= begin <= end")
+        fail(f"data_offsets {short(offsets)} are not 0 <= begin <= end")
     needed = _product(shape) * dtype.itemsize
     if end - begin != needed:
-        given = _short(end - begin)
-        fail(f"shape {_short(shape)} of {row['dtype']} needs {needed} bytes, not {given}")
+        given = short(end - begin)
+        fail(f"shape {short(shape)} of {row['dtype']} needs {needed} bytes, not {given}")
     return Entry(dtype, tuple(shape), data_start + begin, needed)
 
 
@@ -287,13 +247,13 @@ def _check_tiling(path: Path, entries: Mapping[str, Entry], data_start: int, tot
         if entry.start != position:
             fault = "overlaps another" if entry.start < position else "leaves a gap before it"
             raise FileError(
-                f"{path}: tensor {_short(name)} {fault} (begins at byte {_short(entry.start)}, "
+                f"{path}: tensor {short(name)} {fault} (begins at byte {short(entry.start)}, "
                 f"expected {position}); fetch the file again"
             )
         position += entry.size
         if position > total:
             raise FileError(
-                f"{path}: tensor {_short(name)} ends at byte {_short(position)}, the file at "
+                f"{path}: tensor {short(name)} ends at byte {short(position)}, the file at "
                 f"{total}; fetch the file again"
             )
     if position != total:
@@ -314,72 +274,14 @@ def _read_index(path: Path) -> dict[str, str]:
     for shard in set(homes.values()):
         if not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard):
             raise FileError(
-                f"{path}: shard {_short(shard)} is not the plain name of a .safetensors file here; "
+                f"{path}: shard {short(shard)} is not the plain name of a .safetensors file here; "
                 "do not use this index"
             )
     return homes
 
 
-def _plan_entry(directory: Path, name: str, tensor: Tensor) -> Entry:
-    if name == "__metadata__" or not _is_name(name):
-        raise FileError(f"{directory}: tensor name {_short(name)} cannot be written; rename it")
-    if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
-        raise FileError(
-            f"{directory}: tensor {_short(name)} is {tensor.dtype} ({tensor.layout}), which "
-            "safetensors cannot hold; convert it"
-        )
-    return Entry(tensor.dtype, tuple(tensor.shape), 0, tensor.numel() * tensor.dtype.itemsize)
-
-
-def _split(plan: Mapping[str, Entry], limit: int) -> list[list[str]]:
-    """Fill shards in the order of `plan`; inside each, wide types first, so all is aligned."""
-    if limit <= 0:
-        raise FileError(f"max_shard_bytes is {limit}; give a positive number of bytes")
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, entry in plan.items():
-        if shards[-1] and filled + entry.size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += entry.size
-    return [sorted(shard, key=lambda n: (-plan[n].dtype.itemsize, n)) for shard in shards]
-
-
-def _header_bytes(
-    plan: Mapping[str, Entry], shard: list[str], metadata: Mapping[str, str]
-) -> bytes:
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for name in shard:
-        entry = plan[name]
-        header[name] = {
-            "dtype": DTYPE_NAMES[entry.dtype],
-            "shape": list(entry.shape),
-            "data_offsets": [position, position + entry.size],
-        }
-        position += entry.size
-    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
-    return len(raw).to_bytes(8, "little") + raw
-
-
-def _index_bytes(plan: Mapping[str, Entry], shards: list[list[str]], names: list[str]) -> bytes:
-    homes = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-    total = sum(entry.size for entry in plan.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(homes.items()))}
-    return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _written_before(directory: Path) -> set[str]:
-    """What an earlier write_checkpoint may have left, which readers would prefer or mix in."""
-    shards = {p.name for p in directory.glob("model-*-of-*.safetensors")}
-    return {name for name in (SINGLE, INDEX) if (directory / name).exists()} | {
-        name for name in shards if re.fullmatch(r"model-\d{5}-of-\d{5}\.safetensors", name)
-    }
-
-
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether a file may call a tensor so."""
     try:
         return 0 < len(name.encode()) <= MAX_NAME_BYTES
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
@@ -393,7 +295,7 @@ def _product(shape: list[int], at_least: int = 0) -> int:
     return result
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A value from a file as one short line: files lie, and their lies may be long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, FileError
-from polyhead.files.safetensors import write_checkpoint
+from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.config import Config
 from polyhead.models.config_json import to_hf
 from polyhead.models.heads import within
@@ -21,6 +21,9 @@ from polyhead.models.sentence import Sentences, write_sentences
 from polyhead.nn.head import Head, Heads, LanguageHead
 from polyhead.nn.mask import Mask
 from polyhead.nn.pooling import Pooling
+
+BESIDE = "adapters"
+"""What stands beside a layer under this name is no part of the checkpoint."""
 
 
 class TaskModel(nn.Module):
@@ -168,7 +171,11 @@ class TaskModel(nn.Module):
 
     def hf_tensors(self) -> dict[str, Tensor]:
         """The weights under Hugging Face's names."""
-        own = {name.removeprefix("backbone."): tensor for name, tensor in self.state_dict().items()}
+        own = {
+            name.removeprefix("backbone."): tensor
+            for name, tensor in self.state_dict().items()
+            if f".{BESIDE}." not in name
+        }
         bare = self.head_kind in ("none", "embed")
         if bare:
             own = {name: tensor for name, tensor in own.items() if not name.startswith("head.")}

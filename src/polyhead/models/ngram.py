@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError, FileError
-from polyhead.files.safetensors import open_checkpoint, write_checkpoint
+from polyhead.files.safetensors import open_checkpoint
+from polyhead.files.safetensors_write import write_checkpoint
 
 Ids = NDArray[np.int64]
 Reals = NDArray[np.float64]

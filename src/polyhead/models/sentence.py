@@ -14,7 +14,8 @@ from torch import nn
 
 from polyhead.errors import ConfigError
 from polyhead.files.jsons import read_json
-from polyhead.files.safetensors import open_checkpoint, write_checkpoint
+from polyhead.files.safetensors import open_checkpoint
+from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.nn.pooling import KINDS, Activated, Pooling
 
 LEGACY = {

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.disk import atomic_file, sync_directory
-from polyhead.files.safetensors import open_checkpoint, write_checkpoint
+from polyhead.files.safetensors import open_checkpoint
+from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.model import TaskModel
 from polyhead.text.directory import state_length
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig

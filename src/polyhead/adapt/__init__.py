@@ -1,0 +1,1 @@
+"""Adapters: what learns beside the weights of a model that stays as it is."""

@@ -1,0 +1,293 @@
+"""PEFT's adapters in and out: adapter_config.json and adapter_model.safetensors."""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polyhead.adapt.adapters import DEFAULT, adapters_of, place_adapter, trained_parts
+from polyhead.adapt.lora import Adapted, Delta, LoraConfig, adapted_layers
+from polyhead.adapt.names import Place, linear_places
+from polyhead.errors import ConfigError, FileError
+from polyhead.files.disk import atomic_file
+from polyhead.files.jsons import read_json
+from polyhead.files.safetensors import open_checkpoint
+from polyhead.files.safetensors_write import write_file
+from polyhead.models.keys import to_ours, to_theirs
+from polyhead.models.model import BESIDE, TaskModel, checkpoint_rules
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+# What PEFT can do beside and this library does not read, with the value that means it is not done.
+_NOT_READ = {"bias": "none", "layer_replication": None, "megatron_config": None, "lora_bias": False}
+
+
+def save_adapter(
+    model: TaskModel, directory: str | Path, name: str = DEFAULT, *, base: str | None = None,
+    force: bool = False,
+) -> None:  # fmt: skip
+    """Write an adapter as PEFT does, alone: without the model it belongs to.
+
+    base: where that model is to be found, for those who read the directory.
+    Errors: ConfigError for a name that is not there, FileError where an adapter stands already.
+    """
+    folder = Path(directory)
+    if name not in adapters_of(model):
+        raise ConfigError(f"the model has no adapter {name!r}")
+    if (folder / CONFIG).exists() and not force:
+        raise FileError(f"{folder} holds an adapter already; choose another place or use force")
+    config = adapters_of(model)[name]
+    layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
+    tensors: dict[str, Tensor] = {}
+    settings: dict[str, tuple[int, float]] = {}
+    for place in _modules(linear_places(model), layers):
+        a, b, magnitude = _joined(model, place, name)
+        tensors[f"{_PREFIX}{place.theirs}{_A}"], tensors[f"{_PREFIX}{place.theirs}{_B}"] = a, b
+        if magnitude is not None:
+            tensors[f"{_PREFIX}{place.theirs}{_MAGNITUDE}"] = magnitude
+        scale = next(_deltas(model, place, name)).scale
+        alpha = scale * (math.sqrt(len(a)) if config.rslora else len(a))
+        settings[place.theirs] = len(a), alpha
+    whole = _written_whole(model, config)
+    tensors |= {_PREFIX + theirs: tensor for theirs, tensor in whole.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
+    described = _described(model, config, settings, sorted(whole), base)
+    with atomic_file(folder / CONFIG) as file:
+        file.write((json.dumps(described, indent=2) + "\n").encode())
+
+
+def load_adapter(model: TaskModel, directory: str | Path, name: str = DEFAULT) -> None:
+    """Give `model` an adapter that `save_adapter` or PEFT wrote, and use it alone.
+
+    Errors: FileError for a directory without one, for another kind than LoRA, and for one that was
+    made for another model; ConfigError for a name that is taken.
+    """
+    folder = Path(directory)
+    if not (folder / CONFIG).is_file():
+        raise FileError(f"{folder} holds no adapter: there is no {CONFIG}")
+    stated = read_json(folder / CONFIG)
+    config = _config(stated, folder)
+    tensors = _tensors(folder)
+    places: dict[str, list[Place]] = {}
+    for place in linear_places(model).values():
+        places.setdefault(place.theirs, []).append(place)
+    deltas: dict[str, Delta] = {}
+    for key in [key for key in tensors if key.endswith(_A)]:
+        theirs = key.removesuffix(_A)
+        a, b, magnitude = (tensors.pop(theirs + end, None) for end in (_A, _B, _MAGNITUDE))
+        if theirs not in places or a is None or b is None:
+            raise FileError(
+                f"{folder} adapts {theirs}, which {model.config.model_type} does not have as a "
+                "linear layer: it is for another model"
+            )
+        alpha = _matching(stated.get("alpha_pattern") or {}, theirs, config.alpha)
+        own = replace(config, rank=len(a), alpha=float(alpha))
+        deltas |= _split(model, places[theirs], a, b, magnitude, own, folder)
+    rules = checkpoint_rules(model.config, model.head_kind)
+    shapes = {
+        key.removeprefix("backbone."): value.shape
+        for key, value in model.state_dict().items()
+        if f".{BESIDE}." not in key
+    }
+    found = to_ours(rules, tensors, shapes, optional=tuple(shapes))
+    parts = sorted({key.rpartition(".")[0] for key in found})
+    targets = tuple(sorted(deltas))
+    place_adapter(model, name, replace(config, targets=targets, trained=tuple(parts)), deltas)
+    with torch.no_grad():
+        own_names = {key.removeprefix("backbone."): p for key, p in model.named_parameters()}
+        for key, tensor in found.items():
+            own_names[key].copy_(tensor)
+
+
+def _modules(places: Mapping[str, Place], layers: Mapping[str, Adapted]) -> list[Place]:
+    """One place for each module of the checkpoint that holds an adapted layer."""
+    found = {places[path].theirs: places[path] for path in layers if path in places}
+    return list(found.values())
+
+
+def _joined(model: TaskModel, place: Place, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A, B and lengths of a module of the checkpoint, whose parts may be several layers here."""
+    layers = [model.get_submodule(part) for part in place.parts]
+    deltas = [_delta(layer, name) for layer in layers]
+    there = list(_deltas(model, place, name))
+    first = there[0]
+    alike = [d.scale == first.scale and torch.equal(d.a, first.a) for d in there]
+    shared = len(there) == len(deltas) and all(alike)
+    if shared:
+        a, parts = first.a, [delta.b for delta in there]
+    else:
+        # Side by side, each part reads its own rows of A.
+        a = torch.cat([delta.a for delta in there])
+        parts, before = [], 0
+        for layer, delta in zip(layers, deltas, strict=True):
+            wide = a.new_zeros(int(layer.out_features), len(a))  # pyright: ignore[reportArgumentType]
+            if delta is not None:
+                own = delta.b * (delta.scale / first.scale)
+                wide[:, before : before + own.shape[1]] = own
+                before += own.shape[1]
+            parts.append(wide)
+    magnitude = None
+    if any(delta.magnitude is not None for delta in there):
+        lengths = [
+            _weight(layer).norm(dim=1) if delta is None or delta.magnitude is None
+            else delta.magnitude
+            for layer, delta in zip(layers, deltas, strict=True)
+        ]  # fmt: skip
+        magnitude = _rows_together([length[:, None] for length in lengths], place.heads)[:, 0]
+    return a.detach(), _rows_together(parts, place.heads).detach(), (
+        None if magnitude is None else magnitude.detach()
+    )  # fmt: skip
+
+
+def _split(
+    model: TaskModel,
+    places: list[Place],
+    a: Tensor,
+    b: Tensor,
+    magnitude: Tensor | None,
+    config: LoraConfig,
+    folder: Path,
+) -> dict[str, Delta]:
+    """What each layer that the module holds here is given."""
+    first = places[0]
+    layers: list[Any] = [model.get_submodule(part) for part in first.parts]
+    sizes = [int(layer.out_features) for layer in layers]
+    if a.shape[1] != layers[0].in_features or len(b) != sum(sizes) or b.shape[1] != len(a):
+        raise FileError(
+            f"{folder} adapts {first.theirs} from {a.shape[1]} to {len(b)} numbers, and the model "
+            f"has {layers[0].in_features} to {sum(sizes)} there: it is for another model"
+        )
+    rows = _rows_apart(b, sizes, first.heads)
+    lengths = [None] * len(rows)
+    if magnitude is not None:
+        apart = _rows_apart(magnitude.flatten()[:, None], sizes, first.heads)
+        lengths = [part[:, 0].clone() for part in apart]
+    return {
+        path: Delta(a.clone(), part.clone(), config.scale, config.dropout, length)
+        for path, part, length in zip(first.parts, rows, lengths, strict=True)
+    }
+
+
+def _rows_together(parts: Sequence[Tensor], heads: int) -> Tensor:
+    if heads == 1:
+        return torch.cat(list(parts))
+    return torch.cat([part.unflatten(0, (heads, -1)) for part in parts], 1).flatten(0, 1)
+
+
+def _rows_apart(whole: Tensor, sizes: list[int], heads: int) -> list[Tensor]:
+    by_head = whole.unflatten(0, (heads, -1)).split([size // heads for size in sizes], dim=1)
+    return [part.flatten(0, 1) for part in by_head]
+
+
+def _delta(layer: Any, name: str) -> Delta | None:
+    if not isinstance(layer, Adapted) or name not in layer.adapters:
+        return None
+    found = layer.adapters[name]
+    assert isinstance(found, Delta)
+    return found
+
+
+def _deltas(model: TaskModel, place: Place, name: str) -> Iterator[Delta]:
+    """Those of the parts of a module that have any."""
+    for part in place.parts:
+        if (found := _delta(model.get_submodule(part), name)) is not None:
+            yield found
+
+
+def _weight(layer: Any) -> Tensor:
+    return layer.whole() if isinstance(layer, Adapted) else layer.weight
+
+
+def _written_whole(model: TaskModel, config: LoraConfig) -> dict[str, Tensor]:
+    """The tensors of parts that learned whole, under the checkpoint's names."""
+    ours: dict[str, Tensor] = {}
+    for path, part in trained_parts(model, config.trained):
+        own = path.removeprefix("backbone.")
+        ours |= {f"{own}.{key}": value.detach() for key, value in part.state_dict().items()}
+    return to_theirs(checkpoint_rules(model.config, model.head_kind), ours) if ours else {}
+
+
+def _described(
+    model: TaskModel,
+    config: LoraConfig,
+    settings: Mapping[str, tuple[int, float]],
+    whole: list[str],
+    base: str | None,
+) -> dict[str, Any]:
+    """adapter_config.json of modules with their ranks and alphas; the most frequent are for all."""
+    of_all = list(settings.values())
+    usual = max(of_all, key=of_all.count, default=(config.rank, config.alpha))
+    others = {theirs: own for theirs, own in settings.items() if own != usual}
+    kinds = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS", "answer": "QUESTION_ANS"}
+    written = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
+    kind = written.get(getattr(model.config, "kind", "decoder"))
+    return {
+        "peft_type": "LORA",
+        "task_type": kinds.get(model.head_kind, kind if model.head_kind == "lm" else None),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": usual[0],
+        "lora_alpha": usual[1],
+        "lora_dropout": config.dropout,
+        "target_modules": _targets(model, settings),
+        "rank_pattern": {re.escape(theirs): rank for theirs, (rank, _) in others.items()},
+        "alpha_pattern": {re.escape(theirs): alpha for theirs, (_, alpha) in others.items()},
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "fan_in_fan_out": any(place.transposed for place in linear_places(model).values()),
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+        "bias": "none",
+    }
+
+
+def _targets(model: TaskModel, adapted: Collection[str]) -> list[str]:
+    """The last words of the modules' names where they name no other module, else whole names."""
+    words = {theirs.rpartition(".")[2] for theirs in adapted}
+    named = {
+        place.theirs
+        for place in linear_places(model).values()
+        if place.theirs.rpartition(".")[2] in words
+    }
+    return sorted(words) if named == set(adapted) else sorted(adapted)
+
+
+def _config(stated: Mapping[str, Any], folder: Path) -> LoraConfig:
+    if stated.get("peft_type") != "LORA":
+        raise FileError(f"{folder} is of the kind {stated.get('peft_type')!r}; only LORA is read")
+    for key, plain in _NOT_READ.items():
+        if stated.get(key, plain) not in (plain, None):
+            raise FileError(f"{folder}: {key} = {stated[key]!r} is not supported")
+    try:
+        return LoraConfig(
+            rank=int(stated.get("r", 8)),
+            alpha=float(stated.get("lora_alpha", 8)),
+            dropout=float(stated.get("lora_dropout") or 0.0),
+            rslora=bool(stated.get("use_rslora", False)),
+            dora=bool(stated.get("use_dora", False)),
+        )
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{folder / CONFIG} has a wrong value: {error}") from None
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Those of the adapter by their names in the model's checkpoint."""
+    if not (folder / WEIGHTS).is_file():
+        raise FileError(f"{folder} has no {WEIGHTS}; save the adapter as safetensors")
+    found = open_checkpoint(folder / WEIGHTS)
+    return {key.removeprefix(_PREFIX): value for key, value in found.items()}
+
+
+def _matching(pattern: Mapping[str, Any], theirs: str, usual: float) -> Any:
+    """PEFT's patterns: a key is an expression for the end of a module's name."""
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(.*\.)?({key})", theirs):
+            return value
+    return usual
