@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,6 @@ def tell(recipe: str, began: float, **figures: Any) -> None:
 def best_of(fitted: dict[str, Any]) -> str:
     """The checkpoint to use: the best by the objective's metric, else the last."""
     return str(fitted.get("best") or fitted["checkpoint"])
-
-
-def seconds_a_step(step: Callable[[], object], times: int = 3) -> float:
-    """How long a step takes, the first left out."""
-    step()
-    began = time.perf_counter()
-    for _ in range(times):
-        step()
-    return (time.perf_counter() - began) / times
 
 
 def without(rows: Sequence[Sequence[str]], held: Sequence[Sequence[str]]) -> list[list[str]]:
