@@ -91,7 +91,10 @@ def from_transformers(
     goal: float,
     backward: bool = False,
 ) -> Work:
-    """A random model of transformers, ours loaded from what it saves."""
+    """A random model of transformers, ours loaded from what it saves.
+
+    backward: training mode, with the gradients; ours unpacked.
+    """
     import transformers
 
     kind = getattr(transformers, peer_class)
@@ -112,9 +115,9 @@ def from_transformers(
             if not backward:
                 models[f"polyhead {name} packed"] = pack(ours)
             for who, model in models.items():
-                calls[who] = _runner(model, cast, backward)
                 with torch.no_grad():
                     found[who] = _first(model(**cast)).float()
+                calls[who] = _runner(model.train(backward), cast, backward)
     exact = found["transformers fp32"]
     distance = {who: (answer - exact).abs().max().item() for who, answer in found.items()}
     goals = {f"transformers {name}": goal for name in DTYPES}
@@ -138,14 +141,14 @@ def _first(answer: Any) -> torch.Tensor:
     return answer if isinstance(answer, torch.Tensor) else answer[0]
 
 
-def deberta(backward: bool = False) -> Work:
+def deberta(backward: bool = False, dropout: float = 0.0) -> Work:
     """DeBERTa-v3-base's shapes, 4 texts of 512 tokens."""
     options = dict(
         vocab_size=8000, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
         intermediate_size=3072, relative_attention=True, position_buckets=256,
         norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
         type_vocab_size=0, position_biased_input=False, max_relative_positions=-1,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
     )  # fmt: skip
     inputs = {"input_ids": torch.randint(5, 8000, (4, 512))}
     return from_transformers("DebertaV2Model", options, inputs, 2048, "tokens/s", 1.5, backward)
@@ -167,7 +170,8 @@ def vit() -> Work:
 WORKS: dict[str, Callable[[], Work]] = {
     "sentences": sentences,
     "deberta": deberta,
-    "deberta-training": lambda: deberta(backward=True),
+    "deberta-training": lambda: deberta(backward=True, dropout=0.1),
+    "deberta-gradient": lambda: deberta(backward=True),
     "swin": swin,
     "vit": vit,
 }

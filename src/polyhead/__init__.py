@@ -34,16 +34,17 @@ _HOMES = {
     "capture": "explain.capture",
     "embed": "tasks.embed",
     "families": "models.registry",
-    "load": "models.load",
+    "load": "adapt.load",
     "load_adapter": "adapt.peft",
     "merge_adapters": "adapt.adapters",
     "pack": "kernels.packing",
     "perplexity": "tasks.perplexity",
     "remove_adapters": "adapt.adapters",
     "save_adapter": "adapt.peft",
-    "tokenizer": "models.load",
+    "tokenizer": "adapt.load",
     "unmerge_adapters": "adapt.adapters",
     "use_adapters": "adapt.adapters",
+    "without_adapters": "adapt.adapters",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

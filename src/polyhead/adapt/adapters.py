@@ -1,6 +1,8 @@
 """Adapters of a model: added, used, mixed, merged into its weights, and taken away again."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,12 +17,14 @@ DEFAULT = "default"
 
 
 def add_adapter(model: TaskModel, config: LoraConfig | None = None, name: str = DEFAULT) -> None:
-    """Give `model` a fresh adapter and use it alone; all else stops learning.
+    """Give `model` a fresh adapter and use it alone; all else stops learning, but for the parts
+    that `config.trained` names and those that the model's checkpoint lacked.
 
     The model answers as before until the adapter has learned. Errors: ConfigError for a target that
     names no layer, a part to train that is not there, and a name that is taken.
     """
     config = config or LoraConfig()
+    config = replace(config, trained=(*config.trained, *model.drawn))
     places = chosen(model, config.targets)
     deltas = {place: fresh(adapted(model.get_submodule(place)), config) for place in places}
     place_adapter(model, name, config, deltas)
@@ -49,6 +53,7 @@ def place_adapter(
 def use_adapters(model: TaskModel, names: str | Mapping[str, float] | None) -> None:
     """Answer with an adapter, a mixture of some (name: how much each counts), or none (None).
 
+    Of the adapters only those in use learn.
     Errors: ConfigError for a name that is not there, for DoRA in a mixture, and while adapters are
     merged.
     """
@@ -65,6 +70,32 @@ def use_adapters(model: TaskModel, names: str | Mapping[str, float] | None) -> N
         raise ConfigError("adapters are merged into the weights; unmerge them first")
     for layer in layers:
         layer.shares = dict(shares)
+        for name, delta in layer.adapters.items():
+            delta.requires_grad_(name in shares)
+
+
+def in_use(model: nn.Module) -> dict[str, float]:
+    """The adapters that the model answers with, and how much each counts."""
+    return next((dict(layer.shares) for _, layer in adapted_layers(model)), {})
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Generator[None]:
+    """Answers of the model as it was, for as long as this is entered; what learns stays as it is.
+
+    Errors: ConfigError while adapters are merged.
+    """
+    layers = [layer for _, layer in adapted_layers(model)]
+    if any(layer.merged is not None for layer in layers):
+        raise ConfigError("adapters are merged into the weights; unmerge them first")
+    before = [layer.shares for layer in layers]
+    for layer in layers:
+        layer.shares = {}
+    try:
+        yield
+    finally:
+        for layer, shares in zip(layers, before, strict=True):
+            layer.shares = shares
 
 
 def merge_adapters(model: TaskModel, keep: bool = True) -> None:

@@ -23,8 +23,8 @@ class LoraConfig:
 
     rank, alpha: B A is scaled by alpha / rank; rslora: by alpha / sqrt(rank) (Kalajdzievski 2023).
     targets:     layers to adapt: their names or the ends of them ("q", "attention.q"), here or in
-                 the checkpoint ("q_proj"), or "all-linear". trained: further parts that learn whole
-                 and are saved with the adapter, such as a fresh head.
+                 the checkpoint ("q_proj"), in one text between commas, or "all-linear".
+    trained:     further parts that learn whole and are saved with the adapter, as a fresh head.
     dora:        learn the length of each output's weights, too. dropout: of what A reads.
     """
 
@@ -42,7 +42,7 @@ class LoraConfig:
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout}: it must be from 0 to below 1")
         if isinstance(self.targets, str) and self.targets != "all-linear":
-            object.__setattr__(self, "targets", (self.targets,))
+            object.__setattr__(self, "targets", tuple(self.targets.split(",")))
 
     @property
     def scale(self) -> float:

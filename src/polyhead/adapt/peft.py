@@ -12,18 +12,23 @@ import torch
 from torch import Tensor
 
 from polyhead.adapt.adapters import DEFAULT, adapters_of, place_adapter, trained_parts
+from polyhead.adapt.base import base_digest
 from polyhead.adapt.lora import Adapted, Delta, LoraConfig, adapted_layers
 from polyhead.adapt.names import Place, linear_places
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.disk import atomic_file
 from polyhead.files.jsons import read_json
-from polyhead.files.safetensors import open_checkpoint
+from polyhead.files.safetensors import SafetensorsFile
 from polyhead.files.safetensors_write import write_file
 from polyhead.models.keys import to_ours, to_theirs
 from polyhead.models.model import BESIDE, TaskModel, checkpoint_rules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# Beside the tensors: a digest of the base, and the ranks of the layers here, which may share a
+# module there.
+_BASE, _RANKS = "polyhead_base", "polyhead_ranks"
+_BASE_NAME = "base_model_name_or_path"
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # What PEFT can do beside and this library does not read, with the value that means it is not done.
 _NOT_READ = {"bias": "none", "layer_replication": None, "megatron_config": None, "lora_bias": False}
@@ -35,7 +40,8 @@ def save_adapter(
 ) -> None:  # fmt: skip
     """Write an adapter as PEFT does, alone: without the model it belongs to.
 
-    base: where that model is to be found, for those who read the directory.
+    base: where that model is to be found, for those who read the directory; None is where it was
+    loaded from. A digest of its weights goes into the file of the adapter's.
     Errors: ConfigError for a name that is not there, FileError where an adapter stands already.
     """
     folder = Path(directory)
@@ -58,15 +64,21 @@ def save_adapter(
     whole = _written_whole(model, config)
     tensors |= {_PREFIX + theirs: tensor for theirs, tensor in whole.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / WEIGHTS, {key: value.contiguous() for key, value in tensors.items()})
-    described = _described(model, config, settings, sorted(whole), base)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    ranks = {path: len(_delta(layer, name).a) for path, layer in layers.items()}
+    told = {_BASE: base_digest(model, config.trained), _RANKS: json.dumps(ranks)}
+    write_file(folder / WEIGHTS, tensors, told)
+    described = _described(model, config, settings, sorted(whole), base or model.origin)
     with atomic_file(folder / CONFIG) as file:
         file.write((json.dumps(described, indent=2) + "\n").encode())
 
 
-def load_adapter(model: TaskModel, directory: str | Path, name: str = DEFAULT) -> None:
+def load_adapter(
+    model: TaskModel, directory: str | Path, name: str = DEFAULT, *, any_base: bool = False
+) -> None:
     """Give `model` an adapter that `save_adapter` or PEFT wrote, and use it alone.
 
+    any_base: take one that was trained beside other weights than the model's, if the shapes fit.
     Errors: FileError for a directory without one, for another kind than LoRA, and for one that was
     made for another model; ConfigError for a name that is taken.
     """
@@ -75,7 +87,7 @@ def load_adapter(model: TaskModel, directory: str | Path, name: str = DEFAULT) -
         raise FileError(f"{folder} holds no adapter: there is no {CONFIG}")
     stated = read_json(folder / CONFIG)
     config = _config(stated, folder)
-    tensors = _tensors(folder)
+    tensors, ranks = _tensors(folder)
     places: dict[str, list[Place]] = {}
     for place in linear_places(model).values():
         places.setdefault(place.theirs, []).append(place)
@@ -90,7 +102,8 @@ def load_adapter(model: TaskModel, directory: str | Path, name: str = DEFAULT) -
             )
         alpha = _matching(stated.get("alpha_pattern") or {}, theirs, config.alpha)
         own = replace(config, rank=len(a), alpha=float(alpha))
-        deltas |= _split(model, places[theirs], a, b, magnitude, own, folder)
+        split = _split(model, places[theirs], a, b, magnitude, own, folder)
+        deltas |= _told_apart(split, ranks)
     rules = checkpoint_rules(model.config, model.head_kind)
     shapes = {
         key.removeprefix("backbone."): value.shape
@@ -100,11 +113,27 @@ def load_adapter(model: TaskModel, directory: str | Path, name: str = DEFAULT) -
     found = to_ours(rules, tensors, shapes, optional=tuple(shapes))
     parts = sorted({key.rpartition(".")[0] for key in found})
     targets = tuple(sorted(deltas))
+    if not any_base:
+        check_base(model, folder, parts)
     place_adapter(model, name, replace(config, targets=targets, trained=tuple(parts)), deltas)
     with torch.no_grad():
         own_names = {key.removeprefix("backbone."): p for key, p in model.named_parameters()}
         for key, tensor in found.items():
             own_names[key].copy_(tensor)
+
+
+def check_base(model: TaskModel, folder: Path, trained: Sequence[str] = ()) -> None:
+    """FileError for an adapter that says that it was trained beside other weights than these.
+
+    trained: the parts of the model that came with it.
+    """
+    stated = _file(folder).metadata.get(_BASE)
+    if stated is not None and stated != base_digest(model, trained):
+        base = read_json(folder / CONFIG).get(_BASE_NAME)
+        raise FileError(
+            f"{folder} was trained beside other weights{f', of {base}' if base else ''}: use that "
+            "model, or load_adapter(..., any_base=True)"
+        )
 
 
 def _modules(places: Mapping[str, Place], layers: Mapping[str, Adapted]) -> list[Place]:
@@ -176,6 +205,25 @@ def _split(
     }
 
 
+def _told_apart(split: dict[str, Delta], ranks: Mapping[str, int]) -> dict[str, Delta]:
+    """The layers of a module as they were when `_joined` put them together."""
+    own = {path: ranks[path] for path in split if path in ranks}
+    if not own or len(split) == 1:
+        return split
+    whole = len(next(iter(split.values())).a)
+    if sum(own.values()) != whole:  # they had one A
+        return {path: split[path] for path in own} if own.keys() != split.keys() else split
+    found, before = {}, 0
+    for path, rank in own.items():
+        delta = split[path]
+        a, b = (part.detach() for part in (delta.a, delta.b))
+        a, b = a[before : before + rank].clone(), b[:, before : before + rank].clone()
+        length = None if delta.magnitude is None else delta.magnitude.detach()
+        found[path] = Delta(a, b, delta.scale, delta.rate, length)
+        before += rank
+    return found
+
+
 def _rows_together(parts: Sequence[Tensor], heads: int) -> Tensor:
     if heads == 1:
         return torch.cat(list(parts))
@@ -232,7 +280,7 @@ def _described(
     return {
         "peft_type": "LORA",
         "task_type": kinds.get(model.head_kind, kind if model.head_kind == "lm" else None),
-        "base_model_name_or_path": base,
+        _BASE_NAME: base,
         "inference_mode": True,
         "r": usual[0],
         "lora_alpha": usual[1],
@@ -277,12 +325,21 @@ def _config(stated: Mapping[str, Any], folder: Path) -> LoraConfig:
         raise FileError(f"{folder / CONFIG} has a wrong value: {error}") from None
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    """Those of the adapter by their names in the model's checkpoint."""
+def _tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Those of the adapter by their names in the model's checkpoint; ranks here, where stated."""
+    file = _file(folder)
+    try:
+        ranks = json.loads(file.metadata.get(_RANKS, "{}"))
+        assert all(type(rank) is int and rank > 0 for rank in ranks.values())
+    except (ValueError, AttributeError, AssertionError):
+        raise FileError(f"{folder / WEIGHTS}: {_RANKS} is not a table of ranks") from None
+    return {key.removeprefix(_PREFIX): value for key, value in file.items()}, ranks
+
+
+def _file(folder: Path) -> SafetensorsFile:
     if not (folder / WEIGHTS).is_file():
         raise FileError(f"{folder} has no {WEIGHTS}; save the adapter as safetensors")
-    found = open_checkpoint(folder / WEIGHTS)
-    return {key.removeprefix(_PREFIX): value for key, value in found.items()}
+    return SafetensorsFile(folder / WEIGHTS)
 
 
 def _matching(pattern: Mapping[str, Any], theirs: str, usual: float) -> Any:

@@ -1,4 +1,4 @@
-"""Fields of a model's config from the command line: `name=value`, typed by the config."""
+"""Fields of a config from the command line: `name=value`, typed by the config."""
 
 import dataclasses
 import json
@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from polyhead.errors import ConfigError
-from polyhead.models.config import Config
 
 
-def config_fields(config: type[Config]) -> dict[str, Any]:
+def config_fields(config: type[Any]) -> dict[str, Any]:
     """The fields that may be set, with their types."""
     hints = get_type_hints(config)
     return {
@@ -20,7 +19,7 @@ def config_fields(config: type[Config]) -> dict[str, Any]:
     }
 
 
-def parse_fields(config: type[Config], settings: Sequence[str]) -> dict[str, Any]:
+def parse_fields(config: type[Any], settings: Sequence[str]) -> dict[str, Any]:
     """Values by name of `name=value` words. Errors: ConfigError for what is no field or value."""
     known = config_fields(config)
     values: dict[str, Any] = {}

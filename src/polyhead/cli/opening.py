@@ -33,10 +33,13 @@ class Opening:
     """Where to run (cpu, cuda, cuda:1); a GPU is taken when there is one."""
     revision: str | None = None
     """Branch, tag or commit of a hub repository."""
+    adapter: str | None = None
+    """Directory of a LoRA adapter to put on the model; one that names its model can stand in the
+    model's place."""
 
     def open(self, name: str, texts: Sequence[str] = ()) -> "tuple[TaskModel, Tokenizer]":
         """A model and its tokenizer, ready to run; packed for a CPU where many texts await it."""
-        from polyhead.models.load import tokenizer
+        from polyhead.adapt.load import tokenizer
 
         model, path = self.open_model(name, texts)
         if getattr(model.config, "kind", "") == "vision":
@@ -49,11 +52,13 @@ class Opening:
     def open_model(self, name: str, inputs: Sequence[str] = ()) -> "tuple[TaskModel, Path]":
         """A model, ready to run, and where it lies; packed where many texts or images await it."""
         with working(f"loading {name}"):
+            from polyhead.adapt.load import load
             from polyhead.files.hub import resolve
-            from polyhead.models.load import load
 
             path = model_path(resolve(name, self.revision))
-            model = load(path, dtype=None if self.dtype == "auto" else self.dtype)
+            dtype = None if self.dtype == "auto" else self.dtype
+            adapter = None if self.adapter is None else model_path(Path(self.adapter))
+            model = load(path, dtype=dtype, adapter=adapter)
             return _packed(model.to(device_named(self.device)), inputs), path
 
 

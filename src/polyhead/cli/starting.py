@@ -44,17 +44,22 @@ def classes_of(data: Any, kind: "ObjectiveKind", problem: str | None) -> dict[st
 
 
 def from_checkpoint(
-    name: str, kind: "ObjectiveKind", classes: Mapping[str, Any]
+    name: str,
+    kind: "ObjectiveKind",
+    classes: Mapping[str, Any],
+    lora: Sequence[str] | None = None,
 ) -> "tuple[TaskModel, Any]":
     """A checkpoint with the head of an objective, and what makes its inputs.
+
+    lora: of an adapter that is to learn in place of it.
 
     A head that knows all labels of the data is kept with its own; else the data's are its labels,
     and it is drawn fresh where their number is another.
     """
     import torch
 
+    from polyhead.adapt.load import load
     from polyhead.files.hub import resolve
-    from polyhead.models.load import load
     from polyhead.train.registry import check_model
 
     with working(f"loading {name}"):
@@ -62,7 +67,22 @@ def from_checkpoint(
         told = {} if _knows(path, classes) else classes
         model = load(path, dtype=torch.float32, head=kind.head or None, **told)
         check_model(kind, model)
+        if lora is not None:
+            _adapt(model, lora)
         return model, inputs_of(path, kind)
+
+
+def _adapt(model: "TaskModel", words: Sequence[str]) -> None:
+    """Put on a fresh adapter; one that is there already learns on."""
+    from polyhead.adapt.adapters import adapters_of, add_adapter
+    from polyhead.adapt.lora import LoraConfig
+    from polyhead.cli.fields import parse_fields
+
+    if adapters_of(model):
+        if words:
+            raise ConfigError("the checkpoint is an adapter, which has its own --lora; say no more")
+        return
+    add_adapter(model, LoraConfig(**parse_fields(LoraConfig, words)))
 
 
 def inputs_of(path: Path, kind: "ObjectiveKind") -> Any:
@@ -71,7 +91,7 @@ def inputs_of(path: Path, kind: "ObjectiveKind") -> Any:
         from polyhead.images import Processor
 
         return Processor.load(path)
-    from polyhead.models.load import tokenizer
+    from polyhead.adapt.load import tokenizer
 
     if kind.name == "clip":
         from polyhead.images import Processor

@@ -24,11 +24,14 @@ DEFAULTS = TrainConfig(sample_every=250, sample_tokens=200)
 _SNIPPET = 48
 # What run.json keeps, and what of it a run that goes on cannot change.
 _SPEC = ("objective", "roles", "columns", "problem", "options", "sift")
-_KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid", *_SPEC)
-_SETTLED = ("model", "set", "tokenizer", "vocab_size", *_SPEC)
+_ADAPTER = ("lora",)
+_KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid", *_ADAPTER, *_SPEC)
+_SETTLED = ("model", "set", "tokenizer", "vocab_size", *_ADAPTER, *_SPEC)
 _TUPLES = ("set", "roles", "options")
 # A fresh head on a fresh model learns at a higher rate than a checkpoint should.
 FRESH = {"lr": 5e-4, "epochs": 10.0}
+# Small matrices beside weights that stand still bear more than the weights do.
+ADAPTER = {"lr": 2e-4}
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Args:
       polyhead train book.txt --model llama --set d_model=256 num_layers=6 num_heads=4 --lr 2e-3
       polyhead train stdlib --tokenizer bpe --vocab-size 4096 --context 512 --out runs/code
       polyhead train more.jsonl --model runs/docs --lr 3e-4 --out runs/more
+      polyhead train more.jsonl --model smollm2-135m --lora rank=16 targets=q,v --out runs/mine
       polyhead train --out runs/docs --resume
       polyhead train reviews.csv --objective classify --model minilm-l6 --label stars --out runs/r
       polyhead train posts.tsv --objective classify --model minilm-l6 --columns rating,text
@@ -93,6 +97,10 @@ class Args:
     directory with one. auto is chars for small texts and bpe above 8 million characters."""
     vocab_size: int | None = None
     """Tokens of a tokenizer that is trained; None is all characters, or 8192."""
+    lora: tuple[str, ...] | None = None
+    """Train an adapter beside a checkpoint, which stays as it is: `--lora` alone, or with rank=8,
+    alpha=16, targets=q,v (or all-linear), dropout=0, rslora=true, dora=true, trained=NAME,NAME for
+    parts that learn whole. A fresh head is one of these. --lr is 2e-4 then."""
     valid: str | None = None
     """Text to validate on; else the last --held-out of the tokens."""
     config: Path | None = None
@@ -126,14 +134,15 @@ def defaults(argv: Sequence[str]) -> Args:
 
 def _settings_for(objective: str, model: str, argv: Sequence[str]) -> TrainConfig:
     """The defaults of an objective and of a model, fresh or not."""
+    lora = ADAPTER if given_fields(argv, ["lora"]) else {}
     if objective == "causal-lm":
-        return DEFAULTS
+        return replace(DEFAULTS, **lora)
     from polyhead.models.registry import families
     from polyhead.train.registry import objective_named
 
     if not objective_named(objective).columns and objective != "multitask":
-        return TrainConfig()
-    settings = TrainConfig.fine_tuning(**(FRESH if model in families() else {}))
+        return TrainConfig(**lora)
+    settings = TrainConfig.fine_tuning(**(FRESH if model in families() else lora))
     # Steps that are named take the place of the epochs.
     return replace(settings, epochs=None) if given_fields(argv, ["steps"]) else settings
 
@@ -262,8 +271,8 @@ def _resumed(run_dir: Path, kind: "ObjectiveKind") -> "tuple[TaskModel | None, A
     """Model and tokenizer of the run's newest checkpoint; what they hold, `fit` takes up."""
     import torch
 
+    from polyhead.adapt.load import load
     from polyhead.cli.starting import inputs_of
-    from polyhead.models.load import load
     from polyhead.train.checkpoint import latest
 
     last = latest(run_dir)
@@ -281,6 +290,11 @@ def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, An
 
     classes = classes_of(data, kind, args.problem)
     if args.model in families():
+        if args.lora is not None:
+            raise ConfigError(
+                f"--lora is for a checkpoint, beside whose weights an adapter learns; {args.model} "
+                "is a family: name a checkpoint with --model"
+            )
         if kind.name in ("image-classify", "clip"):
             raise ConfigError(
                 f"{kind.name} starts from a checkpoint, which says how images are made ready: "
@@ -294,7 +308,7 @@ def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, An
             "--set, --tokenizer and --vocab-size are for a fresh model of a family, such as gpt2 "
             f"or bert; {args.model!r} is taken for a checkpoint, which has its own"
         )
-    return from_checkpoint(args.model, kind, classes)
+    return from_checkpoint(args.model, kind, classes, args.lora)
 
 
 def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":

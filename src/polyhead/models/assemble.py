@@ -105,6 +105,7 @@ def from_tensors(
          for name, value in state.items()},
         assign=True,
     )  # fmt: skip
+    model.drawn = tuple(sorted({name.partition(".")[0] for name in missing}))
     return model.eval()
 
 

@@ -53,8 +53,7 @@ def load(
     """
     path = resolve(str(name), revision)
     data, tensors = read_checkpoint(path)
-    config = from_hf(family_of(_model_type(data, path)).config, data)
-    there = _head_of(config, data)
+    config, there = described(data, path)
     config = _told(config, labels, problem, tasks)
     wanted = _asked(config, head, there)
     is_new = wanted != there or (labels or tasks) is not None
@@ -64,6 +63,7 @@ def load(
         if wanted == "embed":
             model.head = sentences.pooling.to(model.dtype)
     model.generation = read_json(path / "generation_config.json") if path.is_dir() else {}
+    model.origin = str(path.absolute()) if Path(name).expanduser().exists() else str(name)
     return model if device is None else _moved(model, device)
 
 
@@ -99,6 +99,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
     return read_json(folder / "config.json"), open_checkpoint(path)
 
 
+def described(data: Mapping[str, Any], path: Path) -> tuple[Config, str | None]:
+    """What a `config.json`, read from `path`, says: the config, and the head that `architectures`
+    names, None for one not known here."""
+    config = from_hf(family_of(_model_type(data, path)).config, data)
+    row = config.row(config.model_type)
+    named = data.get("architectures") or [row.architecture(next(iter(row.heads), "none"))]
+    return config, row.head_of(str(named[0] if isinstance(named, list) else named))
+
+
 def _model_type(data: Mapping[str, Any], path: Path) -> str:
     if not isinstance(data.get("model_type"), str):
         raise ConfigError(f"{path} says no model_type in its config.json; it is needed")
@@ -121,13 +130,6 @@ def _told(
         raise ConfigError(f"labels is the text {labels!r}; pass a list of names")
     said = {"labels": None if labels is None else tuple(labels), "problem": problem, "tasks": tasks}
     return replace(config, **{name: value for name, value in said.items() if value is not None})
-
-
-def _head_of(config: Config, data: Mapping[str, Any]) -> str | None:
-    """The head that the checkpoint's `architectures` name; None for one not known here."""
-    row = config.row(config.model_type)
-    named = data.get("architectures") or [row.architecture(next(iter(row.heads), "none"))]
-    return row.head_of(str(named[0] if isinstance(named, list) else named))
 
 
 def _asked(config: Config, asked: str | None, there: str | None) -> str:

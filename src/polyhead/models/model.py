@@ -53,6 +53,10 @@ class TaskModel(nn.Module):
         """What the checkpoint's `generation_config.json` holds."""
         self.sentences: Sentences | None = None
         """What a sentence-transformers directory says of embedding texts."""
+        self.origin: str | None = None
+        """What `load` was asked for: a name, or a path from the root."""
+        self.drawn: tuple[str, ...] = ()
+        """Parts that the checkpoint lacked: drawn fresh, they are of use once they have learned."""
 
     def forward(self, *inputs: Tensor, head: str | None = None, **named: Any) -> Tensor:
         """The backbone's arguments; logits, or hidden states without a head.

@@ -1,7 +1,8 @@
 """Checkpoints of a run: whole or not there, verified, and enough to go on bit for bit.
 
     RUN/checkpoints/step-00000500/   config.json, model.safetensors, tokenizer.json …: a model
-                                     directory that `polyhead.load` takes
+                                     directory that `polyhead.load` takes; where an adapter learns,
+                                     PEFT's adapter_config.json and adapter_model.safetensors
         trainer/model.safetensors    masters, moments, the rest of the model's state, RNG states
         trainer/state.json           step, settings, corpus, sums of the log
         manifest.json                size and SHA-256 of every file
@@ -26,6 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polyhead.adapt.adapters import adapters_of, in_use
+from polyhead.adapt.load import is_adapter
+from polyhead.adapt.peft import check_base, save_adapter
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.disk import atomic_file, sync_directory
 from polyhead.files.safetensors import open_checkpoint
@@ -61,7 +65,7 @@ def save(
     try:
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
-        model.save(temp, force=True)
+        _save_model(temp, model)
         tokenizer.save(temp)
         state_length(temp, model.config.max_tokens)
         write_checkpoint(temp / _TRAINER, _tensors(model, optimizer))
@@ -85,6 +89,18 @@ def save(
     verify(final)
     _prune(folder, progress.config.keep)
     return final
+
+
+def _save_model(folder: Path, model: TaskModel) -> None:
+    """The model; where an adapter learns, that alone and what the model with it is."""
+    names = in_use(model)
+    if not names:
+        model.save(folder, force=True)
+        return
+    for name in names:
+        save_adapter(model, folder, name)
+    said = json.dumps(model.hf_config(), indent=2, sort_keys=True)
+    (folder / "config.json").write_text(f"{said}\n", encoding="utf-8")
 
 
 def latest(run: Path) -> Path | None:
@@ -143,6 +159,7 @@ def restore(
     state = json.loads((checkpoint / _TRAINER / "state.json").read_text())
     tensors = open_checkpoint(checkpoint / _TRAINER)
     _check_model_config(checkpoint, model)
+    _check_base(checkpoint, model)
     _check_model(checkpoint, tensors, _tensors(model, optimizer, moments=False))
     old = TrainConfig.from_dict(state["config"], str(checkpoint))
     _check_config(checkpoint, old, config, state["step"])
@@ -166,9 +183,10 @@ def _tensors(
     state = optimizer.state()
     if not moments:
         return {name: tensor for name, tensor in state.items() if name.startswith("master.")}
-    # Tied names of a trained tensor lead to the same memory: the master covers them all.
+    # Tied names of a trained tensor lead to the same memory: the master covers them all. What
+    # stands still beside an adapter is its base, which is elsewhere.
     trained = {p.data_ptr() for p in optimizer.params}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in ({} if in_use(model) else model.state_dict()).items():
         if tensor.data_ptr() not in trained:
             state[f"model.{name}"] = tensor
     state["rng.torch"] = torch.get_rng_state()
@@ -225,6 +243,17 @@ def _check_model(checkpoint: Path, saved: Mapping[str, Tensor], own: Mapping[str
                 f"{checkpoint} holds another model: {name.removeprefix('master.')} is {theirs} "
                 f"there and {ours} here; build the model it was trained with"
             )
+
+
+def _check_base(checkpoint: Path, model: TaskModel) -> None:
+    adapted = is_adapter(checkpoint)
+    if adapted != bool(in_use(model)):
+        there, here = ("an adapter", "none") if adapted else ("no adapter", "one")
+        raise ConfigError(
+            f"{checkpoint} holds {there}, and the model has {here}: give it as it was"
+        )
+    for name in in_use(model):
+        check_base(model, checkpoint, adapters_of(model)[name].trained)
 
 
 def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: int) -> None:

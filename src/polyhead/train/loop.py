@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from polyhead.adapt.adapters import in_use
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel, require_causal
 from polyhead.train import adversarial, checkpoint, registry, rundir
@@ -37,6 +38,7 @@ Sample = Callable[[TaskModel, Any, TrainConfig], str]
 
 class Trainer:
     """Trains `model` in place. With dtype bfloat16 the model's own weights become bfloat16.
+    Where an adapter is in use it alone learns, and checkpoints hold it without its base.
 
     tokenizer: for images, their processor. config: None is TrainConfig(), and for tables
     TrainConfig.fine_tuning(). objective: a name of `registry.OBJECTIVES`, a row like those, or a
@@ -152,6 +154,15 @@ class Trainer:
 
     def _check_model(self) -> None:
         kind, config = self.kind, self.config
+        if len(names := in_use(self.model)) > 1:
+            raise ConfigError(
+                f"adapters {', '.join(names)} are in use: use_adapters(model, NAME) says which of "
+                "them is to learn"
+            )
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ConfigError(
+                "no weight of the model learns: use an adapter of it, or model.requires_grad_(True)"
+            )
         if kind.name == "causal-lm":
             require_causal(self.model)
             limit = self.model.config.max_tokens
