@@ -148,13 +148,17 @@ def test_an_adapter_is_trained_resumed_and_generates(tmp_path, cli, chatty, text
     assert cli(*words, "--steps", 4, "--schedule", "constant", "--out", out).code == 0
     assert cli("train", "--out", out, "--resume", "--steps", 6).code == 0
     last = sorted((out / "checkpoints").glob("step-*"))[-1]
-    assert (last / "adapter_config.json").exists() and not list(last.glob("model*"))
+    assert (last / "adapter_config.json").exists()
+    assert not list(last.glob("model*"))
     for words in ((out,), (last,), (chatty, "--adapter", out)):
         done = cli("generate", *words, "the quick", "--raw", "--max-new-tokens", 3)
         assert done.code == 0, done.err
     refused = cli("train", "--out", out, "--resume", "--lora", "rank=4")
-    assert refused.code and "--lora is taken from the run" in refused.err
+    assert refused.code
+    assert "--lora is taken from the run" in refused.err
     refused = cli("train", text, "--model", "gpt2", "--lora", "--out", tmp_path / "b")
-    assert refused.code and "is a family" in refused.err
+    assert refused.code
+    assert "is a family" in refused.err
     refused = cli("train", text, "--model", chatty, "--lora", "ranks=2", "--out", tmp_path / "b")
-    assert refused.code and "there is no field 'ranks'" in refused.err
+    assert refused.code
+    assert "there is no field 'ranks'" in refused.err
