@@ -24,7 +24,7 @@ import polyhead as ph
 from polyhead.train.config import TrainConfig
 from polyhead.train.loop import train_step
 from polyhead.train.objectives import LanguageBatch, causal_lm
-from polyhead.train.optim import MasterAdamW
+from polyhead.train.optim import Masters
 
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH, VOCABULARY = 6, 384, 6, 256, 16, 65
 TARGET = 0.6
@@ -63,7 +63,7 @@ def trainer(family: str, dtype: str) -> tuple[Callable[[], None], float]:
         sizes["d_ff"] = 8 * WIDTH // 3
     model = ph.build(family, seed=0, vocab_size=VOCABULARY, **sizes)
     model.train()
-    optimizer = MasterAdamW(model, TrainConfig.from_dict({"dtype": dtype}))
+    optimizer = Masters(model, TrainConfig.from_dict({"dtype": dtype}))
     ids = torch.randint(VOCABULARY, (BATCH, CONTEXT + 1))
     batch = LanguageBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
 

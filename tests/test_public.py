@@ -25,10 +25,10 @@ CALLS = {
     "Trainer": "polyhead.train.loop",
     "build": "polyhead.models.assemble",
     "families": "polyhead.models.registry",
-    "load": "polyhead.models.load",
+    "load": "polyhead.adapt.load",
     "pack": "polyhead.kernels.packing",
     "perplexity": "polyhead.tasks.perplexity",
-    "tokenizer": "polyhead.models.load",
+    "tokenizer": "polyhead.adapt.load",
 }
 HEAVY = "torch numpy tokenizers transformers tyro rich jinja2 safetensors huggingface_hub gguf"
 

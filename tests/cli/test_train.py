@@ -6,7 +6,7 @@ import pytest
 from polyhead.cli.corpora import corpus, without_lines_of
 from polyhead.errors import DataError
 from polyhead.models.load import load, tokenizer
-from polyhead.train import loop
+from polyhead.train import running
 
 SMALL = (
     *("--set", "d_model=16", "num_layers=1", "num_heads=2"),
@@ -56,20 +56,20 @@ def test_flags_win_over_the_file(cli, text, tmp_path):
 def test_an_interrupted_run_goes_on(cli, text, tmp_path, monkeypatch):
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert cli("train", text, *SMALL, "--steps", 4, "--out", whole).code == 0
-    step = loop._Run._step
+    step = running.Running._step
 
     def interrupted(self, number):
         step(self, number)
         if number == 1:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(loop._Run, "_step", interrupted)
+    monkeypatch.setattr(running.Running, "_step", interrupted)
     found = cli("train", text, *SMALL, "--steps", 4, "--out", part)
     assert found.code == 143
     assert "stopped after step 2" in found.err
     about = (part / "run.json").read_bytes()
     assert json.loads(about)["data"] == str(text)
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(running.Running, "_step", step)
     for flags in (["--model", "llama"], ["--set", "num_layers=2"], ["--tokenizer", "bytes"]):
         refused = cli("train", "--out", part, "--resume", *flags)
         assert refused.code == 2

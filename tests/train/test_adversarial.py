@@ -14,7 +14,7 @@ from polyhead.train.config import TrainConfig
 from polyhead.train.loop import train_step
 from polyhead.train.masked import masked_lm
 from polyhead.train.objectives import IGNORE, LanguageBatch, Loss
-from polyhead.train.optim import MasterAdamW
+from polyhead.train.optim import Masters
 
 E, V = 12, 30
 
@@ -222,7 +222,7 @@ def test_two_passes_of_one_objective_move_apart():
 def test_training_with_it_brings_the_answers_together(kind):
     def distance(objective):
         model, batch = Model(), batch_of(16)
-        optimizer = MasterAdamW(model, TrainConfig(dtype=kind))
+        optimizer = Masters(model, TrainConfig(dtype=kind))
         torch.manual_seed(0)
         for _ in range(30):
             train_step(model, optimizer, objective, [batch], 1e-2)

@@ -195,7 +195,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, tokenizer, monkeypatch):
     def scored(*args, **named):
         return type("S", (score,), {"loss": next(losses)})()
 
-    monkeypatch.setattr("polyhead.train.loop.score_tokens", scored)
+    monkeypatch.setattr("polyhead.train.running.score_tokens", scored)
     begin(tmp_path, tokenizer, keep=1, validate_every=0)
     found = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
     assert found == ["step-00000010", "step-00000020"]

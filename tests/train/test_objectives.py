@@ -13,7 +13,7 @@ from polyhead.train.objectives import (
     head_cross_entropy,
     smoothed_cross_entropy,
 )
-from polyhead.train.optim import MasterAdamW
+from polyhead.train.optim import Masters
 
 from .conftest import tiny
 
@@ -90,7 +90,7 @@ def test_accumulated_batches_make_the_step_of_one_batch(size):
     results = []
     for batches in ([whole], parts_of(whole, size)):
         model = tiny(20)
-        optimizer = MasterAdamW(model, config)
+        optimizer = Masters(model, config)
         for _ in range(3):
             sums, norm, tokens = train_step(model, optimizer, causal_lm, batches, 1e-3)
         results.append((sums["loss"] / tokens, norm, tokens, model.state_dict()))

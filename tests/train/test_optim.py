@@ -1,11 +1,16 @@
 import pytest
 import torch
 
-from polyhead.errors import PolyheadError
+import polyhead as ph
+from polyhead.errors import ConfigError, PolyheadError
+from polyhead.files.safetensors import open_checkpoint
+from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
+from polyhead.train.depth import in_blocks
 from polyhead.train.loop import train_step
+from polyhead.train.muon import Muon
 from polyhead.train.objectives import causal_lm
-from polyhead.train.optim import MasterAdamW, learning_rate
+from polyhead.train.optim import Masters, learning_rate, settings_of
 
 from .conftest import tiny
 from .test_objectives import batch_of
@@ -38,7 +43,7 @@ def test_a_run_shorter_than_its_warmup_warms_up_shorter():
 def test_only_matrices_decay():
     model = tiny(20)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = MasterAdamW(model, TrainConfig(weight_decay=0.5))
+    optimizer = Masters(model, TrainConfig(weight_decay=0.5))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step(0.1)
@@ -49,9 +54,9 @@ def test_only_matrices_decay():
 
 def test_clipping_scales_the_whole_gradient():
     model = tiny(20)
-    optimizer = MasterAdamW(model, TrainConfig(clip=1.0))
+    optimizer = Masters(model, TrainConfig(clip=1.0))
     seen = []
-    optimizer.adamw.step = lambda: seen.extend(m.grad.clone() for m in optimizer.masters)
+    optimizer.movers[0].step = lambda: seen.extend(m.grad.clone() for m in optimizer.masters)
     for p in model.parameters():
         p.grad = torch.full_like(p, 2.0)
     norm = optimizer.step(0.1)
@@ -63,13 +68,13 @@ def test_clipping_scales_the_whole_gradient():
 def test_bfloat16_weights_follow_float32_masters():
     model, reference = tiny(20), tiny(20)
     exact = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = MasterAdamW(model, TrainConfig(dtype="bfloat16"))
+    optimizer = Masters(model, TrainConfig(dtype="bfloat16"))
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert model.head.weight is model.backbone.embedding.weight
     state = optimizer.state()
     for name in exact:
         assert torch.equal(state[f"master.{name}"], exact[name]), "masters keep all digits"
-    other = MasterAdamW(reference, TrainConfig())
+    other = Masters(reference, TrainConfig())
     for _ in range(20):  # steps far below what bfloat16 weights alone could take up
         train_step(model, optimizer, causal_lm, [batch_of(4)], 1e-5)
         train_step(reference, other, causal_lm, [batch_of(4)], 1e-5)
@@ -84,7 +89,7 @@ def test_bfloat16_weights_follow_float32_masters():
 
 def test_bfloat16_gradients_are_summed_in_float32():
     model = tiny(20)
-    optimizer = MasterAdamW(model, TrainConfig(dtype="bfloat16", clip=0.0))
+    optimizer = Masters(model, TrainConfig(dtype="bfloat16", clip=0.0))
     for _ in range(300):
         for p in model.parameters():
             p.grad = torch.full_like(p, 1 + 1 / 128)
@@ -96,7 +101,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_gradient_that_is_not_finite_changes_nothing(dtype):
     model = tiny(20)
-    optimizer = MasterAdamW(model, TrainConfig(dtype=dtype))
+    optimizer = Masters(model, TrainConfig(dtype=dtype))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for p in model.parameters():
         p.grad = torch.full_like(p, float("inf"))
@@ -104,3 +109,119 @@ def test_a_gradient_that_is_not_finite_changes_nothing(dtype):
     with pytest.raises(PolyheadError, match="norm is"):
         optimizer.step(0.1)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40), (3, 20, 8)])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torchs(shape, nesterov):
+    torch.manual_seed(0)
+    ours = [torch.randn(shape) for _ in range(3)]
+    matrices = [m for w in ours for m in (w if w.ndim == 3 else [w])]
+    theirs = [m.clone() for m in matrices]
+    settings = {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.9, "nesterov": nesterov}
+    mine = Muon(ours, **settings)
+    other = torch.optim.Muon(theirs, adjust_lr_fn="match_rms_adamw", **settings)
+    for _ in range(4):
+        for weight in ours:
+            weight.grad = torch.randn(shape)
+        for theirs_one, grad in zip(
+            theirs, [g for w in ours for g in (w.grad if w.ndim == 3 else [w.grad])], strict=True
+        ):
+            theirs_one.grad = grad.clone()
+        mine.step()
+        other.step()
+    for one, two in zip(matrices, theirs, strict=True):
+        assert torch.allclose(one, two, atol=3e-3), (one - two).abs().max()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", "bert", "swin", "t5"])
+def test_muon_takes_the_matrices_of_blocks(family):
+    usual = dict(vocab_size=30, d_model=16, num_layers=2, num_heads=2)
+    sizes = {
+        "mixtral": dict(**usual, d_ff=24, num_experts=2),
+        "swin": dict(depths=(1, 1), num_heads=(2, 4), d_model=16, image_size=16, patch_size=2,
+                     window=4),
+    }  # fmt: skip
+    model = ph.build(family, **sizes.get(family, usual))
+    chosen = in_blocks(model)
+    assert chosen
+    assert all(p.ndim >= 2 for n, p in model.named_parameters() if n in chosen)
+    assert not any("embedding" in n or n.startswith("head") for n in chosen)
+    optimizer = Masters(model, TrainConfig(optimizer="muon"))
+    assert [type(mover).__name__ for mover in optimizer.movers] == ["AdamW", "Muon"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_muon_learns_and_goes_on(tmp_path, tokenizer, dtype):
+    from .test_checkpoint import Stop, assert_same, begin, final_state, stop_at
+
+    settings = {"optimizer": "muon", "dtype": dtype, "lr": 5e-3, "ema": 0.9}
+    begin(tmp_path / "whole", tokenizer, **settings)
+    with pytest.raises(Stop):
+        begin(tmp_path / "cut", tokenizer, callbacks=[stop_at(12)], **settings)
+    begin(tmp_path / "cut", tokenizer, resume=True, model=tiny(tokenizer.vocab_size, seed=7,
+          dropout=0.1, embedding_dropout=0.1), **settings)  # fmt: skip
+    whole, cut = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
+    whole[1]["rng"], cut[1]["rng"] = None, None
+    assert_same(whole, cut)
+    losses = [line["loss"] for line in whole[2] if "loss" in line]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_the_average_is_what_is_saved(tmp_path, tokenizer):
+    from .test_checkpoint import begin
+
+    model = begin(tmp_path, tokenizer, ema=0.8, checkpoint_every=0)
+    last = checkpoint.latest(tmp_path)
+    kept, saved = open_checkpoint(last / "trainer"), ph.load(last).state_dict()
+    for name, value in saved.items():
+        assert torch.equal(value, kept[f"average.{name}"])
+        assert torch.equal(value, model.state_dict()[name])
+    assert any(not torch.equal(saved[n], kept[f"master.{n}"]) for n in saved)
+
+
+def test_averages_move_as_they_should():
+    model = tiny(20)
+    optimizer = Masters(model, TrainConfig(ema=0.75, weight_decay=0.0))
+    expected = [m.detach().clone() for m in optimizer.masters]
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step(0.01)
+        expected = [0.75 * e + 0.25 * m for e, m in zip(expected, optimizer.masters, strict=True)]
+    for one, two in zip(expected, optimizer.averages, strict=True):
+        torch.testing.assert_close(one.detach(), two)
+
+
+def test_deeper_layers_learn_slower():
+    model = ph.build("bert", vocab_size=30, d_model=16, num_layers=3, num_heads=2)
+    config = TrainConfig(layer_decay=0.5, rates=("head=10",), decays=("head=0.3",))
+    names = [name for name, _ in model.named_parameters()]
+    found = {name: (factor, decay) for name, factor, decay in settings_of(model, names, config)}
+    assert found["backbone.embedding.weight"][0] == 0.5**4
+    assert found["backbone.layers.0.attention.q.weight"] == (0.5**3, 0.1)
+    assert found["backbone.layers.2.attention.q.weight"][0] == 0.5
+    assert found["head.dense.weight"] == (10.0, 0.3)
+    optimizer = Masters(model, config)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer.step(1e-3)
+    moved = {n: (p - before[n]).abs().mean().item() for n, p in model.named_parameters()}
+    first, last = (moved[f"backbone.layers.{i}.attention.q.bias"] for i in (0, 2))
+    assert first == pytest.approx(last / 4, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rates": ("head",)}, "rates has 'head': write a part of names=number"),
+        ({"rates": ("=2",)}, "rates has '=2'"),
+        ({"decays": ("head=-1",)}, "decays has 'head=-1'"),
+        ({"rates": ("nose=2",)}, "rates names 'nose', and no parameter"),
+        ({"optimizer": "sgd"}, "choose one of adamw, muon"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        Masters(tiny(20), TrainConfig(**settings))

@@ -10,7 +10,7 @@ from polyhead.text.tokenizer import Tokenizer
 from polyhead.train.config import TrainConfig
 from polyhead.train.loop import train_step
 from polyhead.train.objectives import IGNORE
-from polyhead.train.optim import MasterAdamW
+from polyhead.train.optim import Masters
 from polyhead.train.replaced import (
     ReplacedTokenModel,
     detection,
@@ -148,7 +148,7 @@ def test_the_disentangled_table_is_the_generator_s_plus_a_difference(bert, tmp_p
     model = with_generator(discriminator(bert)).train()
     assert not model.difference.any(), "it starts at the generator's"
     batch = data(bert, tmp_path).batch(0, 6)
-    optimizer = MasterAdamW(model, TrainConfig())
+    optimizer = Masters(model, TrainConfig())
     for _ in range(3):
         train_step(model, optimizer, replaced_token, [batch], 1e-2)
     assert model.difference.abs().sum() > 0
@@ -181,7 +181,7 @@ def test_the_generator_is_smaller(bert):
 def test_it_learns(sharing, kind, bert, tmp_path):
     model = with_generator(discriminator(bert), sharing=sharing).train()
     found = data(bert, tmp_path)
-    optimizer = MasterAdamW(model, TrainConfig(dtype=kind))
+    optimizer = Masters(model, TrainConfig(dtype=kind))
     losses = []
     for step in range(25):
         sums, _, tokens = train_step(model, optimizer, replaced_token, [found.batch(step, 8)], 3e-3)

@@ -1,19 +1,19 @@
 """What an adapter was made beside: a base model's weights, told apart by a digest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
+from typing import Any
 
-import torch
+from torch import Tensor, nn
 
 from polyhead.adapt.adapters import trained_parts
 from polyhead.adapt.lora import adapted_layers
+from polyhead.files.digest import tensor_digest
 from polyhead.models.model import BESIDE, TaskModel
-
-_AT_ONCE = 1 << 24  # weights
 
 
 def base_digest(model: TaskModel, trained: Sequence[str] = ()) -> str:
-    """SHA-256 of a backbone's weights as they are without adapters, merged or not.
+    """A digest of a backbone's weights as they are without adapters, merged, in few bits or not.
 
     trained: parts that learn with the adapter, and do not count. Taken of the values in bfloat16,
     so that a model loaded as float32 or bfloat16 has the same.
@@ -21,12 +21,22 @@ def base_digest(model: TaskModel, trained: Sequence[str] = ()) -> str:
     moving = tuple(f"{name}." for name, _ in trained_parts(model, trained))
     merged = {f"{name}.weight": layer.merged for name, layer in adapted_layers(model)}
     found = sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if f".{BESIDE}." in name or name.startswith(moving) or not name.startswith("backbone."):
+    for name, weight in sorted(_weights(model.backbone), key=lambda pair: pair[0]):
+        if name.startswith(moving) or f".{BESIDE}." in name:
             continue
         before = merged.get(name)
-        weight = (tensor if before is None else before).detach()
-        found.update(f"{name} {list(weight.shape)}".encode())
-        for part in weight.reshape(-1).split(_AT_ONCE):
-            found.update(part.to("cpu", torch.bfloat16).view(torch.int16).numpy().data)
+        if not isinstance(weight, str):
+            weight = tensor_digest(weight if before is None else before)
+        found.update(f"{name} {weight}\n".encode())
     return found.hexdigest()
+
+
+def _weights(backbone: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
+    """Every weight by its name; of one that is kept in few bits the digest it had."""
+    yield from backbone.named_parameters("backbone")
+    for name, part in backbone.named_modules(prefix="backbone"):
+        layer: Any = part
+        if isinstance(digest := getattr(layer, "source_digest", None), str):
+            yield f"{name}.weight", digest
+        for own, digest in getattr(layer, "source_digests", {}).items():
+            yield f"{name}.{own}", digest

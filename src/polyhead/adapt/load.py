@@ -1,6 +1,6 @@
 """A model from a directory or a name, those of adapters included."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def load(
     revision: str | None = None,
     *,
     adapter: str | Path | None = None,
+    change: Callable[[TaskModel], TaskModel] | None = None,
     labels: Sequence[str] | None = None,
     problem: str | None = None,
     tasks: Mapping[str, Any] | None = None,
@@ -36,12 +37,12 @@ def load(
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
     The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
-    one on the model that is named. dtype: None keeps what the checkpoint says, but float16, for
-    which CPUs have no fast path, and GGUF's packed blocks become float32. device: None is the CPU.
-    head: "lm", "classify", "none" and others; None takes it from the checkpoint's `architectures`.
-    A head that is named here and that the checkpoint does not have is drawn fresh, to be trained;
-    `labels` are the names of its classes, `problem` and `tasks` as in `Config`. The model is in
-    evaluation mode.
+    one on the model that is named. change: what becomes of that before, such as `quantize`.
+    dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
+    GGUF's packed blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
+    others; None takes it from the checkpoint's `architectures`. A head that is named here and that
+    the checkpoint does not have is drawn fresh, to be trained; `labels` are the names of its
+    classes, `problem` and `tasks` as in `Config`. The model is in evaluation mode.
 
     Raises ConfigError for what a config says that cannot be, FileError for broken files.
     """
@@ -55,6 +56,8 @@ def load(
         head, said = _head_beside(Path(adapter), name)
         told |= said
     model = load_model(name, dtype, device, head, revision, **told)
+    if change is not None:
+        model = change(model)
     if adapter is not None:
         load_adapter(model, adapter)
     return model

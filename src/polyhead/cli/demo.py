@@ -187,11 +187,11 @@ def _affordable_steps(tokenizer: "Tokenizer") -> int:
 
     from polyhead.train.loop import train_step
     from polyhead.train.objectives import LanguageBatch, causal_lm
-    from polyhead.train.optim import MasterAdamW
+    from polyhead.train.optim import Masters
 
     with torch.random.fork_rng(devices=[]):
         model = _model(tokenizer).train()
-        optimizer = MasterAdamW(model, _config(Path(OUT), FULL_STEPS))
+        optimizer = Masters(model, _config(Path(OUT), FULL_STEPS))
         ids = torch.randint(tokenizer.vocab_size, (BATCH, CONTEXT + 1))
         batch = LanguageBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         times: list[float] = []

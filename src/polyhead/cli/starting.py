@@ -1,6 +1,7 @@
 """What a run of `polyhead train` starts from: a fresh model of a family, or a checkpoint."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,17 +48,17 @@ def from_checkpoint(
     name: str,
     kind: "ObjectiveKind",
     classes: Mapping[str, Any],
+    config: TrainConfig,
     lora: Sequence[str] | None = None,
+    quantize: str | None = None,
 ) -> "tuple[TaskModel, Any]":
     """A checkpoint with the head of an objective, and what makes its inputs.
 
-    lora: of an adapter that is to learn in place of it.
+    lora: of an adapter that is to learn in place of it; quantize: what it is kept as then.
 
     A head that knows all labels of the data is kept with its own; else the data's are its labels,
     and it is drawn fresh where their number is another.
     """
-    import torch
-
     from polyhead.adapt.load import load
     from polyhead.files.hub import resolve
     from polyhead.train.registry import check_model
@@ -65,11 +66,26 @@ def from_checkpoint(
     with working(f"loading {name}"):
         path = model_path(resolve(name))
         told = {} if _knows(path, classes) else classes
-        model = load(path, dtype=torch.float32, head=kind.head or None, **told)
+        dtype, change = base_dtype(lora, config), change_of(quantize)
+        model = load(path, dtype=dtype, head=kind.head or None, change=change, **told)
         check_model(kind, model)
         if lora is not None:
             _adapt(model, lora)
         return model, inputs_of(path, kind)
+
+
+def base_dtype(lora: Sequence[str] | None, config: TrainConfig) -> str:
+    """What a checkpoint is loaded as: float32 where it learns, as its masters are."""
+    return "float32" if lora is None else config.dtype
+
+
+def change_of(quantize: str | None) -> "Callable[[TaskModel], TaskModel] | None":
+    """What becomes of a model before an adapter is put on."""
+    if quantize is None:
+        return None
+    from polyhead.compress.quantize import quantize as packed
+
+    return partial(packed, form=quantize)
 
 
 def _adapt(model: "TaskModel", words: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -24,7 +24,7 @@ DEFAULTS = TrainConfig(sample_every=250, sample_tokens=200)
 _SNIPPET = 48
 # What run.json keeps, and what of it a run that goes on cannot change.
 _SPEC = ("objective", "roles", "columns", "problem", "options", "sift")
-_ADAPTER = ("lora",)
+_ADAPTER = ("lora", "quantize")
 _KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid", *_ADAPTER, *_SPEC)
 _SETTLED = ("model", "set", "tokenizer", "vocab_size", *_ADAPTER, *_SPEC)
 _TUPLES = ("set", "roles", "options")
@@ -44,6 +44,7 @@ class Args:
       polyhead train stdlib --tokenizer bpe --vocab-size 4096 --context 512 --out runs/code
       polyhead train more.jsonl --model runs/docs --lr 3e-4 --out runs/more
       polyhead train more.jsonl --model smollm2-135m --lora rank=16 targets=q,v --out runs/mine
+      polyhead train more.jsonl --model smollm2-135m --lora --quantize nf4 --out runs/mine
       polyhead train --out runs/docs --resume
       polyhead train reviews.csv --objective classify --model minilm-l6 --label stars --out runs/r
       polyhead train posts.tsv --objective classify --model minilm-l6 --columns rating,text
@@ -101,6 +102,8 @@ class Args:
     """Train an adapter beside a checkpoint, which stays as it is: `--lora` alone, or with rank=8,
     alpha=16, targets=q,v (or all-linear), dropout=0, rslora=true, dora=true, trained=NAME,NAME for
     parts that learn whole. A fresh head is one of these. --lr is 2e-4 then."""
+    quantize: Literal["nf4", "nf6", "int8"] | None = None
+    """With --lora: keep the checkpoint's matrices in few bits while the adapter learns (QLoRA)."""
     valid: str | None = None
     """Text to validate on; else the last --held-out of the tokens."""
     config: Path | None = None
@@ -160,7 +163,7 @@ def run(args: Args) -> int:
         _check_settled(run_dir, args.given)
     data = source_of(args.data, kind, columns)
     valid = None if args.valid is None else source_of(args.valid, kind, columns)
-    model, inputs = _resumed(run_dir, kind) if args.resume else (None, None)
+    model, inputs = _resumed(run_dir, kind, args) if args.resume else (None, None)
     if model is None or inputs is None:
         model, inputs = _start(args, kind, data)
     note(f"{_described(model, inputs)}, on {args.data}")
@@ -267,12 +270,10 @@ def _check_settled(run_dir: Path, given: Sequence[str]) -> None:
         raise ConfigError(f"with --resume, {flags} is taken from the run {run_dir}: leave it out")
 
 
-def _resumed(run_dir: Path, kind: "ObjectiveKind") -> "tuple[TaskModel | None, Any]":
+def _resumed(run_dir: Path, kind: "ObjectiveKind", args: Args) -> "tuple[TaskModel | None, Any]":
     """Model and tokenizer of the run's newest checkpoint; what they hold, `fit` takes up."""
-    import torch
-
     from polyhead.adapt.load import load
-    from polyhead.cli.starting import inputs_of
+    from polyhead.cli.starting import base_dtype, change_of, inputs_of
     from polyhead.train.checkpoint import latest
 
     last = latest(run_dir)
@@ -280,7 +281,8 @@ def _resumed(run_dir: Path, kind: "ObjectiveKind") -> "tuple[TaskModel | None, A
         return None, None
     # Checkpoints of an embedder name a bare model: pooling has no weights.
     head = "embed" if kind.head == "embed" else None
-    return load(last, dtype=torch.float32, head=head), inputs_of(last, kind)
+    dtype, change = base_dtype(args.lora, args.train), change_of(args.quantize)
+    return load(last, dtype=dtype, head=head, change=change), inputs_of(last, kind)
 
 
 def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, Any]":
@@ -308,7 +310,9 @@ def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, An
             "--set, --tokenizer and --vocab-size are for a fresh model of a family, such as gpt2 "
             f"or bert; {args.model!r} is taken for a checkpoint, which has its own"
         )
-    return from_checkpoint(args.model, kind, classes, args.lora)
+    if args.quantize is not None and args.lora is None:
+        raise ConfigError("--quantize keeps weights that do not learn: add --lora, which does")
+    return from_checkpoint(args.model, kind, classes, args.train, args.lora, args.quantize)
 
 
 def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":

@@ -251,6 +251,12 @@ class Tokenizer:
         return frozenset(i for i, token in added if token.special)
 
     @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The same tokens as they are written."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
+
+    @cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Every id at which generation stops, the eos token first.
 
@@ -263,12 +269,9 @@ class Tokenizer:
         if self.chat_template is not None:
             from polyhead.text import chat  # Jinja is slow to import, and few need it
 
-            specials = [
-                token.content
-                for token in self.backend.get_added_tokens_decoder().values()
-                if token.special
-            ]
-            end = chat.end_of_turn(self.chat_template, self.named_special_tokens, specials)
+            end = chat.end_of_turn(
+                self.chat_template, self.named_special_tokens, self.special_texts
+            )
             end_id = None if end is None else self.backend.token_to_id(end)
             found += [] if end_id is None else [end_id]
         return tuple(dict.fromkeys(found))

@@ -37,7 +37,7 @@ from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.model import TaskModel
 from polyhead.text.directory import state_length
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig
-from polyhead.train.optim import MasterAdamW, learning_rate
+from polyhead.train.optim import Masters, learning_rate
 
 _TRAINER, _MANIFEST, _FORMAT = "trainer", "manifest.json", 1
 _NO_PART_OF_THE_MODEL = {"dtype", "torch_dtype", "transformers_version"}
@@ -53,10 +53,13 @@ class Progress:
     valid_loss: float | None = None
     score: float | None = None
     sums: Mapping[str, float] | None = None
+    passed: int = 0
+    """Steps' worth of data that a rewind passed by."""
+    guard: Mapping[str, Any] | None = None
 
 
 def save(
-    run: Path, model: TaskModel, tokenizer: Any, optimizer: MasterAdamW, progress: Progress
+    run: Path, model: TaskModel, tokenizer: Any, optimizer: Masters, progress: Progress
 ) -> Path:
     """Write the checkpoint of `progress.step`, make it the latest, and prune the others."""
     folder = run / "checkpoints"
@@ -65,7 +68,8 @@ def save(
     try:
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir(parents=True)
-        _save_model(temp, model)
+        with optimizer.averaged():
+            _save_model(temp, model)
         tokenizer.save(temp)
         state_length(temp, model.config.max_tokens)
         write_checkpoint(temp / _TRAINER, _tensors(model, optimizer))
@@ -150,7 +154,7 @@ def verify(checkpoint: Path) -> None:
 def restore(
     checkpoint: Path,
     model: TaskModel,
-    optimizer: MasterAdamW,
+    optimizer: Masters,
     config: TrainConfig,
     corpus: str,
 ) -> Progress:
@@ -173,12 +177,13 @@ def restore(
             own[name].copy_(value)
     _set_rng(state["rng"], tensors)
     score = state.get("score")
-    return Progress(state["step"], old, corpus, state["valid_loss"], score, state["sums"])
+    return Progress(
+        state["step"], old, corpus, state["valid_loss"], score, state["sums"],
+        state.get("passed", 0), state.get("guard"),
+    )  # fmt: skip
 
 
-def _tensors(
-    model: TaskModel, optimizer: MasterAdamW, *, moments: bool = True
-) -> dict[str, Tensor]:
+def _tensors(model: TaskModel, optimizer: Masters, *, moments: bool = True) -> dict[str, Tensor]:
     """Everything a run needs to go on; without moments, what tells one model from another."""
     state = optimizer.state()
     if not moments:
@@ -206,6 +211,8 @@ def _state(progress: Progress) -> dict[str, Any]:
         "valid_loss": progress.valid_loss,
         "score": progress.score,
         "sums": dict(progress.sums or {}),
+        "passed": progress.passed,
+        "guard": progress.guard,
         "rng": {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]},
     }
 

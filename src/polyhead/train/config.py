@@ -18,12 +18,14 @@ from polyhead.errors import ConfigError, FileError
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 TrainDtype = Literal["float32", "bfloat16"]
+OptimizerName = Literal["adamw", "muon"]
 
 # What may differ when a run is taken up again: nothing here touches the numbers. `steps` is judged
 # by itself, by the learning rates it leads to (checkpoint.py).
 FREE_ON_RESUME = (
     *("steps", "validate_every", "validate_batches", "checkpoint_every", "keep", "log_every"),
     *("out", "cache", "device", "sample_every", "sample_prompt", "sample_tokens", "epochs"),
+    "skips",
 )
 
 
@@ -53,14 +55,33 @@ class TrainConfig:
     """Course of the learning rate after the warm-up; wsd stays at `lr`, then falls linearly."""
     decay: float = 0.2
     """Share of the steps over which wsd falls."""
+    optimizer: OptimizerName = "adamw"
+    """adamw, or muon for the matrices of blocks with adamw for the rest."""
+    layer_decay: float = 1.0
+    """What the learning rate is multiplied by for each block that lies above a weight."""
+    rates: tuple[str, ...] = ()
+    """Factors of the learning rate for parameters whose names hold a text, as in head=10."""
     weight_decay: float = 0.1
     """Decoupled decay of every weight of two or more dimensions (norms and biases have none)."""
+    decays: tuple[str, ...] = ()
+    """Weight decay of parameters whose names hold a text, as in embedding=0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averages of the gradient and of its square."""
     eps: float = 1e-8
     """AdamW's epsilon."""
     clip: float = 1.0
     """Largest norm of a step's gradient; 0 leaves it as it is."""
+    zclip: float = 0.0
+    """Above 0: clip gradients whose norm lies so many standard deviations above its running mean;
+    2.5 is usual."""
+    rewind: float = 0.0
+    """Above 0: where the loss lies so many standard deviations above its running mean, go back to
+    the last checkpoint and pass by the data since; 6 is cautious."""
+    skips: int = 10
+    """Steps in a row that may be left out as their loss or gradient is no number, and rewinds of a
+    whole run, before it stops."""
+    ema: float = 0.0
+    """Above 0: keep a moving average of the weights, as 0.999, and validate and save that."""
     dtype: TrainDtype = "float32"
     """Type of weights and gradients; bfloat16 keeps float32 masters and moments beside them."""
     seed: int = 0
@@ -95,7 +116,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):
                 raise ConfigError(f"{name} is {value}: it must be a number of at least {low}")
-        for name, kind in (("schedule", Schedule), ("dtype", TrainDtype)):
+        choices = {"schedule": Schedule, "dtype": TrainDtype, "optimizer": OptimizerName}
+        for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: choose one of {known}")
@@ -105,10 +127,11 @@ class TrainConfig:
             raise ConfigError(f"lr is {self.lr}: it must be above 0")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(f"min_lr is {self.min_lr}: it must not exceed lr, which is {self.lr}")
-        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("betas", "rates", "decays"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas is {self.betas}: two numbers from 0 up to, not including, 1")
-        for name in ("held_out", "decay"):
+        for name in ("held_out", "decay", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: a share from 0 to below 1")
 
@@ -124,7 +147,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Every field, as JSON and TOML hold it."""
-        return {**dataclasses.asdict(self), "betas": list(self.betas)}
+        values = dataclasses.asdict(self).items()
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "the settings") -> Self:
@@ -178,6 +202,7 @@ FINE_TUNING: dict[str, Any] = {
 _LOWEST: dict[str, float] = {
     **dict.fromkeys(("steps", "batch_size", "context", "accumulate", "keep", "log_every"), 1),
     **dict.fromkeys(("lr", "min_lr", "warmup", "weight_decay", "eps", "clip", "seed"), 0),
+    **dict.fromkeys(("zclip", "rewind", "skips", "layer_decay"), 0),
     **dict.fromkeys(("validate_every", "validate_batches", "checkpoint_every"), 0),
     **dict.fromkeys(("sample_every", "sample_tokens"), 0),
 }
@@ -195,8 +220,8 @@ def _as(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {value!r}: choose one of {', '.join(get_args(kind))}")
     if get_origin(kind) is tuple:
         if isinstance(value, list | tuple):
-            return tuple(_as(float, item, where) for item in value)
-        raise ConfigError(f"{where} is {value!r}: it must be a list of numbers")
+            return tuple(_as(get_args(kind)[0], item, where) for item in value)
+        raise ConfigError(f"{where} is {value!r}: it must be a list")
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from polyhead.errors import FileError
 from polyhead.files.disk import atomic_file
 
 TIMES = ("seconds", "tokens_per_second", "rows_per_second", "memory_bytes")
@@ -27,9 +28,14 @@ class Log:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append a line. FileError, at once, where the disk takes no more."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise FileError(
+                f"{self._file.name} cannot be written ({error.strerror}): make room, and resume"
+            ) from None
 
     def sync(self) -> None:
         """Flush to disk, so that no checkpoint is ahead of its log."""

@@ -2,7 +2,6 @@
 
 import inspect
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,14 +17,16 @@ from polyhead.train import adversarial, checkpoint, registry, rundir
 from polyhead.train.allocator import keep_freed_memory
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
-from polyhead.train.data import Dataset, Windows
-from polyhead.train.evaluate import score_dataset, score_texts, score_tokens
-from polyhead.train.log import Log, View, peak_memory, tell_tokenising
+from polyhead.train.data import Dataset
+from polyhead.train.evaluate import score_dataset, score_texts
+from polyhead.train.log import Log, View, tell_tokenising
 from polyhead.train.multitask import opened
 from polyhead.train.objectives import Objective
-from polyhead.train.optim import MasterAdamW, learning_rate
+from polyhead.train.optim import Masters
+from polyhead.train.preference import Compared
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 from polyhead.train.registry import ObjectiveKind
+from polyhead.train.running import Running
 from polyhead.train.step import Interrupted, signals, train_step, write_sample
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
@@ -108,7 +109,7 @@ class Trainer:
         train, held = self._datasets(texts, valid)
         self._count_epochs(len(train))
         torch.manual_seed(self.config.seed)
-        optimizer = MasterAdamW(self.model, self.config)
+        optimizer = Masters(self.model, self.config)
         digest = registry.sealed(self.kind, self.options, train.digest)
         digest += f" sift {self.sift}" if self.sift else ""
         progress = checkpoint.Progress(0, self.config, digest)
@@ -118,13 +119,17 @@ class Trainer:
             progress = replace(found, config=self.config)
         rundir.begin(self.run, {**self._spec(), **(self.about or {})}, anew=not resume)
         checkpoint.clean(self.run)
+        for split, dataset in (("train", train), ("valid", held)):
+            if isinstance(dataset, Compared):
+                size = self.config.batch_size
+                dataset.refer(self.model, self.run, split, size, anew=last is None)
         self.config.save(self.run / "config.toml")
         log = Log(self.run / "log.jsonl", step=progress.step)
         view = View(self.config.steps, progress.step, quiet=self.quiet)
         self.model.train()
         try:
             with view, signals() as received:
-                run = _Run(self, train, held, optimizer, progress, log, view, device)
+                run = Running(self, train, held, optimizer, progress, log, view, device)
                 return run.go(received, last)
         finally:
             log.close()
@@ -247,163 +252,3 @@ def _kind(objective: str | ObjectiveKind | Objective) -> ObjectiveKind:
     if isinstance(objective, ObjectiveKind):
         return objective
     return replace(registry.OBJECTIVES["causal-lm"], loss=objective)
-
-
-class _Run:
-    """One call of fit: the state of the loop."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        dataset: Dataset,
-        held: Dataset | None,
-        optimizer: MasterAdamW,
-        progress: checkpoint.Progress,
-        log: Log,
-        view: View,
-        device: torch.device,
-    ) -> None:
-        self.trainer, self.config, self.model = trainer, trainer.config, trainer.model
-        self.dataset, self.held, self.optimizer = dataset, held, optimizer
-        self.progress, self.log, self.view, self.device = progress, log, view, device
-        # Sums since the last line of the log; they are part of a checkpoint, so that a line that
-        # spans an interruption is the same.
-        self.sums = dict(progress.sums or {})
-        self.timed_rows, self.timed = 0, 0.0
-        self.last: dict[str, Any] = {}
-
-    def go(self, received: list[int], saved: Path | None) -> dict[str, Any]:
-        for step in range(self.progress.step, self.config.steps):
-            self._step(step)
-            done = step + 1
-            final = done == self.config.steps
-            if final or done % self.config.log_every == 0:
-                self._line(done)
-            at_checkpoint = final or _due(done, self.config.checkpoint_every)
-            valid = score = None
-            if at_checkpoint or _due(done, self.config.validate_every):
-                valid, score = self._validate(done)
-            if _due(done, self.config.sample_every) or (final and self.config.sample_every):
-                self._sample(done)
-            if at_checkpoint or received or self._is_best(score):
-                saved = self._save(done, valid, score)
-            if received and not final and saved is not None:
-                raise Interrupted(received[0], done, saved)
-        found = {**self.last, "step": self.config.steps, "checkpoint": str(saved)}
-        if self.trainer.kind.metric is not None:
-            found["best"] = str(checkpoint.best(self.trainer.run) or saved)
-        return found
-
-    def _step(self, step: int) -> None:
-        """Forward and backward for every part of the step, then the update."""
-        began = time.perf_counter()
-        parts = range(step * self.config.accumulate, (step + 1) * self.config.accumulate)
-        batches = [self.dataset.batch(part, self.config.batch_size) for part in parts]
-        nll, norm, counted = train_step(
-            self.model, self.optimizer, self.trainer.objective,
-            [batch.to(self.device) for batch in batches], learning_rate(step, self.config),
-        )  # fmt: skip
-        for name, value in nll.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.sums["tokens"] = self.sums.get("tokens", 0) + counted
-        self.sums["grad_norm"] = norm
-        self.timed += time.perf_counter() - began
-        self.timed_rows += self.config.batch_size * self.config.accumulate
-        loss = nll.get("loss", math.nan) / counted
-        self.view.step(step + 1, loss, self._bits(loss), self._speed())
-
-    def _line(self, done: int) -> None:
-        """The training line of the log: means over what counted since the one before."""
-        counted = self.sums.pop("tokens")
-        norm = self.sums.pop("grad_norm")
-        means = {name: value / counted for name, value in self.sums.items()}
-        seen = done * self.config.batch_size * self.config.accumulate
-        bits = self._bits(means["loss"])
-        unit, a_row = self._unit()
-        self._record(
-            {
-                "step": done,
-                **means,
-                **({} if bits is None else {"bits_per_byte": bits}),
-                "lr": learning_rate(done - 1, self.config),
-                "grad_norm": norm,
-                "epoch": seen / len(self.dataset),
-                unit: seen * a_row,
-                "seconds": self.timed,
-                f"{unit}_per_second": self._speed(),
-                "memory_bytes": peak_memory(self.device),
-            }
-        )
-        self.sums, self.timed, self.timed_rows = {}, 0.0, 0
-
-    def _validate(self, done: int) -> tuple[float | None, float | None]:
-        """The held-out loss, and the figure that the best checkpoint is chosen by, if any."""
-        if self.held is None:
-            return None, None
-        config, kind = self.config, self.trainer.kind
-        sizes = {"batch_size": config.batch_size, "batches": config.validate_batches}
-        if isinstance(self.held, Windows):
-            score = score_tokens(
-                self.model, self.held.tokens, context=self.held.context,
-                objective=self.trainer.objective, **sizes,
-            )  # fmt: skip
-            bits = score.bits_per_byte
-            self._record({"step": done, "valid_loss": score.loss, "valid_bits_per_byte": bits})
-            return score.loss, None
-        found = score_dataset(self.model, self.held, self.trainer.objective, kind.metric, **sizes)
-        self._record({"step": done, **{f"valid_{name}": value for name, value in found.items()}})
-        loss, *figures = found.values()
-        return loss, (figures[0] if figures else None)
-
-    def _is_best(self, score: float | None) -> bool:
-        """Whether this is better than all kept so far; without a score nothing is."""
-        if score is None:
-            return False
-        before = checkpoint.best_score(self.trainer.run)
-        return before is None or score > before
-
-    def _sample(self, done: int) -> None:
-        assert self.trainer.sample is not None
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.config.seed)
-            self.model.eval()
-            text = self.trainer.sample(self.model, self.trainer.tokenizer, self.config)
-            self.model.train()
-        self._record({"step": done, "sample": text})
-
-    def _save(self, done: int, valid: float | None, score: float | None) -> Path:
-        self.log.sync()
-        self.progress = replace(
-            self.progress, step=done, valid_loss=valid, score=score, sums=self.sums
-        )
-        trainer = self.trainer
-        return checkpoint.save(
-            trainer.run, self.model, trainer.tokenizer, self.optimizer, self.progress
-        )
-
-    def _record(self, record: dict[str, Any]) -> None:
-        self.log.write(record)
-        self.view.show(record)
-        self.last.update(record)
-        for callback in self.trainer.callbacks:
-            callback(self.trainer, record)
-
-    def _unit(self) -> tuple[str, int]:
-        """What is counted, and how many a row has."""
-        return (
-            ("tokens", self.dataset.context) if isinstance(self.dataset, Windows) else ("rows", 1)
-        )
-
-    def _speed(self) -> float:
-        return self.timed_rows * self._unit()[1] / self.timed
-
-    def _bits(self, loss: float) -> float | None:
-        """Nats a token as bits a byte, by the bytes a token of the corpus stands for."""
-        if not isinstance(self.dataset, Windows):
-            return None
-        return loss / math.log(2) / self.dataset.tokens.bytes_per_token
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

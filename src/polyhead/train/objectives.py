@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.nn.mask import Mask
 from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
 
 IGNORE = -100
@@ -30,6 +31,10 @@ class LanguageBatch:
     attention_mask: Any = None
     position_ids: Tensor | None = None
 
+    def mask(self) -> Any:
+        """What the model takes as `attention_mask`."""
+        return self.attention_mask
+
     def tokens(self) -> int:
         """How many labels count."""
         return int((self.labels != IGNORE).sum())
@@ -41,6 +46,18 @@ class LanguageBatch:
             for name, value in vars(self).items()
         }
         return replace(self, **moved)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch(LanguageBatch):
+    """Several texts in a row, each blind to the others: their numbers `segments` [B, T], -1 where
+    nothing stands."""
+
+    segments: Tensor
+
+    def mask(self) -> Mask:
+        """By segments."""
+        return Mask(segments=self.segments)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +98,7 @@ Objective = Callable[[Any, Any], Loss]
 def causal_lm(model: Any, batch: LanguageBatch) -> Loss:
     """Cross-entropy of the next token, and the routers' losses where the model has experts."""
     # What a batch does not need is not passed, so that a backbone need not know of it.
-    extras = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids}
+    extras = {"attention_mask": batch.mask(), "position_ids": batch.position_ids}
     extras = {name: value for name, value in extras.items() if value is not None}
     with routing(model) as logits:
         hidden = model.backbone(batch.input_ids, **extras)

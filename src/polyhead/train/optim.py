@@ -1,13 +1,24 @@
-"""AdamW over float32 masters, and learning rates as pure functions of the step."""
+"""What moves the weights: masters in float32, AdamW, Muon, and rates by the step."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
-from polyhead.errors import PolyheadError
+from polyhead.compress.formats import PackedWeight
+from polyhead.errors import ConfigError, PolyheadError
 from polyhead.train.config import TrainConfig
+from polyhead.train.depth import depths, in_blocks, num_blocks
+from polyhead.train.muon import Muon
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
+
+
+class NotFiniteError(PolyheadError):
+    """A loss or a gradient is no number; no weight was changed by it."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -26,12 +37,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.lr + (low - config.lr) * done
 
 
-class MasterAdamW:
-    """AdamW whose weights and moments are float32, whatever the model's weights are.
+class Masters:
+    """Weights and moments in float32, whatever the model's weights are, and what moves them.
 
     In float32 the masters are the parameters themselves. Otherwise the model's parameters become
     `dtype`, and each step writes the rounded masters to them. Matrices (and embeddings) decay;
-    norms and biases do not. Gradients of several backward passes are summed in float32.
+    norms and biases do not, unless `config.decays` says so. Gradients of several backward passes
+    are summed in float32. With `config.ema` a moving average of the masters is kept besides.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -44,20 +56,36 @@ class MasterAdamW:
         for param in model.parameters():
             if param.is_floating_point():
                 param.data = param.data.to(dtype)
+        for part in model.modules():
+            if isinstance(part, PackedWeight):
+                part.dtype = dtype
         self.separate = dtype != torch.float32
         if not self.separate:
             self.masters = list(self.params)
-        groups = [
-            {
-                "params": [m for m in self.masters if m.ndim >= 2],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
+        self.movers = self._movers(model, config)
+        self.ema = config.ema
+        self.averages = [m.detach().clone() for m in self.masters] if config.ema else []
+
+    def _movers(self, model: nn.Module, config: TrainConfig) -> list[Optimizer]:
+        """AdamW, and Muon for the matrices of blocks where it is asked for."""
+        matrices = in_blocks(model) if config.optimizer == "muon" else set[str]()
+        groups: dict[tuple[bool, float, float], list[Tensor]] = {}
+        for (name, factor, decay), master in zip(
+            settings_of(model, self.names, config), self.masters, strict=True
+        ):
+            groups.setdefault((name in matrices, factor, decay), []).append(master)
+        rows = [
+            (by_muon, {"params": some, "weight_decay": decay, "factor": factor})
+            for (by_muon, factor, decay), some in groups.items()
         ]
-        groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-        )
+        movers: list[Optimizer] = []
+        if others := [row for by_muon, row in rows if not by_muon]:
+            movers.append(
+                AdamW(others, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+            )
+        if some := [row for by_muon, row in rows if by_muon]:
+            movers.append(Muon(some, lr=config.lr))
+        return movers
 
     def collect(self) -> None:
         """Add the gradients of a backward pass to the masters' and free them (no-op in float32)."""
@@ -78,21 +106,27 @@ class MasterAdamW:
             tensor.grad = None
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, limit: Callable[[float], float] | None = None) -> float:
         """Clip, update, and clear the gradients; the norm before clipping.
 
-        A norm that is not finite raises PolyheadError and leaves every weight as it is.
+        limit: the largest norm allowed, of the norm found; `config.clip` holds besides. A norm that
+        is not finite raises NotFiniteError and leaves every weight as it is.
         """
         norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
         value = float(norm)
         if not math.isfinite(value):
-            raise PolyheadError(f"the gradient's norm is {value}: lower lr, or check the data")
-        if self.clip:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, self.clip, norm)
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
-        self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+            self.discard()
+            raise NotFiniteError(f"the gradient's norm is {value}: lower lr, or check the data")
+        largest = min(self.clip or math.inf, math.inf if limit is None else limit(value))
+        if largest < math.inf:
+            torch.nn.utils.clip_grads_with_norm_(self.masters, largest, norm)
+        for mover in self.movers:
+            for group in mover.param_groups:
+                group["lr"] = lr * group["factor"]
+            mover.step()
+            mover.zero_grad(set_to_none=True)
+        for average, master in zip(self.averages, self.masters, strict=bool(self.ema)):
+            average.lerp_(master, 1 - self.ema)
         self._round()
         return value
 
@@ -102,27 +136,96 @@ class MasterAdamW:
             for param, master in zip(self.params, self.masters, strict=True):
                 param.copy_(master)
 
+    @contextmanager
+    def averaged(self) -> Generator[None]:
+        """The model with the averages for its weights, while this is entered; without `config.ema`
+        it stays as it is."""
+        self.exchange()
+        try:
+            yield
+        finally:
+            self.exchange()
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the averages in the place of the masters, and those in theirs."""
+        for master, average in zip(self.masters, self.averages, strict=bool(self.ema)):
+            before = master.clone()
+            master.copy_(average)
+            average.copy_(before)
+        if self.ema:
+            self._round()
+
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments and step counts by parameter name."""
-        state = {}
+        """Masters, moments, step counts and averages by parameter name."""
+        state: dict[str, Tensor] = {}
         for name, master in zip(self.names, self.masters, strict=True):
             state[f"master.{name}"] = master.detach()
-            for key, value in self.adamw.state[master].items():
-                state[f"{key}.{name}"] = value
+            for mover in self.movers:
+                for key, value in mover.state.get(master, {}).items():
+                    state[f"{key}.{name}"] = value
+        for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
+            state[f"average.{name}"] = average
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave; the model's weights follow the masters."""
+        owners = {
+            id(param): mover
+            for mover in self.movers
+            for group in mover.param_groups
+            for param in group["params"]
+        }
         with torch.no_grad():
             for name, master in zip(self.names, self.masters, strict=True):
                 master.copy_(state[f"master.{name}"])
-                found = {
-                    key: state[f"{key}.{name}"].clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                # AdamW keeps its step count on the CPU or beside the weights, as it made it.
+                owners[id(master)].state[master] = {
+                    key: state[f"{key}.{name}"].clone().to(master.device)
+                    for key in MOMENTS
                     if f"{key}.{name}" in state
                 }
-                # AdamW keeps its step count on the CPU or beside the weights, as it made it.
-                self.adamw.state[master] = {
-                    key: value.to(master.device) for key, value in found.items()
-                }
+            for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
+                average.copy_(state[f"average.{name}"])
             self._round()
+
+
+def settings_of(
+    model: nn.Module, names: Sequence[str], config: TrainConfig
+) -> Iterator[tuple[str, float, float]]:
+    """Each parameter's name, what its learning rate is multiplied by, and its weight decay.
+
+    `config.layer_decay` for each block that lies above it (Howard and Ruder 2018), times the
+    factors of `config.rates`; `config.decays` in the place of `config.weight_decay`. Errors:
+    ConfigError for a pattern that names no parameter.
+    """
+    rates, decays = _patterns("rates", config.rates), _patterns("decays", config.decays)
+    for field, patterns in (("rates", rates), ("decays", decays)):
+        for pattern in patterns:
+            if not any(pattern in name for name in names):
+                raise ConfigError(f"{field} names {pattern!r}, and no parameter that learns does")
+    depth = depths(model) if config.layer_decay != 1.0 else {}
+    levels = num_blocks(model) + 1
+    sizes = {name: parameter.ndim for name, parameter in model.named_parameters()}
+    for name in names:
+        factor = config.layer_decay ** round((1 - depth.get(name, 1.0)) * levels)
+        for pattern, value in rates.items():
+            factor *= value if pattern in name else 1.0
+        decay = config.weight_decay if sizes[name] >= 2 else 0.0
+        for pattern, value in decays.items():
+            decay = value if pattern in name else decay
+        yield name, factor, decay
+
+
+def _patterns(field: str, words: Sequence[str]) -> dict[str, float]:
+    """`pattern=number` words."""
+    found: dict[str, float] = {}
+    for word in words:
+        pattern, _, number = word.rpartition("=")
+        try:
+            found[pattern] = float(number)
+        except ValueError:
+            found[pattern] = math.nan
+        if not pattern or not 0 <= found[pattern] < math.inf:
+            raise ConfigError(f"{field} has {word!r}: write a part of names=number, as in head=10")
+    return found

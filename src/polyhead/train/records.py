@@ -98,6 +98,11 @@ def read_table(
         )
     taken = {role: found[column] for role, column in needed.items()}
     taken |= {role: found[role] for role in optional if role in found}
+    if not taken:
+        raise DataError(
+            f"{name} has no column {_listed(list(wanted))}; it has {_listed(list(found))}: name "
+            "yours for those that are needed"
+        )
     if not len(next(iter(taken.values()))):
         raise DataError(f"{name} holds no rows: give a file with some")
     seal = json.dumps([digest, sorted(needed.items()), sorted(taken)])

@@ -9,6 +9,7 @@ from typing import Any
 
 from polyhead.errors import ConfigError
 from polyhead.train.answering import answer, answer_figures, answered_contexts
+from polyhead.train.chatting import conversations
 from polyhead.train.contrastive import (
     captioned_images,
     clip,
@@ -19,11 +20,20 @@ from polyhead.train.contrastive import (
 from polyhead.train.corruption import corrupted_windows, span_corruption
 from polyhead.train.data import Dataset, windows
 from polyhead.train.examples import Labels
+from polyhead.train.grpo import grpo, prompted, reward_figures
 from polyhead.train.images import classified_images
 from polyhead.train.masked import hit_rate, masked_lm, masked_windows
 from polyhead.train.multitask import decided_tasks, mixed_tasks, multitask, task_figures
 from polyhead.train.objectives import Loss, causal_lm
 from polyhead.train.pairs import nsp, nsp_pairs, pair_accuracy, sop, sop_pairs
+from polyhead.train.preference import (
+    compared_answers,
+    preference,
+    preference_figures,
+    reward,
+    reward_labels,
+    rewarded_answers,
+)
 from polyhead.train.records import Table
 from polyhead.train.replaced import detection, prepared, replaced_token, replaced_windows
 from polyhead.train.seq2seq import decided_ids, seq2seq, translated_texts, translation_figures
@@ -88,9 +98,62 @@ class ObjectiveKind:
 
 # What reads texts and may carry a head of classes.
 _READERS = ("encoder", "decoder")
+_COMPARED = {"prompt": True, "chosen": True, "rejected": True, "system": False}
 _MASKING = {"choice": "token", "ratio": 0.15, "mask": 0.8, "random": 0.1, "max_span": 10}
 _ROWS = (
     ObjectiveKind("causal-lm", "predict each token from those before it", "lm", windows, causal_lm),
+    ObjectiveKind(
+        "chat",
+        "answer in conversations: the loss is on the answers alone",
+        "lm",
+        conversations,
+        causal_lm,
+        kinds=("decoder",),
+        columns=dict.fromkeys(("messages", "prompt", "answer", "system"), False),
+        dataset_options={"raw": False, "pack": False},
+    ),
+    ObjectiveKind(
+        "dpo",
+        "prefer the better of two answers (DPO, conservative DPO, IPO, length-normalised)",
+        "lm",
+        compared_answers,
+        preference,
+        preference_figures,
+        kinds=("decoder",),
+        columns=_COMPARED,
+        dataset_options={"raw": False},
+        loss_options={"variant": "dpo", "beta": 0.1, "smoothing": 0.0},
+    ),
+    ObjectiveKind(
+        "reward",
+        "a measure of how good an answer is, from pairs of a better and a worse one",
+        "classify",
+        rewarded_answers,
+        reward,
+        preference_figures,
+        reward_labels,
+        kinds=_READERS,
+        columns=_COMPARED,
+        dataset_options={"raw": False},
+    ),
+    ObjectiveKind(
+        "grpo",
+        "answers of the model's own, judged by a function, each beside others to the same prompt",
+        "lm",
+        prompted,
+        grpo,
+        reward_figures,
+        kinds=("decoder",),
+        columns={"prompt": True, "answer": False, "system": False},
+        dataset_options={
+            "reward": "",
+            "group": 8,
+            "max_new_tokens": 64,
+            "temperature": 1.0,
+            "raw": False,
+        },
+        loss_options={"clip": 0.2, "kl": 0.0},
+    ),
     ObjectiveKind(
         "masked-lm",
         "fill in tokens, whole words or spans",

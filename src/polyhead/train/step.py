@@ -3,18 +3,18 @@
 import math
 import signal
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from polyhead.errors import DataError, PolyheadError
+from polyhead.errors import DataError
 from polyhead.models.model import TaskModel
 from polyhead.train.config import TrainConfig
 from polyhead.train.objectives import Objective
-from polyhead.train.optim import MasterAdamW
+from polyhead.train.optim import Masters, NotFiniteError
 
 
 class Interrupted(SystemExit):
@@ -33,15 +33,17 @@ class Interrupted(SystemExit):
 
 def train_step(
     model: nn.Module,
-    optimizer: MasterAdamW,
+    optimizer: Masters,
     objective: Objective,
     batches: Sequence[Any],
     lr: float,
+    limit: Callable[[float], float] | None = None,
 ) -> tuple[dict[str, float], float, int]:
     """One optimizer step over batches: sums of the loss's parts, the gradient's norm, tokens.
 
     Every gradient is divided by the tokens of the whole step, so 4 batches of 2 rows make the step
-    of one batch of 8. A loss that is not finite raises PolyheadError and changes no weight.
+    of one batch of 8. limit: as in `Masters.step`. A loss or a gradient that is not finite raises
+    NotFiniteError and changes no weight.
     """
     tokens = sum(batch.tokens() for batch in batches)
     if tokens == 0:
@@ -55,9 +57,9 @@ def train_step(
         total = float(loss.total.detach())
         if not math.isfinite(total):
             optimizer.discard()
-            raise PolyheadError(f"the loss is {total}: lower lr, raise warmup, or check the data")
+            raise NotFiniteError(f"the loss is {total}: lower lr, raise warmup, or check the data")
         optimizer.collect()
-    return sums, optimizer.step(lr), tokens
+    return sums, optimizer.step(lr, limit), tokens
 
 
 def write_sample(model: TaskModel, tokenizer: Any, config: TrainConfig) -> str:

@@ -1,0 +1,1 @@
+"""Compression: models in fewer bits."""

@@ -1,0 +1,156 @@
+"""Layers whose weights are kept in few bits and unpacked for the moment of a product.
+
+They stand below the class of the layer that they take the place of, so that a head stays a head.
+Nothing is learned here: gradients pass to the inputs alone.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from polyhead.compress.formats import PackedWeight
+from polyhead.files.digest import tensor_digest
+from polyhead.nn.embedding import Table
+from polyhead.nn.head import LanguageHead
+from polyhead.nn.moe import Experts
+
+
+class _Product(torch.autograd.Function):
+    """x wᵀ that remembers neither x nor the unpacked weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, rows: slice) -> Tensor:
+        ctx.weight, ctx.rows = weight, rows
+        return F.linear(x, weight.unpack(rows))
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
+        return grad @ ctx.weight.unpack(ctx.rows), None, None
+
+
+def product(x: Tensor, weight: PackedWeight, rows: slice = slice(None)) -> Tensor:
+    """x `[..., W]` by the rows of a packed matrix `[R, W]`: `[..., R]`."""
+    return _Product.apply(x, weight, rows)
+
+
+class PackedLayer(nn.Module):
+    """`packed`: what is kept, `source_digest`: of the weight as it was."""
+
+    packed: PackedWeight
+    source_digest: str
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, unpacked; it does not learn."""
+        return self.packed.unpack()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight
+
+
+class PackedLinear(PackedLayer, nn.Linear):
+    """`nn.Linear` from few bits."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = product(input, self.packed)
+        return y if self.bias is None else y + self.bias
+
+
+class PackedTable(PackedLayer, Table):
+    """`Table` from few bits: only the rows that are looked up are unpacked."""
+
+    def forward(self, index: Tensor) -> Tensor:
+        rows = self.packed.unpack(index.flatten())
+        return rows.view(*index.shape, rows.shape[1])
+
+    def extra_repr(self) -> str:
+        rows, width = self.packed.shape
+        return f"{rows}, {width}"
+
+
+class TiedHead(LanguageHead):
+    """A head that reads a packed embedding, which it does not own."""
+
+    embedding: PackedTable
+
+    @property
+    def weight(self) -> Tensor:
+        """The embedding's, unpacked."""
+        return self.embedding.weight
+
+    def tie(self, embedding: Table) -> None:
+        object.__setattr__(self, "embedding", embedding)
+
+    def forward(self, input: Tensor) -> Tensor:
+        logits = product(input, self.embedding.packed)
+        logits = logits if self.bias is None else logits + self.bias
+        return logits if self.scale == 1.0 else logits * self.scale
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.weight
+
+
+class PackedExperts(Experts):
+    """`Experts` from few bits, one unpacked at a time. `of`: matrices `[N R, W]` by their names."""
+
+    of: nn.ModuleDict
+    num_experts: int
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        groups = x.split(counts.tolist())
+        return torch.cat([self._one(group, e) for e, group in enumerate(groups) if len(group)])
+
+    def _one(self, x: Tensor, expert: int) -> Tensor:
+        gated = self.activation(self._by(x, "gate", expert)) * self._by(x, "up", expert)
+        return self._by(gated, "down", expert)
+
+    def _by(self, x: Tensor, name: str, expert: int) -> Tensor:
+        packed: Any = self.of[name]
+        rows = packed.shape[0] // self.num_experts
+        return product(x, packed, slice(expert * rows, (expert + 1) * rows))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, packed in self.of.items():
+            assert isinstance(packed, PackedWeight)
+            whole = packed.unpack().unflatten(0, (self.num_experts, -1))
+            destination[f"{prefix}{name}"] = whole
+
+
+@cache
+def _below(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    return base if kind is base.__mro__[2] else type(f"Packed{kind.__name__}", (kind, base), {})
+
+
+def pack_layer(layer: nn.Module, form: type[PackedWeight]) -> None:
+    """Make a linear layer or a table one that keeps its weight in few bits."""
+    base = PackedLinear if isinstance(layer, nn.Linear) else PackedTable
+    found: Any = layer
+    weight = found._parameters.pop("weight")
+    found.__class__ = _below(type(layer), base)
+    found.packed, found.source_digest = form(weight), tensor_digest(weight)
+
+
+def pack_experts(experts: Experts, form: type[PackedWeight]) -> None:
+    """Make experts ones that keep their weights in few bits."""
+    found: Any = experts
+    found.num_experts = len(experts.gate)
+    weights = {name: found._parameters.pop(name) for name in ("gate", "up", "down")}
+    found.__class__ = PackedExperts
+    found.of = nn.ModuleDict({name: form(w.flatten(0, 1)) for name, w in weights.items()})
+    found.source_digests = {name: tensor_digest(w) for name, w in weights.items()}
+
+
+def tie_packed(head: LanguageHead, embedding: PackedTable) -> None:
+    """Make a head read a packed embedding."""
+    head._parameters.pop("weight", None)
+    found: Any = head
+    found.__class__ = TiedHead
+    found.tie(embedding)
