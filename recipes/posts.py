@@ -39,10 +39,10 @@ def main() -> None:
     ridge.fit(_texts(train), _classes(train))
     f1_ridge = f1_score(_classes(test), ridge.predict(_texts(test)), average="macro")
 
-    measured = _tune(train, _ratings(train), "regression", ("score",), given)
+    measured = tune(train, _ratings(train), "regression", ("score",), given)
     found = [result.score for result in measured(_texts(test))]
     pearson = np.corrcoef(found, _ratings(test))[0, 1]
-    told = _tune(train, _classes(train), None, CLASSES, given)
+    told = tune(train, _classes(train), None, CLASSES, given)
     named = [result.label for result in told(_texts(test))]
     f1 = f1_score(_classes(test), named, average="macro")
     tell(
@@ -57,7 +57,7 @@ def main() -> None:
     )
 
 
-def _tune(rows, labels, problem, names, given) -> ph.Classifier:
+def tune(rows, labels, problem, names, given) -> ph.Classifier:
     """MiniLM with a fresh head, trained on these labels."""
     folder = resolve("minilm-l6")
     model = ph.load(folder, head="classify", labels=names, problem=problem)

@@ -8,6 +8,7 @@ import polyhead as ph
 from polyhead.errors import DataError, FileError
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
+from polyhead.train.distributed import Ranks
 from polyhead.train.objectives import IGNORE
 from polyhead.train.preference import (
     PairBatch,
@@ -93,14 +94,14 @@ def test_losses_are_the_papers(variant, beta, smoothing):
 def test_at_the_start_nothing_is_preferred(tokenizer, tmp_path):
     model = small(tokenizer)
     found, _ = batch_of(tokenizer, model)
-    found.refer(model, tmp_path, "train", 2, anew=True)
+    found.refer(model, tmp_path, "train", Ranks(), anew=True)
     loss = preference(model.eval(), found.batch(0, 5))
     assert torch.allclose(loss.total / loss.tokens, torch.tensor(2.0).log(), atol=1e-5)
     again, _ = batch_of(tokenizer, model)
-    again.refer(small(tokenizer, seed=5), tmp_path, "train", 2, anew=False)
+    again.refer(small(tokenizer, seed=5), tmp_path, "train", Ranks(), anew=False)
     assert torch.equal(again.batch(0, 5).reference, found.batch(0, 5).reference)
     with pytest.raises(FileError, match="begin anew"):
-        again.refer(model, tmp_path / "none", "train", 2, anew=False)
+        again.refer(model, tmp_path / "none", "train", Ranks(), anew=False)
 
 
 SETTINGS = dict(batch_size=4, context=40, warmup=2, lr=5e-3, validate_batches=0, log_every=1)

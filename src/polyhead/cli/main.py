@@ -20,6 +20,7 @@ from typing import Any
 
 VERBS = {
     "train": "train a model on text, or go on training one",
+    "compare": "set training runs beside each other, as a table and a page",
     "generate": "write with a model: prompts in, answers out",
     "chat": "talk with a model, turn by turn",
     "classify": "say the class of texts, of pairs of texts, or of images",

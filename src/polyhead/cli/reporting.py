@@ -1,6 +1,6 @@
 """A run's log, and a look into its model, as the plain data of a report."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,15 @@ from polyhead.explain.capture import capture
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 from polyhead.train.log import read_log
-from polyhead.train.report import AttentionMap, Point
+from polyhead.train.report import AttentionMap, Chart, Point
 
 _SHOWN_SAMPLES = 6
+_CHARTS: tuple[tuple[str, tuple[str, ...], float, str], ...] = (
+    ("Gradient", ("grad_norm",), 1.0, "Its length by step, before clipping."),
+    ("Learning rate", ("lr",), 1.0, ""),
+    ("Speed", ("tokens_per_second", "rows_per_second"), 1.0, "Tokens, or rows, a second."),
+    ("Memory", ("memory_bytes",), 2.0**-20, "The most so far, in MiB."),
+)
 
 
 def curves_of(run: Path) -> dict[str, list[Point]]:
@@ -23,6 +29,18 @@ def curves_of(run: Path) -> dict[str, list[Point]]:
         "training": [(r["step"], r[name]) for r in records if name in r],
         "held out": [(r["step"], r[f"valid_{name}"]) for r in records if f"valid_{name}" in r],
     }
+
+
+def charts_of(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
+    """What else the logs of runs hold by step: gradients, learning rates, speed, memory."""
+    charts: list[Chart] = []
+    for title, keys, scale, caption in _CHARTS:
+        curves = {
+            name: [(r["step"], r[key] * scale) for r in records for key in keys if key in r]
+            for name, records in logs.items()
+        }
+        charts.append(Chart(title, curves, caption))
+    return charts
 
 
 def samples_of(run: Path) -> list[tuple[int, str]]:

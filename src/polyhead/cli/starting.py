@@ -101,6 +101,37 @@ def _adapt(model: "TaskModel", words: Sequence[str]) -> None:
     add_adapter(model, LoraConfig(**parse_fields(LoraConfig, words)))
 
 
+def teacher_named(
+    name: str | None, config: TrainConfig, kind: "ObjectiveKind"
+) -> "TaskModel | None":
+    """The model to answer like, with the head of an objective."""
+    if name is None:
+        return None
+    from polyhead.adapt.load import load
+    from polyhead.files.hub import resolve
+
+    with working(f"loading {name}"):
+        return load(model_path(resolve(name)), dtype=config.dtype, head=kind.head or None)
+
+
+def distillation_values(words: Sequence[str], teacher: str | None) -> dict[str, float]:
+    """`name=value` words as settings of `distilled`."""
+    if words and teacher is None:
+        raise ConfigError("--distillation says how a --teacher is followed, and there is none")
+    found: dict[str, float] = {}
+    for word in words:
+        name, _, number = word.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            name = ""
+        if name not in ("weight", "temperature", "hidden"):
+            raise ConfigError(
+                f"--distillation {word!r}: write weight=, temperature= or hidden= and a number"
+            )
+    return found
+
+
 def inputs_of(path: Path, kind: "ObjectiveKind") -> Any:
     """The tokenizer of a directory, or the processor of its images, or both."""
     if kind.name == "image-classify":

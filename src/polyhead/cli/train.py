@@ -24,10 +24,10 @@ DEFAULTS = TrainConfig(sample_every=250, sample_tokens=200)
 _SNIPPET = 48
 # What run.json keeps, and what of it a run that goes on cannot change.
 _SPEC = ("objective", "roles", "columns", "problem", "options", "sift")
-_ADAPTER = ("lora", "quantize")
+_ADAPTER = ("lora", "quantize", "teacher", "distillation")
 _KEPT = ("data", "model", "set", "tokenizer", "vocab_size", "valid", *_ADAPTER, *_SPEC)
 _SETTLED = ("model", "set", "tokenizer", "vocab_size", *_ADAPTER, *_SPEC)
-_TUPLES = ("set", "roles", "options")
+_TUPLES = ("set", "roles", "options", "distillation")
 # A fresh head on a fresh model learns at a higher rate than a checkpoint should.
 FRESH = {"lr": 5e-4, "epochs": 10.0}
 # Small matrices beside weights that stand still bear more than the weights do.
@@ -104,6 +104,12 @@ class Args:
     parts that learn whole. A fresh head is one of these. --lr is 2e-4 then."""
     quantize: Literal["nf4", "nf6", "int8"] | None = None
     """With --lora: keep the checkpoint's matrices in few bits while the adapter learns (QLoRA)."""
+    teacher: str | None = None
+    """A checkpoint with the same vocabulary to answer like (distillation)."""
+    distillation: tuple[str, ...] = ()
+    """With --teacher: weight=0.5 (its share), temperature=2, hidden=0 (how much states count)."""
+    sink: tuple[str, ...] = ()
+    """Send the log's figures to tensorboard, trackio or wandb as well."""
     valid: str | None = None
     """Text to validate on; else the last --held-out of the tokens."""
     config: Path | None = None
@@ -152,8 +158,10 @@ def _settings_for(objective: str, model: str, argv: Sequence[str]) -> TrainConfi
 
 def run(args: Args) -> int:
     """Train, then write the report."""
+    from polyhead.cli.starting import distillation_values, teacher_named
     from polyhead.train.loop import Trainer
     from polyhead.train.registry import objective_named
+    from polyhead.train.sinks import sink
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     kind = objective_named(args.objective)
@@ -170,8 +178,13 @@ def run(args: Args) -> int:
     trainer = Trainer(
         model, inputs, args.train, objective=kind, columns=columns, sift=args.sift,
         options=option_values(kind, args.options), about=_about(args, kind, columns),
+        teacher=teacher_named(args.teacher, args.train, kind),
+        distillation=distillation_values(args.distillation, args.teacher),
+        callbacks=[sink(name) for name in args.sink],
     )  # fmt: skip
     figures = trainer.fit(data, valid, resume=args.resume, force=args.force)
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks
+        return 0
     _write_report(run_dir, args, model, inputs, figures)
     print(figures.get("best", figures["checkpoint"]))
     note(f"report: {run_dir / 'report.html'}")
@@ -343,7 +356,8 @@ def _snippet(args: Args) -> str:
 def _write_report(
     run_dir: Path, args: Args, model: "TaskModel", inputs: Any, figures: dict[str, Any]
 ) -> None:
-    from polyhead.cli.reporting import attention_of, curves_of, facts_of, samples_of
+    from polyhead.cli.reporting import attention_of, charts_of, curves_of, facts_of, samples_of
+    from polyhead.train.log import read_log
     from polyhead.train.report import Report, write_report
 
     is_text = args.objective == "causal-lm"
@@ -353,6 +367,7 @@ def _write_report(
         summary=f"{figures['step']} steps of {args.objective}; run directory {run_dir}",
         facts=facts_of(model, figures),
         curves=curves_of(run_dir),
+        charts=charts_of({"training": read_log(run_dir / "log.jsonl")}),
         attention=attention_of(model, inputs, _snippet(args)) if is_text else None,
         samples=samples_of(run_dir),
         **caption,

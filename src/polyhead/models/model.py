@@ -173,11 +173,11 @@ class TaskModel(nn.Module):
             data["architectures"] = [row.architecture(self.head_kind)]
         return data
 
-    def hf_tensors(self) -> dict[str, Tensor]:
-        """The weights under Hugging Face's names."""
+    def hf_tensors(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights, or those of `state` in their place, under Hugging Face's names."""
         own = {
             name.removeprefix("backbone."): tensor
-            for name, tensor in self.state_dict().items()
+            for name, tensor in (self.state_dict() if state is None else state).items()
             if f".{BESIDE}." not in name
         }
         bare = self.head_kind in ("none", "embed")
@@ -189,8 +189,10 @@ class TaskModel(nn.Module):
             return {name.removeprefix(prefix): value for name, value in theirs.items()}
         return theirs
 
-    def save(self, directory: str | Path, force: bool = False) -> None:
-        """Write `config.json` and the weights in Hugging Face layout.
+    def save(
+        self, directory: str | Path, force: bool = False, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write `config.json` and the weights, or those of `state`, in Hugging Face layout.
 
         Raises FileError where a model already stands and `force` is not given.
         """
@@ -201,7 +203,7 @@ class TaskModel(nn.Module):
         if there and not force:
             raise FileError(f"{folder} already holds a model; choose another place or use force")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach() for name, tensor in self.hf_tensors().items()}
+        tensors = {name: tensor.detach() for name, tensor in self.hf_tensors(state).items()}
         write_checkpoint(folder, tensors)
         _write_json(folder / "config.json", self.hf_config())
         sentences = self.sentences

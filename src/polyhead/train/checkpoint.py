@@ -19,6 +19,7 @@ import os
 import random
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.model import TaskModel
 from polyhead.text.directory import state_length
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig
+from polyhead.train.distributed import Parallel, Ranks, gathered, local, shard_like
 from polyhead.train.optim import Masters, learning_rate
 
 _TRAINER, _MANIFEST, _FORMAT = "trainer", "manifest.json", 1
@@ -59,47 +61,65 @@ class Progress:
 
 
 def save(
-    run: Path, model: TaskModel, tokenizer: Any, optimizer: Masters, progress: Progress
-) -> Path:
-    """Write the checkpoint of `progress.step`, make it the latest, and prune the others."""
+    run: Path, model: TaskModel, tokenizer: Any, optimizer: Masters, progress: Progress,
+    parallel: Parallel | None = None,
+) -> Path:  # fmt: skip
+    """Write the checkpoint of `progress.step`, make it the latest, and prune the others.
+
+    Every rank has to come; the first writes whole tensors, so that any number of them can go on.
+    """
     folder = run / "checkpoints"
     final = folder / f"step-{progress.step:08d}"
     temp = folder / f".tmp-{final.name}-{os.getpid()}"
+    ranks = Ranks() if parallel is None else parallel.ranks
+    tensors = _tensors(model, optimizer)
     try:
-        shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir(parents=True)
         with optimizer.averaged():
-            _save_model(temp, model)
-        tokenizer.save(temp)
-        state_length(temp, model.config.max_tokens)
-        write_checkpoint(temp / _TRAINER, _tensors(model, optimizer))
-        (temp / _TRAINER / "state.json").write_text(json.dumps(_state(progress)))
-        _sync_files(temp)
-        manifest = json.dumps({"format": _FORMAT, "files": _hashes(temp)}, indent=1)
-        with atomic_file(temp / _MANIFEST) as file:
-            file.write(manifest.encode())
-        if final.exists():  # an undone write after `latest` was turned back, or a rerun
-            shutil.rmtree(final)
-        temp.rename(final)
-        sync_directory(folder)
-        with atomic_file(folder / "latest") as file:
-            file.write(final.name.encode())
+            shards = parallel is not None and parallel.is_sharded and not in_use(model)
+            state = {n: gathered(t) for n, t in model.state_dict().items()} if shards else None
+            with nullcontext() if parallel is None else parallel.whole():
+                if ranks.is_first:
+                    shutil.rmtree(temp, ignore_errors=True)
+                    temp.mkdir(parents=True)
+                    _save_model(temp, model, state)
+        if ranks.is_first:
+            tokenizer.save(temp)
+            state_length(temp, model.config.max_tokens)
+            write_checkpoint(temp / _TRAINER, tensors)
+            (temp / _TRAINER / "state.json").write_text(json.dumps(_state(progress)))
+            _name(temp, final)
     except OSError as error:
         raise FileError(
             f"{final}: cannot be written ({error}); check space and permissions"
         ) from None
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    verify(final)
-    _prune(folder, progress.config.keep)
+    if ranks.is_first:
+        verify(final)
+        _prune(folder, progress.config.keep)
+    ranks.wait()
     return final
 
 
-def _save_model(folder: Path, model: TaskModel) -> None:
+def _name(temp: Path, final: Path) -> None:
+    """Give what is written its name, and `latest` that of it, each durable before the next."""
+    _sync_files(temp)
+    manifest = json.dumps({"format": _FORMAT, "files": _hashes(temp)}, indent=1)
+    with atomic_file(temp / _MANIFEST) as file:
+        file.write(manifest.encode())
+    if final.exists():  # an undone write after `latest` was turned back, or a rerun
+        shutil.rmtree(final)
+    temp.rename(final)
+    sync_directory(final.parent)
+    with atomic_file(final.parent / "latest") as file:
+        file.write(final.name.encode())
+
+
+def _save_model(folder: Path, model: TaskModel, state: Mapping[str, Tensor] | None) -> None:
     """The model; where an adapter learns, that alone and what the model with it is."""
     names = in_use(model)
     if not names:
-        model.save(folder, force=True)
+        model.save(folder, force=True, **({} if state is None else {"state": state}))
         return
     for name in names:
         save_adapter(model, folder, name)
@@ -174,7 +194,7 @@ def restore(
     with torch.no_grad():
         own = model.state_dict()
         for name, value in rest.items():
-            own[name].copy_(value)
+            own[name].copy_(shard_like(value, own[name]))
     _set_rng(state["rng"], tensors)
     score = state.get("score")
     return Progress(
@@ -190,10 +210,10 @@ def _tensors(model: TaskModel, optimizer: Masters, *, moments: bool = True) -> d
         return {name: tensor for name, tensor in state.items() if name.startswith("master.")}
     # Tied names of a trained tensor lead to the same memory: the master covers them all. What
     # stands still beside an adapter is its base, which is elsewhere.
-    trained = {p.data_ptr() for p in optimizer.params}
+    trained = {local(p).data_ptr() for p in optimizer.params}
     for name, tensor in ({} if in_use(model) else model.state_dict()).items():
-        if tensor.data_ptr() not in trained:
-            state[f"model.{name}"] = tensor
+        if local(tensor).data_ptr() not in trained:
+            state[f"model.{name}"] = gathered(tensor)
     state["rng.torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         for index, rng in enumerate(torch.cuda.get_rng_state_all()):

@@ -19,13 +19,15 @@ from polyhead.errors import ConfigError, FileError
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 TrainDtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "muon"]
+Recompute = Literal["none", "blocks", "half"]
+Parallelism = Literal["ddp", "fsdp"]
 
 # What may differ when a run is taken up again: nothing here touches the numbers. `steps` is judged
 # by itself, by the learning rates it leads to (checkpoint.py).
 FREE_ON_RESUME = (
     *("steps", "validate_every", "validate_batches", "checkpoint_every", "keep", "log_every"),
     *("out", "cache", "device", "sample_every", "sample_prompt", "sample_tokens", "epochs"),
-    "skips",
+    *("skips", "recompute", "parallel", "offload"),
 )
 
 
@@ -84,6 +86,13 @@ class TrainConfig:
     """Above 0: keep a moving average of the weights, as 0.999, and validate and save that."""
     dtype: TrainDtype = "float32"
     """Type of weights and gradients; bfloat16 keeps float32 masters and moments beside them."""
+    recompute: Recompute = "none"
+    """Activations of blocks, or of every second one (half), that are made again on the way back and
+    not kept: a third more work in a fraction of the memory."""
+    parallel: Parallelism = "ddp"
+    """On several processes of torchrun: ddp (each has the whole model) or fsdp (each a part)."""
+    offload: bool = False
+    """With fsdp: weights and moments wait in the CPU's memory."""
     seed: int = 0
     """Order of the data and dropout."""
     held_out: float = 0.05
@@ -116,7 +125,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):
                 raise ConfigError(f"{name} is {value}: it must be a number of at least {low}")
-        choices = {"schedule": Schedule, "dtype": TrainDtype, "optimizer": OptimizerName}
+        choices = {
+            "schedule": Schedule, "dtype": TrainDtype, "optimizer": OptimizerName,
+            "recompute": Recompute, "parallel": Parallelism,
+        }  # fmt: skip
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))

@@ -14,7 +14,7 @@ def depths(model: nn.Module) -> Mapping[str, float]:
 
     Blocks are what stands in lists of modules, each stack (an encoder, a decoder) by itself.
     """
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
     stacks: dict[str, list[str]] = {}
     for block in blocks:
         stacks.setdefault(_stack(block), []).append(block)
@@ -34,13 +34,13 @@ def depths(model: nn.Module) -> Mapping[str, float]:
 
 def num_blocks(model: nn.Module) -> int:
     """Of the deepest stack."""
-    stacks = [_stack(block) for block in _blocks(model)]
+    stacks = [_stack(block) for block in blocks_of(model)]
     return max((stacks.count(stack) for stack in set(stacks)), default=0)
 
 
 def in_blocks(model: nn.Module) -> set[str]:
     """Names of the matrices that a block multiplies with: no tables, heads or adapters."""
-    blocks = tuple(f"{block}." for block in _blocks(model))
+    blocks = tuple(f"{block}." for block in blocks_of(model))
     apart = [
         f"{name}."
         for name, part in model.named_modules()
@@ -56,8 +56,8 @@ def in_blocks(model: nn.Module) -> set[str]:
     }
 
 
-def _blocks(model: nn.Module) -> list[str]:
-    """What stands in lists of modules and holds no list itself, in order."""
+def blocks_of(model: nn.Module) -> list[str]:
+    """Names of what stands in lists of modules and holds no list itself, in order."""
     lists = [name for name, part in model.named_modules() if isinstance(part, nn.ModuleList)]
     items = [
         f"{name}.{number}" if name else str(number)

@@ -123,6 +123,13 @@ class View:
         step = record["step"]
         if "sample" in record:
             self.say(f"step {step}  sample: {record['sample']}")
+        elif "skipped" in record:
+            self.say(f"step {step}  left out: {record['skipped']}")
+        elif "rewound_to" in record:
+            self.say(
+                f"step {step}  the loss leapt to {record['spike']:.4g}: back to step "
+                f"{record['rewound_to']}, and past the data since"
+            )
         elif "valid_loss" in record:
             names = [name for name in record if name.startswith("valid_")]
             shown = [f"{_spoken(name)} {record[name]:.4f}" for name in names]

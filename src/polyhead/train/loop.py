@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from polyhead.adapt.adapters import in_use
+from polyhead.adapt.base import base_digest
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel, require_causal
 from polyhead.train import adversarial, checkpoint, registry, rundir
@@ -18,12 +19,15 @@ from polyhead.train.allocator import keep_freed_memory
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset
+from polyhead.train.distill import distilled
+from polyhead.train.distributed import Parallel, Ranks, joined
 from polyhead.train.evaluate import score_dataset, score_texts
 from polyhead.train.log import Log, View, tell_tokenising
 from polyhead.train.multitask import opened
 from polyhead.train.objectives import Objective
 from polyhead.train.optim import Masters
 from polyhead.train.preference import Compared
+from polyhead.train.recompute import recomputing
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 from polyhead.train.registry import ObjectiveKind
 from polyhead.train.running import Running
@@ -31,6 +35,7 @@ from polyhead.train.step import Interrupted, signals, train_step, write_sample
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
 
+_T = TypeVar("_T")
 Callback = Callable[["Trainer", dict[str, Any]], None]
 """Called with the trainer and each record of the log as it is written."""
 Sample = Callable[[TaskModel, Any, TrainConfig], str]
@@ -46,6 +51,8 @@ class Trainer:
     function `(model, batch) -> Loss` over windows of text. columns: where a table has what the
     objective reads, as ExampleColumns or {role: column}. options: the objective's own settings.
     sift: above 0, adversarial training beside the objective, with that weight (5 as published).
+    teacher: a model to answer like; distillation: the settings of `distilled` (weight, temperature,
+    hidden).
     sample: writes a text every `sample_every` steps; the default continues `sample_prompt`.
     callbacks: see `Callback`. about: what run.json is to say of a run that begins. quiet: no view.
     """
@@ -60,6 +67,8 @@ class Trainer:
         columns: ExampleColumns | Mapping[str, str] | None = None,
         options: Mapping[str, Any] | None = None,
         sift: float = 0.0,
+        teacher: TaskModel | None = None,
+        distillation: Mapping[str, float] | None = None,
         sample: Sample | None = None,
         callbacks: Sequence[Callback] = (),
         about: Mapping[str, Any] | None = None,
@@ -77,6 +86,10 @@ class Trainer:
         if sift:
             adversarial.embedding_norm(model)
             self.objective = adversarial.sift(self.objective, weight=sift)
+        self.distillation: dict[str, Any] = dict(distillation or {})
+        if teacher is not None:
+            self.objective = distilled(self.objective, teacher, **self.distillation)
+            self.distillation["teacher"] = base_digest(teacher)
         self.sample, self.callbacks, self.about, self.quiet = sample, callbacks, about, quiet
         self.run = Path(self.config.out)
         self._check_model()
@@ -101,39 +114,63 @@ class Trainer:
         force: begin anew where a run already is; that goes once the new one is ready to start.
         Raises Interrupted on SIGINT and SIGTERM; PolyheadError when the loss is no longer finite.
         """
-        rundir.claim(self.run, resume=resume, force=force)
-        device = self._device()
+        ranks, name = joined(self.config.device)
+        if ranks.is_first:
+            rundir.claim(self.run, resume=resume, force=force)
+        device = self._device(name)
         self.model.to(device)
         if device.type == "cpu":
             keep_freed_memory()
-        train, held = self._datasets(texts, valid)
+        train, held = self._in_turn(ranks, lambda: self._datasets(texts, valid))
         self._count_epochs(len(train))
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed(self.config.seed + ranks.rank)
+        parallel = Parallel(self.model, self.objective, self.config, ranks)
         optimizer = Masters(self.model, self.config)
-        digest = registry.sealed(self.kind, self.options, train.digest)
-        digest += f" sift {self.sift}" if self.sift else ""
+        parallel.connect()
+        digest = self._seal(train.digest)
         progress = checkpoint.Progress(0, self.config, digest)
         last = checkpoint.latest(self.run) if resume else None
         if last is not None:
             found = checkpoint.restore(last, self.model, optimizer, self.config, digest)
             progress = replace(found, config=self.config)
-        rundir.begin(self.run, {**self._spec(), **(self.about or {})}, anew=not resume)
-        checkpoint.clean(self.run)
+        log = self._begin(progress.step, resume) if ranks.is_first else None
+        ranks.wait()
         for split, dataset in (("train", train), ("valid", held)):
             if isinstance(dataset, Compared):
-                size = self.config.batch_size
-                dataset.refer(self.model, self.run, split, size, anew=last is None)
-        self.config.save(self.run / "config.toml")
-        log = Log(self.run / "log.jsonl", step=progress.step)
-        view = View(self.config.steps, progress.step, quiet=self.quiet)
+                with parallel.whole():
+                    dataset.refer(self.model, self.run, split, ranks, anew=last is None)
+        view = View(self.config.steps, progress.step, quiet=self.quiet or not ranks.is_first)
         self.model.train()
         try:
-            with view, signals() as received:
-                run = Running(self, train, held, optimizer, progress, log, view, device)
+            again = recomputing(self.model, self.config.recompute)
+            with again, view, signals() as received:
+                run = Running(self, train, held, optimizer, parallel, progress, log, view, device)
                 return run.go(received, last)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
             self.model.eval()
+
+    def _in_turn(self, ranks: Ranks, make: Callable[[], _T]) -> _T:
+        """What `make` gives: first on the first rank, which fills the caches of the others."""
+        if not ranks.is_first:
+            ranks.wait()
+        found = make()
+        if ranks.is_first:
+            ranks.wait()
+        return found
+
+    def _seal(self, digest: str) -> str:
+        """What a checkpoint knows its data and its objective by."""
+        found = registry.sealed(self.kind, self.options, digest)
+        found += f" sift {self.sift}" if self.sift else ""
+        return found + (f" teacher {self.distillation}" if self.distillation else "")
+
+    def _begin(self, step: int, resume: bool) -> Log:
+        rundir.begin(self.run, {**self._spec(), **(self.about or {})}, anew=not resume)
+        checkpoint.clean(self.run)
+        self.config.save(self.run / "config.toml")
+        return Log(self.run / "log.jsonl", step=step)
 
     def evaluate(
         self, texts: Source | Rows, *, context: int | None = None, stride: int | None = None
@@ -144,7 +181,7 @@ class Trainer:
         Every token is scored once, in sliding windows of `context` (the run's own unless given)
         that advance by `stride` (half of it unless given).
         """
-        self.model.to(self._device())
+        self.model.to(self._device(self.config.device))
         size = self.config.context if context is None else context
         batch = self.config.batch_size
         if self.kind.name != "causal-lm":
@@ -197,8 +234,8 @@ class Trainer:
             spec["columns"] = list(self.columns.names)
         return spec
 
-    def _device(self) -> torch.device:
-        name = self.config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    def _device(self, name: str | None) -> torch.device:
+        name = name or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             return torch.empty(0, device=name).device
         except (RuntimeError, AssertionError):

@@ -106,7 +106,9 @@ def causal_lm(model: Any, batch: LanguageBatch) -> Loss:
     tokens = batch.tokens()
     parts = {"loss": nll, **_router_losses(model, logits, batch, tokens)}
     total = torch.stack(list(parts.values())).sum() if len(parts) > 1 else nll
-    return Loss(total, tokens, {name: part.detach() for name, part in parts.items()})
+    shown = {name: part.detach() for name, part in parts.items()}
+    counts = batch.labels != IGNORE
+    return Loss(total, tokens, shown, logits=lambda: model.head(hidden[counts]))
 
 
 def _router_losses(

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from polyhead.compress.formats import PackedWeight
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.train.config import TrainConfig
 from polyhead.train.depth import depths, in_blocks, num_blocks
+from polyhead.train.distributed import gathered, shard_like
 from polyhead.train.muon import Muon
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
@@ -52,16 +54,14 @@ class Masters:
         self.params = [p for _, p in named]
         self.clip = config.clip
         dtype = getattr(torch, config.dtype)
-        self.masters: list[Tensor] = [p.detach().float() for p in self.params]
-        for param in model.parameters():
-            if param.is_floating_point():
-                param.data = param.data.to(dtype)
-        for part in model.modules():
-            if isinstance(part, PackedWeight):
-                part.dtype = dtype
-        self.separate = dtype != torch.float32
-        if not self.separate:
-            self.masters = list(self.params)
+        # Shards are float32 masters themselves, cast where they are gathered.
+        is_sharded = any(isinstance(p, DTensor) for p in self.params)
+        self.separate = dtype != torch.float32 and not is_sharded
+        self.masters: list[Tensor] = list(self.params)
+        if self.separate:
+            self.masters = [p.detach().float() for p in self.params]
+        if not is_sharded:
+            _cast(model, dtype)
         self.movers = self._movers(model, config)
         self.ema = config.ema
         self.averages = [m.detach().clone() for m in self.masters] if config.ema else []
@@ -112,7 +112,8 @@ class Masters:
         limit: the largest norm allowed, of the norm found; `config.clip` holds besides. A norm that
         is not finite raises NotFiniteError and leaves every weight as it is.
         """
-        norm = torch.nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        grads = [m.grad for m in self.masters if m.grad is not None]
+        norm = gathered(torch.nn.utils.get_total_norm(grads))
         value = float(norm)
         if not math.isfinite(value):
             self.discard()
@@ -160,12 +161,12 @@ class Masters:
         """Masters, moments, step counts and averages by parameter name."""
         state: dict[str, Tensor] = {}
         for name, master in zip(self.names, self.masters, strict=True):
-            state[f"master.{name}"] = master.detach()
+            state[f"master.{name}"] = gathered(master.detach())
             for mover in self.movers:
                 for key, value in mover.state.get(master, {}).items():
-                    state[f"{key}.{name}"] = value
+                    state[f"{key}.{name}"] = gathered(value)
         for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
-            state[f"average.{name}"] = average
+            state[f"average.{name}"] = gathered(average)
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -178,16 +179,25 @@ class Masters:
         }
         with torch.no_grad():
             for name, master in zip(self.names, self.masters, strict=True):
-                master.copy_(state[f"master.{name}"])
+                master.copy_(shard_like(state[f"master.{name}"], master))
                 # AdamW keeps its step count on the CPU or beside the weights, as it made it.
                 owners[id(master)].state[master] = {
-                    key: state[f"{key}.{name}"].clone().to(master.device)
+                    key: shard_like(state[f"{key}.{name}"].clone(), master)
                     for key in MOMENTS
                     if f"{key}.{name}" in state
                 }
             for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
-                average.copy_(state[f"average.{name}"])
+                average.copy_(shard_like(state[f"average.{name}"], average))
             self._round()
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    for param in model.parameters():
+        if param.is_floating_point():
+            param.data = param.data.to(dtype)
+    for part in model.modules():
+        if isinstance(part, PackedWeight):
+            part.dtype = dtype
 
 
 def settings_of(

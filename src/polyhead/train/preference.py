@@ -24,12 +24,14 @@ from polyhead.train.chatting import ChatCollator, cut, room_of
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Examples, Split
 from polyhead.train.dialogue import Spoken, answered
+from polyhead.train.distributed import Ranks
 from polyhead.train.examples import Labels, digest_of, part_of
 from polyhead.train.objectives import CHUNK_LOGITS, IGNORE, LanguageBatch, Loss
 from polyhead.train.records import Table
 
 Variant = Literal["dpo", "ipo", "length-normalised"]
 _REFERENCE = "reference.safetensors"
+_AT_ONCE = 8  # pairs that the reference is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class PairCollator:
 class Compared(Examples):
     """Pairs that know what the model said of them before the run."""
 
-    def refer(self, model: Any, folder: Path, split: str, batch_size: int, *, anew: bool) -> None:
+    def refer(self, model: Any, folder: Path, split: str, ranks: Ranks, *, anew: bool) -> None:
         """Ask the model, as it is now, for every answer; a run that goes on reads what it asked.
 
         Errors: FileError where that is gone.
@@ -80,11 +82,12 @@ class Compared(Examples):
         found = torch.zeros(len(self), 2)
         device = next(model.parameters()).device
         with torch.inference_mode(), evaluating(model):
-            for first in range(0, len(self), batch_size):
-                rows = self.rows[first : first + batch_size]
+            for first in range(0, len(self), _AT_ONCE):
+                rows = self.rows[first : first + _AT_ONCE]
                 answers = row_log_probs(model, collate(rows).to(device)).view(2, -1)
                 found[first : first + len(rows)] = answers.T.cpu()
-        write_file(path, {"reference": found})
+        if ranks.is_first:
+            write_file(path, {"reference": found})
         collate.reference = found
 
 

@@ -29,12 +29,21 @@ class AttentionMap:
 
 
 @dataclass(frozen=True)
+class Chart:
+    """Curves over one pair of axes: points (step, value) by name."""
+
+    title: str
+    curves: Mapping[str, Sequence[Point]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """What the page shows; what is empty is left out.
 
-    curves: points (step, value) by name, and curves_caption what they show. bars: name and bits
-    per byte; the first is ours. samples: (step, text). facts: name and value, as they shall
-    stand there.
+    curves: points (step, value) by name, and curves_caption what they show. charts: further ones.
+    table: rows of texts, the first of them a header. bars: name and bits per byte; the first is
+    ours. samples: (step, or whose it is, text). facts: name and value, as they shall stand there.
     """
 
     title: str
@@ -42,10 +51,12 @@ class Report:
     facts: Mapping[str, str] = field(default_factory=dict)
     curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
     curves_caption: str = "Bits per byte by step; lower is better."
+    charts: Sequence[Chart] = ()
+    table: Sequence[Sequence[str]] = ()
     bars: Sequence[tuple[str, float]] = ()
     bars_caption: str = ""
     attention: AttentionMap | None = None
-    samples: Sequence[tuple[int, str]] = ()
+    samples: Sequence[tuple[int | str, str]] = ()
 
 
 def write_report(path: str | Path, report: Report) -> None:
@@ -70,9 +81,12 @@ def render(report: Report) -> str:
             for name, value in report.facts.items()
         )
         parts.append(f"<dl>{rows}</dl>")
-    curves = {name: _finite(points) for name, points in report.curves.items()}
-    if any(curves.values()):
-        parts.append(_figure("Loss", line_chart(curves), report.curves_caption))
+    if report.table:
+        parts.append(_table(report.table))
+    for chart in (Chart("Loss", report.curves, report.curves_caption), *report.charts):
+        curves = {name: _finite(points) for name, points in chart.curves.items()}
+        if any(curves.values()):
+            parts.append(_figure(chart.title, line_chart(curves), chart.caption))
     if report.bars:
         parts.append(_figure("Comparison", bar_chart(report.bars), report.bars_caption))
     if report.attention is not None:
@@ -80,7 +94,8 @@ def render(report: Report) -> str:
         parts.append(_figure("Where one head looks", drawing, report.attention.caption))
     if report.samples:
         samples = "".join(
-            f"<h3>Step {step}</h3><pre>{_text(text)}</pre>" for step, text in report.samples
+            f"<h3>{_text(f'Step {of}' if isinstance(of, int) else of)}</h3><pre>{_text(text)}</pre>"
+            for of, text in report.samples
         )
         parts.append(f"<section><h2>What it writes</h2>{samples}</section>")
     return _PAGE.format(title=_text(report.title), style=_STYLE, body="\n".join(parts))
@@ -97,7 +112,9 @@ def line_chart(curves: Mapping[str, Sequence[Point]], height: int = 280) -> str:
     low, high = ys[0], ys[min(len(ys) - 1, int(0.98 * len(ys)))]
     ticks = _ticks(low, high)
     low, high = min(low, ticks[0]), max(high, ticks[-1])
-    top, bottom = _TOP + 20, height - _BOTTOM
+    keys = _keys(list(curves))
+    height += 18 * int(keys[-1][1])
+    top, bottom = _TOP + 20 + 18 * keys[-1][1], height - _BOTTOM
 
     def at(x: float, y: float) -> tuple[float, float]:
         share = (min(y, high) - low) / ((high - low) or 1.0)
@@ -116,16 +133,28 @@ def line_chart(curves: Mapping[str, Sequence[Point]], height: int = 280) -> str:
         if tick <= right
     )
     drawn.append(_label((_LEFT + WIDTH) / 2, height - 4, "step", "middle"))
-    key_at = float(_LEFT)
     for number, (name, curve) in enumerate(curves.items()):
         path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in _thinned(curve))
-        drawn.append(f'<polyline class="line c{number % 4}" points="{path}"/>')
-        drawn.append(
-            f'<line class="line c{number % 4}" x1="{key_at}" x2="{key_at + 20}" y1="12" y2="12"/>'
-        )
-        drawn.append(_label(key_at + 26, 16, name, "start"))
-        key_at += 46 + 8 * len(name)
-    return _svg(height, drawn, "Loss curve")
+        kind = f"line c{number % 4} d{number // 4 % 3}"
+        key, row = keys[number]
+        y = 12 + 18 * row
+        drawn.append(f'<polyline class="{kind}" points="{path}"/>')
+        drawn.append(f'<line class="{kind}" x1="{key}" x2="{key + 20}" y1="{y}" y2="{y}"/>')
+        drawn.append(_label(key + 26, y + 4, name, "start"))
+    return _svg(height, drawn, "Curves by step")
+
+
+def _keys(names: Sequence[str]) -> list[tuple[float, int]]:
+    """Where each curve's name stands: how far to the right, and in which line."""
+    found: list[tuple[float, int]] = []
+    at, row = float(_LEFT), 0
+    for name in names:
+        width = 46 + 8 * len(name)
+        if at > _LEFT and at + width > WIDTH:
+            at, row = float(_LEFT), row + 1
+        found.append((at, row))
+        at += width
+    return found
 
 
 def bar_chart(bars: Sequence[tuple[str, float]], row: int = 46) -> str:
@@ -180,6 +209,15 @@ def _svg(height: float, drawn: Sequence[str], name: str) -> str:
 def _figure(title: str, drawing: str, caption: str) -> str:
     under = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
     return f"<section><h2>{_text(title)}</h2><figure>{drawing}{under}</figure></section>"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    top = "".join(f"<th>{_text(cell)}</th>" for cell in head)
+    lines = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in body
+    )
+    return f'<div class="wide"><table><tr>{top}</tr>{lines}</table></div>'
 
 
 def _label(x: float, y: float, text: str, anchor: str) -> str:
@@ -240,6 +278,10 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 pre { background: var(--panel); border-radius: .5rem; padding: .8rem; margin: 0; font-size: .85rem;
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .label { fill: var(--soft); font-size: 13px; } .token { fill: var(--ink); font-family: monospace; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
+th, td { text-align: right; padding: .25rem .7rem; border-bottom: 1px solid var(--rule); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; color: var(--soft); }
+.d1 { stroke-dasharray: 6 3; } .d2 { stroke-dasharray: 2 3; }
 .grid { stroke: var(--rule); } .line { fill: none; stroke-width: 2; }
 .line.c0 { stroke: var(--c0); } .line.c1 { stroke: var(--c1); } .line.c2 { stroke: var(--c2); }
 .line.c3 { stroke: var(--c3); } .bar.c0, .cell { fill: var(--c0); }

@@ -4,12 +4,14 @@ import math
 import time
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from polyhead.train import checkpoint
 from polyhead.train.data import Dataset, Windows
+from polyhead.train.distributed import Parallel
 from polyhead.train.evaluate import score_dataset, score_tokens
 from polyhead.train.guards import Guard
 from polyhead.train.log import Log, View, peak_memory
@@ -29,13 +31,15 @@ class Running:
         dataset: Dataset,
         held: Dataset | None,
         optimizer: Masters,
+        parallel: Parallel,
         progress: checkpoint.Progress,
-        log: Log,
+        log: Log | None,
         view: View,
         device: torch.device,
     ) -> None:
         self.trainer, self.config, self.model = trainer, trainer.config, trainer.model
         self.dataset, self.held, self.optimizer = dataset, held, optimizer
+        self.parallel, self.ranks = parallel, parallel.ranks
         self.progress, self.log, self.view, self.device = progress, log, view, device
         # Sums since the last line of the log; they are part of a checkpoint, so that a line that
         # spans an interruption is the same.
@@ -58,16 +62,19 @@ class Running:
                 self._line(step)
             at_checkpoint = final or _due(step, self.config.checkpoint_every)
             valid = score = None
-            with self.optimizer.averaged():
+            with self.optimizer.averaged(), self.parallel.whole():
                 if at_checkpoint or _due(step, self.config.validate_every):
                     valid, score = self._validate(step)
                 if _due(step, self.config.sample_every) or (final and self.config.sample_every):
                     self._sample(step)
-            if at_checkpoint or received or self._is_best(score):
+            stopped = any(self.ranks.sum([len(received)]))
+            if at_checkpoint or stopped or self._is_best(score):
                 saved = self._save(step, valid, score)
-            if received and not final and saved is not None:
-                raise Interrupted(received[0], step, saved)
+            if stopped and not final and saved is not None:
+                raise Interrupted(received[0] if received else SIGTERM, step, saved)
         self.optimizer.exchange()  # what the run leaves is what it saved
+        if self.parallel.is_sharded:
+            self.parallel.end()
         found = {**self.last, "step": self.config.steps, "checkpoint": str(saved)}
         if self.trainer.kind.metric is not None:
             found["best"] = str(checkpoint.best(self.trainer.run) or saved)
@@ -78,13 +85,13 @@ class Running:
         where it was left out."""
         began = time.perf_counter()
         first = (step + self.progress.passed) * self.config.accumulate
-        parts = range(first, first + self.config.accumulate)
+        parts = self.ranks.share(range(first, first + self.config.accumulate))
         batches = [self.dataset.batch(part, self.config.batch_size) for part in parts]
         try:
             nll, norm, counted = train_step(
-                self.model, self.optimizer, self.trainer.objective,
+                self.model, self.optimizer, self.parallel,
                 [batch.to(self.device) for batch in batches], learning_rate(step, self.config),
-                self.guard.limit,
+                self.guard.limit, self.ranks,
             )  # fmt: skip
         except NotFiniteError as error:
             self._record({"step": step + 1, "skipped": str(error)})
@@ -178,20 +185,24 @@ class Running:
         self._record({"step": done, "sample": text})
 
     def _save(self, done: int, valid: float | None, score: float | None) -> Path:
-        self.log.sync()
+        if self.log is not None:
+            self.log.sync()
         self.progress = replace(
             self.progress, step=done, valid_loss=valid, score=score, sums=self.sums,
             guard=self.guard.state(),
         )  # fmt: skip
         trainer = self.trainer
         return checkpoint.save(
-            trainer.run, self.model, trainer.tokenizer, self.optimizer, self.progress
-        )
+            trainer.run, self.model, trainer.tokenizer, self.optimizer, self.progress,
+            self.parallel,
+        )  # fmt: skip
 
     def _record(self, record: dict[str, Any]) -> None:
+        self.last.update(record)
+        if self.log is None:  # another rank tells
+            return
         self.log.write(record)
         self.view.show(record)
-        self.last.update(record)
         for callback in self.trainer.callbacks:
             callback(self.trainer, record)
 

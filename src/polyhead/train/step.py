@@ -13,8 +13,11 @@ from torch import nn
 from polyhead.errors import DataError
 from polyhead.models.model import TaskModel
 from polyhead.train.config import TrainConfig
+from polyhead.train.distributed import Ranks
 from polyhead.train.objectives import Objective
 from polyhead.train.optim import Masters, NotFiniteError
+
+ALONE = Ranks()
 
 
 class Interrupted(SystemExit):
@@ -38,28 +41,36 @@ def train_step(
     batches: Sequence[Any],
     lr: float,
     limit: Callable[[float], float] | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[dict[str, float], float, int]:
     """One optimizer step over batches: sums of the loss's parts, the gradient's norm, tokens.
 
     Every gradient is divided by the tokens of the whole step, so 4 batches of 2 rows make the step
-    of one batch of 8. limit: as in `Masters.step`. A loss or a gradient that is not finite raises
+    of one batch of 8. limit: as in `Masters.step`. ranks: those that share the step, each with
+    batches of its own; sums are of all of them. A loss or a gradient that is not finite raises
     NotFiniteError and changes no weight.
     """
-    tokens = sum(batch.tokens() for batch in batches)
+    (tokens,) = ranks.sum([sum(batch.tokens() for batch in batches)])
     if tokens == 0:
         raise DataError("no label of this step counts: every one is masked")
     sums: dict[str, float] = {}
+    worst = 0.0
     for batch in batches:
         loss = objective(model, batch)
         (loss.total / tokens).backward()
         for name, part in (loss.parts or {"loss": loss.total.detach()}).items():
             sums[name] = sums.get(name, 0.0) + float(part)
         total = float(loss.total.detach())
-        if not math.isfinite(total):
-            optimizer.discard()
-            raise NotFiniteError(f"the loss is {total}: lower lr, raise warmup, or check the data")
+        worst = worst if math.isfinite(total) else total
+        if not math.isfinite(worst) and ranks.world == 1:
+            break
         optimizer.collect()
-    return sums, optimizer.step(lr, limit), tokens
+    *parts, worst = ranks.sum([*sums.values(), worst])
+    if not math.isfinite(worst):
+        optimizer.discard()
+        raise NotFiniteError(f"the loss is {worst}: lower lr, raise warmup, or check the data")
+    found = dict(zip(sums, parts, strict=True))
+    return found, optimizer.step(lr, limit), int(tokens)
 
 
 def write_sample(model: TaskModel, tokenizer: Any, config: TrainConfig) -> str:
