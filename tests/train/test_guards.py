@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from polyhead.errors import PolyheadError
+from polyhead.errors import FileError, PolyheadError
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
@@ -152,3 +152,61 @@ def test_a_guard_goes_on_where_it_was():
     again = Guard(TrainConfig(zclip=2.5), guard.state())
     assert again.limit(50.0) == guard.limit(50.0) < 10
     assert again.state() == guard.state()
+
+
+@pytest.mark.parametrize(
+    ("fits", "said"),
+    [
+        (3, "batch_size = 2 and accumulate = 4 make the same step, and fit"),
+        (4, "batch_size = 4 and accumulate = 2 make"),
+        (0, "no smaller one does: lower context, or set recompute = blocks"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+    ids=["gpu", "cpu"],
+)  # fmt: skip
+def test_a_batch_that_does_not_fit_is_answered_with_one_that_does(
+    run, tokenizer, fits, said, error
+):
+    def objective(model, batch):
+        if len(batch.labels) > fits:
+            raise error
+        return causal_lm(model, batch)
+
+    config = TrainConfig(out=str(run), **{**SETTINGS, "batch_size": 8, "accumulate": 1})
+    trainer = Trainer(
+        tiny(tokenizer.vocab_size), tokenizer, config, objective=objective, quiet=True
+    )
+    with pytest.raises(PolyheadError, match=f"batch_size = 8 does not fit into memory.*{said}"):
+        trainer.fit([text(60)])
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_other_errors_are_not_taken_for_it(run, tokenizer):
+    def objective(model, batch):
+        raise RuntimeError("shapes do not match")
+
+    config = TrainConfig(out=str(run), **SETTINGS)
+    trainer = Trainer(
+        tiny(tokenizer.vocab_size), tokenizer, config, objective=objective, quiet=True
+    )
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        trainer.fit([text(60)])
+
+
+def test_a_lost_disk_is_said_at_once(run, tokenizer):
+    trainer, calls = run_with(tokenizer, run, lambda call: 1.0)
+
+    def fill(trainer, record):
+        raise_at_next = open("/dev/full", "w")  # noqa: SIM115 (the log's own from here on)
+        logs[-1]._file = raise_at_next
+
+    logs = []
+    begin = trainer._begin
+    trainer._begin = lambda *given: logs.append(begin(*given)) or logs[-1]
+    trainer.callbacks = [fill]
+    with pytest.raises(FileError, match=r"full cannot be written \(No space left"):
+        trainer.fit([text(60)])
+    assert len(calls) == 2

@@ -1,5 +1,6 @@
 """What a run tells: `log.jsonl` in its directory, and a view on standard error."""
 
+import contextlib
 import json
 import os
 import resource
@@ -42,8 +43,9 @@ class Log:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what it did not take was told when it was written."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

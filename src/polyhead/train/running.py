@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from polyhead.errors import PolyheadError
 from polyhead.train import checkpoint
 from polyhead.train.data import Dataset, Windows
 from polyhead.train.distributed import Parallel
@@ -93,6 +94,11 @@ class Running:
                 [batch.to(self.device) for batch in batches], learning_rate(step, self.config),
                 self.guard.limit, self.ranks,
             )  # fmt: skip
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.optimizer.discard()
+            raise PolyheadError(self._smaller()) from None
         except NotFiniteError as error:
             self._record({"step": step + 1, "skipped": str(error)})
             self.guard.skip(step + 1, str(error))
@@ -106,6 +112,25 @@ class Running:
         loss = nll.get("loss", math.nan) / counted
         self.view.step(step + 1, loss, self._bits(loss), self._speed())
         return loss
+
+    def _smaller(self) -> str:
+        """What to do where a batch does not fit into memory: the largest that does, found here."""
+        rows, count = self.config.batch_size, self.config.accumulate
+        said = f"batch_size = {rows} does not fit into memory"
+        # Of the sizes that make the same step.
+        for size in (n for n in range(rows - 1, 0, -1) if rows * count % n == 0):
+            try:
+                batch = self.dataset.batch(0, size).to(self.device)
+                self.trainer.objective(self.model, batch).total.backward()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.optimizer.discard()
+                continue
+            self.optimizer.discard()
+            also = f"batch_size = {size} and accumulate = {rows * count // size}"
+            return f"{said}; {also} make the same step, and fit"
+        return f"{said}, and no smaller one does: lower context, or set recompute = blocks"
 
     def _rewind(self, step: int, loss: float, saved: Path) -> int:
         """Go back to the last checkpoint, and on with the data after this step's; where that is."""
@@ -220,6 +245,13 @@ class Running:
         if not isinstance(self.dataset, Windows):
             return None
         return loss / math.log(2) / self.dataset.tokens.bytes_per_token
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    said = str(error)
+    is_gpus = isinstance(error, torch.OutOfMemoryError)
+    return is_gpus or "out of memory" in said or "can't allocate memory" in said
 
 
 def _due(step: int, every: int) -> bool:
