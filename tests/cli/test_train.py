@@ -162,3 +162,17 @@ def test_an_adapter_is_trained_resumed_and_generates(tmp_path, cli, chatty, text
     refused = cli("train", text, "--model", chatty, "--lora", "ranks=2", "--out", tmp_path / "b")
     assert refused.code
     assert "there is no field 'ranks'" in refused.err
+
+
+def test_a_blend_of_corpora(tmp_path, cli, text):
+    (tmp_path / "other.txt").write_text("a lazy dog sat on the brown fox. \n" * 30)
+    mix = tmp_path / "mix.toml"
+    mix.write_text(f'[one]\ndata = "{text.name}"\nweight = 3\n[two]\ndata = "other.txt"\n')
+    out = tmp_path / "run"
+    done = cli("train", mix, *SMALL, "--steps", 4, "--out", out)
+    assert done.code == 0, done.err
+    assert cli("generate", out, "the", "--max-new-tokens", 2).code == 0
+    mix.write_text("")
+    refused = cli("train", mix, *SMALL, "--steps", 4, "--out", tmp_path / "b")
+    assert refused.code == 2
+    assert "names no corpora" in refused.err

@@ -63,8 +63,9 @@ class Args:
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
     """A .txt or .jsonl file, a folder of them, pydocs (Python's documentation) or stdlib (the
-    standard library's sources); for objectives on rows, a table; for multitask, a TOML file with
-    a [name] for each task: data, head, and where they are needed roles and columns."""
+    standard library's sources), or a TOML file of several by weight, a [name] for each: data and
+    weight; for objectives on rows, a table; for multitask, a TOML file with a [name] for each task:
+    data, head, and where they are needed roles and columns."""
     model: str = "gpt2"
     """A family for a fresh model (`polyhead info FAMILY` shows its fields), or a checkpoint. The
     default is by the objective: bert where it needs an encoder."""
@@ -216,7 +217,13 @@ def source_of(name: str, kind: "ObjectiveKind", columns: "ExampleColumns") -> An
         from polyhead.train.registry import TASKS
 
         return opened(read_tasks(name), TASKS)
-    return read_table(name, kind.columns, columns) if kind.columns else corpus(name)
+    if kind.columns:
+        return read_table(name, kind.columns, columns)
+    if name.endswith(".toml") and kind.name == "causal-lm":
+        from polyhead.train.blend import read_blend
+
+        return read_blend(name)
+    return corpus(name)
 
 
 def option_values(kind: "ObjectiveKind", words: Sequence[str]) -> dict[str, Any]:
@@ -330,14 +337,14 @@ def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, An
 
 def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":
     """What a tokenizer learns from: a corpus, or the texts of a table."""
-    from polyhead.train.corpus import documents
+    from polyhead.train.blend import texts_of
 
     if kind.name == "multitask":
         tables = [task.data for task in data.values()]
     elif kind.columns:
         tables = [data]
     else:
-        return documents(data)
+        return texts_of(data)
     unread = ("label", "tags", "start", "answers")
     columns = [v for table in tables for role, v in table.columns.items() if role not in unread]
     # What is no text is refused, with its row, where the dataset is made.
@@ -345,12 +352,11 @@ def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":
     return (v if isinstance(v, str) else " ".join(map(str, v)) for v in texts)
 
 
-def _snippet(args: Args) -> str:
+def _snippet(args: Args, kind: "ObjectiveKind") -> str:
     """The first characters of the validation text, or of the data."""
-    from polyhead.cli.corpora import corpus
-    from polyhead.train.corpus import documents
+    from polyhead.train.blend import texts_of
 
-    return next(documents(corpus(args.valid or args.data)))[:_SNIPPET]
+    return next(texts_of(source_of(args.valid or args.data, kind, columns_of(args))))[:_SNIPPET]
 
 
 def _write_report(
@@ -358,9 +364,11 @@ def _write_report(
 ) -> None:
     from polyhead.cli.reporting import attention_of, charts_of, curves_of, facts_of, samples_of
     from polyhead.train.log import read_log
+    from polyhead.train.registry import objective_named
     from polyhead.train.report import Report, write_report
 
-    is_text = args.objective == "causal-lm"
+    kind = objective_named(args.objective)
+    is_text = kind.name == "causal-lm"
     caption = {} if is_text else {"curves_caption": "Loss by step; lower is better."}
     report = Report(
         title=f"{model.config.model_type} on {args.data}",
@@ -368,7 +376,7 @@ def _write_report(
         facts=facts_of(model, figures),
         curves=curves_of(run_dir),
         charts=charts_of({"training": read_log(run_dir / "log.jsonl")}),
-        attention=attention_of(model, inputs, _snippet(args)) if is_text else None,
+        attention=attention_of(model, inputs, _snippet(args, kind)) if is_text else None,
         samples=samples_of(run_dir),
         **caption,
     )

@@ -12,6 +12,7 @@ from polyhead.errors import DataError
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Progress, Source, Tokens, load_tokens
 from polyhead.train.objectives import LanguageBatch
+from polyhead.train.order import mix, permute
 
 Split = Literal["train", "valid", "all"]
 """What to learn from (all of a source but `config.held_out` of it), that share, or the whole of a
@@ -64,8 +65,8 @@ class Examples:
         """Which rows are first … first + count - 1 of the run [count]."""
         row = np.arange(first, first + count, dtype=np.uint64)
         epoch, index = row // np.uint64(len(self)), row % np.uint64(len(self))
-        key = _mix(epoch + _mix(np.uint64(self.seed) + np.uint64(1)))
-        return _permute(index, len(self), key).astype(np.int64)
+        key = mix(epoch + mix(np.uint64(self.seed) + np.uint64(1)))
+        return permute(index, len(self), key).astype(np.int64)
 
     def batch(self, index: int, batch_size: int) -> Any:
         """The index-th batch of the run."""
@@ -83,8 +84,8 @@ class Examples:
         group, place = divmod(index, count)
         rows = self.order(group * count * batch_size, count * batch_size)
         batches = rows[np.argsort(lengths[rows], kind="stable")].reshape(count, batch_size)
-        key = _mix(np.uint64(group) + _mix(np.uint64(self.seed) + np.uint64(3)))
-        return batches[int(_permute(np.array([place], np.uint64), count, key)[0])]
+        key = mix(np.uint64(group) + mix(np.uint64(self.seed) + np.uint64(3)))
+        return batches[int(permute(np.array([place], np.uint64), count, key)[0])]
 
 
 def split_rows(count: int, held_out: float, seed: int, split: Split) -> np.ndarray:
@@ -96,15 +97,16 @@ def split_rows(count: int, held_out: float, seed: int, split: Split) -> np.ndarr
     if split == "all":
         return everything
     held = min(count - 1, max(1, round(held_out * count))) if held_out else 0
-    key = np.broadcast_to(_mix(np.uint64(seed)), count)
-    drawn = _permute(everything.astype(np.uint64), count, key)[:held].astype(np.int64)
+    key = np.broadcast_to(mix(np.uint64(seed)), count)
+    drawn = permute(everything.astype(np.uint64), count, key)[:held].astype(np.int64)
     return np.sort(drawn) if split == "valid" else np.setdiff1d(everything, drawn)
 
 
 def once(dataset: Dataset, batch_size: int, batches: int = 0) -> Iterator[Any]:
     """Every row of an epoch once, or the first `batches` batches of it."""
-    if isinstance(dataset, Mixed):
-        yield from dataset.once(batch_size, batches)
+    own: Any = getattr(dataset, "once", None)
+    if own is not None:  # one that is made of several
+        yield from own(batch_size, batches)
         return
     rows = len(dataset) if batches == 0 else min(len(dataset), batches * batch_size)
     done = 0
@@ -149,8 +151,8 @@ class Windows:
         row = np.arange(first, first + count, dtype=np.uint64)
         epoch, index = row // np.uint64(len(self)), row % np.uint64(len(self))
         room = len(self.tokens.ids) - len(self) * self.context
-        phase = _mix(epoch ^ _mix(np.uint64(self.seed))) % np.uint64(min(room, self.context))
-        order = _permute(index, len(self), _mix(epoch + _mix(np.uint64(self.seed) + np.uint64(1))))
+        phase = mix(epoch ^ mix(np.uint64(self.seed))) % np.uint64(min(room, self.context))
+        order = permute(index, len(self), mix(epoch + mix(np.uint64(self.seed) + np.uint64(1))))
         return (phase + order * np.uint64(self.context)).astype(np.int64)
 
     def batch(self, index: int, batch_size: int) -> LanguageBatch:
@@ -164,29 +166,6 @@ def window_batch(ids: np.ndarray, starts: np.ndarray, context: int) -> LanguageB
     rows = ids[starts[:, None] + np.arange(context + 1)]
     rows = torch.from_numpy(rows.astype(np.int64))
     return LanguageBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
-
-
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray:
-    """SplitMix64's finaliser: 64 bits in, 64 well mixed bits out."""
-    x = np.atleast_1d(np.asarray(x, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
-    """A keyed permutation of range(size) at `index`: a Feistel network, walked until inside."""
-    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    value = index.copy()
-    todo = np.ones(len(index), bool)
-    while todo.any():
-        left, right = value[todo] >> half, value[todo] & low
-        for turn in range(6):
-            left, right = right, left ^ (_mix(right + _mix(key[todo] + np.uint64(turn))) & low)
-        value[todo] = (left << half) | right
-        todo = value >= np.uint64(size)
-    return value
 
 
 def windows(
@@ -248,8 +227,8 @@ class Mixed:
         """The index-th batch of the run."""
         counts = [-(-len(part) // batch_size) for part in self.parts.values()]
         epoch, place = divmod(index, sum(counts))
-        key = _mix(np.uint64(epoch) + _mix(np.uint64(self.seed) + np.uint64(2)))
-        place = int(_permute(np.array([place], np.uint64), sum(counts), key)[0])
+        key = mix(np.uint64(epoch) + mix(np.uint64(self.seed) + np.uint64(2)))
+        place = int(permute(np.array([place], np.uint64), sum(counts), key)[0])
         for (task, part), count in zip(self.parts.items(), counts, strict=True):
             if place < count:
                 found = part.batch(epoch * count + place, batch_size)

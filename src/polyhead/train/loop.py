@@ -16,6 +16,7 @@ from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel, require_causal
 from polyhead.train import adversarial, checkpoint, registry, rundir
 from polyhead.train.allocator import keep_freed_memory
+from polyhead.train.blend import is_blend
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset
@@ -265,7 +266,7 @@ class Trainer:
         if self.kind.name == "multitask":
             return opened(given, registry.TASKS)
         if not self.kind.columns:
-            return kept(given)
+            return given if is_blend(given) else kept(given)
         is_read = isinstance(given, Table)
         return given if is_read else read_table(given, self.kind.columns, self.columns)
 

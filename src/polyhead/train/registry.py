@@ -9,6 +9,7 @@ from typing import Any
 
 from polyhead.errors import ConfigError
 from polyhead.train.answering import answer, answer_figures, answered_contexts
+from polyhead.train.blend import text_windows
 from polyhead.train.chatting import conversations
 from polyhead.train.contrastive import (
     captioned_images,
@@ -18,7 +19,7 @@ from polyhead.train.contrastive import (
     recall_figures,
 )
 from polyhead.train.corruption import corrupted_windows, span_corruption
-from polyhead.train.data import Dataset, windows
+from polyhead.train.data import Dataset
 from polyhead.train.examples import Labels
 from polyhead.train.grpo import grpo, prompted, reward_figures
 from polyhead.train.images import classified_images
@@ -101,7 +102,9 @@ _READERS = ("encoder", "decoder")
 _COMPARED = {"prompt": True, "chosen": True, "rejected": True, "system": False}
 _MASKING = {"choice": "token", "ratio": 0.15, "mask": 0.8, "random": 0.1, "max_span": 10}
 _ROWS = (
-    ObjectiveKind("causal-lm", "predict each token from those before it", "lm", windows, causal_lm),
+    ObjectiveKind(
+        "causal-lm", "predict each token from those before it", "lm", text_windows, causal_lm
+    ),
     ObjectiveKind(
         "chat",
         "answer in conversations: the loss is on the answers alone",
