@@ -64,14 +64,26 @@ def test_commands(
         rows = [f"{text}\t{label}" for text, label in POSTS * 10]
         (tmp_path / "posts.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
     if note == "run: tasks":
-        page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-        (toml,) = [body for _, fence, body in BLOCK.findall(page) if fence == "toml"]
-        (tmp_path / "tasks.toml").write_text(toml)
+        (tmp_path / "tasks.toml").write_text(_toml("head = "))
         row = json.dumps({"words": ["Ada", "lives"], "kinds": ["B-PER", "O"]})
         (tmp_path / "names.jsonl").write_text(f"{row}\n" * 20)
+    if note == "run: blend":
+        (tmp_path / "mix.toml").write_text(_toml("weight = "))
+        (tmp_path / "sources").mkdir()
+        (tmp_path / "sources" / "a.txt").write_text("for a in b: print(a)\n" * 60)
+        (tmp_path / "books.jsonl").write_text(f"{json.dumps({'text': 'a cat sat. ' * 60})}\n")
     for words in commands:
         if note.startswith("run"):
             assert main(words[1:]) == 0, words
+
+
+def _toml(holding: str) -> str:
+    """The TOML file of docs/training.md that holds a text."""
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (found,) = [
+        body for _, fence, body in BLOCK.findall(page) if fence == "toml" and holding in body
+    ]
+    return found
 
 
 @pytest.fixture(scope="module")
