@@ -1,5 +1,6 @@
 """The fused path equals the definition, for every mask, position and grouping of heads."""
 
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
@@ -166,3 +167,42 @@ def test_dropped_shares_keep_the_mean_in_half_precision_training() -> None:
     many = torch.stack([attend(q, k, v, dropout=0.3).detach().float() for _ in range(2000)])
     assert many.std(0).min() > 0.01
     assert_close(many.mean(0), whole.float(), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("size", [1.0, 6.0, 10.0])
+def test_large_biases_lose_no_more_than_in_the_definition(size: float) -> None:
+    """A sum of a score and a bias of some size has too few bits in bfloat16."""
+    torch.manual_seed(0)
+    shapes = [(2, H, 24, D)] * 3 + [(1, H, 24, 24)]
+    exact = [torch.randn(shape) * (size**0.5 if i < 2 else 1) for i, shape in enumerate(shapes)]
+    exact[3] *= size
+    exact = [x.bfloat16().float().requires_grad_() for x in exact]
+    upstream = torch.randn(2, H, 24, D)
+
+    def gradient(parts: list[Tensor], how: Callable[..., Tensor]) -> Tensor:
+        how(*parts).backward(upstream.to(parts[0].dtype))
+        return parts[0].grad.float()
+
+    def written(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return attend(q, k, v, bias=bias, scale=D**-0.5)
+
+    def defined(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return weights(q, k, bias=bias, scale=D**-0.5) @ v
+
+    def halves() -> list[Tensor]:
+        return [x.detach().bfloat16().requires_grad_() for x in exact]
+
+    true = gradient(exact, defined)
+    wrong, reference = (
+        (gradient(halves(), how) - true).norm() / true.norm() for how in (written, defined)
+    )
+    assert wrong <= 1.2 * reference
+
+
+def test_half_precision_training_takes_what_the_fused_kernel_takes() -> None:
+    q, k, v = (torch.randn(2, H, 5, D).bfloat16().requires_grad_() for _ in range(3))
+    whole = attend(q, k, v, bias=torch.zeros(1, H, 5, 5))
+    assert whole.dtype == torch.bfloat16
+    assert_close(whole, attend(q, k, v), atol=2e-2, rtol=2e-2)
+    assert attend(q[:0], k[:0], v[:0]).shape == (0, H, 5, D)
+    assert attend(q[:, :, :0], k, v).shape == (2, H, 0, D)

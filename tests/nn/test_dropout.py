@@ -49,3 +49,8 @@ def test_a_seed_decides() -> None:
         found.append(layer(x))
     assert torch.equal(*found)
     assert layer.eval()(x) is x
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e-9, 5e-6])
+def test_a_rate_that_rounds_to_nothing_drops_nothing(rate):
+    assert torch.equal(dropout(torch.ones(1001), rate), torch.ones(1001))

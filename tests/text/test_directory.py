@@ -194,11 +194,14 @@ def test_a_length_is_stated_where_none_stands(trained, tmp_path):
         assert after == {**json.loads(written), "model_max_length": 12}
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs(CORPUS[:500], truncation=True).input_ids) == 12
+    state_length(tmp_path, 8)  # a model that takes less
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["model_max_length"] == 8
     again = Tokenizer.load(tmp_path)
     assert len(again.encode(CORPUS[:500])) > 12
     again.save(tmp_path / "again")
     state_length(tmp_path / "again", 99)
-    assert Tokenizer.load(tmp_path / "again").config["model_max_length"] == 12
+    assert Tokenizer.load(tmp_path / "again").config["model_max_length"] == 8
 
 
 @pytest.mark.parametrize("lower", [True, False, None])

@@ -88,3 +88,8 @@ def test_fine_tuning_is_gentle_and_epochs_are_positive(tmp_path):
     for value in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match="epochs is"):
             TrainConfig(epochs=value)
+
+
+def test_steps_and_epochs_are_not_both_named():
+    with pytest.raises(ConfigError, match="name one of them"):
+        TrainConfig.fine_tuning(steps=7, epochs=2)

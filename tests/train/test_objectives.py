@@ -141,3 +141,10 @@ def test_experts_add_their_routers_losses():
     assert model.experts.router.weight.grad.abs().sum() > 0
     model.eval()
     assert set(causal_lm(model, batch_of(4)).parts) == {"loss"}
+
+
+def test_a_label_below_nothing_is_refused_in_chunks_too(monkeypatch):
+    monkeypatch.setattr("polyhead.train.objectives.CHUNK_LOGITS_CPU", 8)
+    head, hidden = torch.nn.Linear(4, 9, bias=False), torch.randn(6, 4)
+    with pytest.raises(IndexError, match="label -1 is out of bounds"):
+        smoothed_cross_entropy(head, hidden, torch.tensor([1, 2, -1, -100, 3, 4]), 0.0)

@@ -89,8 +89,8 @@ def run(args: Args) -> int:
 def _classified(
     args: Args, model: "TaskModel", path: Path, lines: Sequence[str], tell: "Progress"
 ) -> "list[Classification]":
+    from polyhead.adapt.load import tokenizer
     from polyhead.images import Processor
-    from polyhead.models.load import tokenizer
     from polyhead.tasks.classify import Classifier, ImageClassifier, ZeroShotClassifier
     from polyhead.tasks.fit import kind_of
 

@@ -103,8 +103,8 @@ def _facts(model: "Outline") -> "list[Fact]":
 
 def _tokenizer(model: "Outline") -> str:
     """The kind of a checkpoint's tokenizer; "" where it has none."""
+    from polyhead.adapt.load import tokenizer
     from polyhead.errors import PolyheadError
-    from polyhead.models.load import tokenizer
 
     try:
         words = tokenizer(str(model.path))

@@ -106,9 +106,9 @@ def read_text(name: str) -> str:
 
 
 def decoded(raw: bytes, name: str) -> str:
-    """UTF-8 as text; `name` is where it came from."""
+    """UTF-8 as text, without a byte order mark; `name` is where it came from."""
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         source = "standard input" if name == "-" else name
         raise DataError(f"{source} is not UTF-8 ({error.reason}); convert it first") from None

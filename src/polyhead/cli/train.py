@@ -144,6 +144,8 @@ def defaults(argv: Sequence[str]) -> Args:
 
 def _settings_for(objective: str, model: str, argv: Sequence[str]) -> TrainConfig:
     """The defaults of an objective and of a model, fresh or not."""
+    if len(given_fields(argv, ["steps", "epochs"])) == 2:
+        raise ConfigError("--steps and --epochs both say how long a run is: name one of them")
     lora = ADAPTER if given_fields(argv, ["lora"]) else {}
     if objective == "causal-lm":
         return replace(DEFAULTS, **lora)

@@ -47,7 +47,7 @@ class Row:
         if head == "embed":
             return EMBED
         if head not in self.heads:
-            there = ", ".join([*self.heads, "embed", "none"])
+            there = ", ".join(dict.fromkeys([*self.heads, "embed", "none"]))
             raise ConfigError(f"{self.model_type} has no head {head!r}; it has {there}")
         return self.heads[head]
 

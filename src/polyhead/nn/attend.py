@@ -41,7 +41,7 @@ def attend(
     dropout: float = 0.0,
 ) -> Tensor:
     """`weights(...) @ v` by torch's fused kernel; `[B, H, Q, D]`, equal to the definition."""
-    if _trains_half_on_cpu(q):
+    if _trains_half_on_cpu(q) and q.numel() and k.numel():
         return _written_out(q, k, v, mask, bias, scale, dropout)
     fused_mask = mask.dense
     if bias is not None:
@@ -77,24 +77,29 @@ def _written_out(
     scale: float,
     rate: float,
 ) -> Tensor:
-    """The definition in q's dtype, a few rows at a time; the backward pass keeps their shares."""
+    """The definition a few rows at a time; the backward pass keeps the shares.
+
+    In q's dtype, but where there is a bias in float32 up to the shares: neither it nor the scores
+    that it stands against (T5 does not scale them) are small enough for a sum of 8 bits.
+    """
+    kind = q.dtype if bias is None else torch.float32
     num_heads, num_queries, num_keys = q.shape[1], q.shape[2], k.shape[2]
     allowed = mask.boolean(num_queries, num_keys, q.device)
     if allowed is not None:
-        hidden = torch.zeros(allowed.shape, dtype=q.dtype, device=q.device)
-        hidden.masked_fill_(~allowed, torch.finfo(q.dtype).min)
-        bias = hidden if bias is None else bias.to(q.dtype) + hidden
+        hidden = torch.zeros(allowed.shape, dtype=kind, device=q.device)
+        hidden.masked_fill_(~allowed, torch.finfo(kind).min)
+        bias = hidden if bias is None else bias.to(kind) + hidden
     rows = rows_at_once(q, k)
     biases = [bias] * math.ceil(len(q) / rows)
     if bias is not None and len(bias) > 1:
         biases = list(bias.split(rows))
     k, v = expand_heads(k, num_heads).transpose(-1, -2), expand_heads(v, num_heads)
     parts: list[Tensor] = []
-    for a, b, c, own in zip(
-        (q * scale).split(rows), k.split(rows), v.split(rows), biases, strict=True
-    ):
-        scores = a @ b if own is None else a @ b + own
-        parts.append(dropout(scores.softmax(-1), rate) @ c)
+    q = q.to(kind) * scale
+    for a, b, c, own in zip(q.split(rows), k.split(rows), v.split(rows), biases, strict=True):
+        scores = a @ b.to(kind)
+        scores = scores if own is None else scores + own
+        parts.append(dropout(scores.softmax(-1).to(c.dtype), rate) @ c)
     found = torch.cat(parts) if len(parts) > 1 else parts[0]
     return found if allowed is None else found.masked_fill(~allowed.any(-1, keepdim=True), 0.0)
 

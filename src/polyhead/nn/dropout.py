@@ -22,6 +22,8 @@ def dropout(x: Tensor, rate: float, training: bool = True) -> Tensor:
     if not training or rate == 0.0:
         return x
     kept = round(_STEPS * (1 - rate))
+    if kept == _STEPS:
+        return x
     if x.device.type != "cpu" or kept == 0:
         return F.dropout(x, rate)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)

@@ -138,11 +138,9 @@ class ZeroShotClassifier:
             raise DataError("two or more labels are needed to choose from")
         if "{}" not in template:
             raise ConfigError(f"template {template!r} has no {{}} for the label to stand in")
-        rows = self.tokenizer(
-            [template.replace("{}", label) for label in labels],
-            max_len=getattr(self.model.config, "text").max_seq_len,  # noqa: B009
-            truncate=True,
-        ).to(self.model.device)
+        rows = self.tokenizer([template.replace("{}", label) for label in labels])
+        self._check(labels, rows.attention_mask.sum(1).tolist())
+        rows = rows.to(self.model.device)
         chosen = Fit(None, tuple(labels), None)
         found: list[Classification] = []
         with evaluating(self.model), torch.inference_mode():
@@ -153,6 +151,18 @@ class ZeroShotClassifier:
                 seen = seen / seen.norm(dim=-1, keepdim=True)
                 found += classifications(self.model.answer(texts @ seen.T).T, chosen)
         return found
+
+    def _check(self, labels: Sequence[str], sizes: Sequence[int]) -> None:
+        """DataError for a label that says nothing, or more than the model reads."""
+        most = getattr(self.model.config, "text").max_seq_len  # noqa: B009
+        for label, size in zip(labels, sizes, strict=True):
+            if not label.strip():
+                raise DataError("a label is empty; name what is to be told apart")
+            if size > most:
+                raise DataError(
+                    f"the label {label[:40]!r} makes {size} tokens, and the model reads {most}; "
+                    "shorten it"
+                )
 
 
 def classifications(logits: Tensor, fitted: Fit) -> list[Classification]:

@@ -5,8 +5,8 @@ Legend: B rows, T tokens of the longest row.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import chain, compress
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -121,7 +121,7 @@ def _windows(row: _Row, max_len: int, stride: int | None, index: int) -> list[_R
     if room < 1:
         raise DataError(
             f"max_len {max_len} leaves no room for text {index}: "
-            f"{len(row.ids) - sum(lengths)} tokens are special; raise max_len"
+            f"{len(row.ids) - sum(lengths)} tokens are special; let a window (max_len) hold more"
         )
     if stride is None:
         kept = _shorten(lengths, room)
@@ -131,7 +131,7 @@ def _windows(row: _Row, max_len: int, stride: int | None, index: int) -> list[_R
     if room <= stride:
         raise DataError(
             f"windows of {max_len} tokens hold {max(room, 0)} of text {index}, so they cannot "
-            f"share {stride}; raise max_len or lower stride"
+            f"share {stride}; let a window (max_len) hold more, or lower stride"
         )
     whole = (0, lengths[0])
     return [
@@ -167,16 +167,18 @@ def _parts(length: int, room: int, stride: int) -> Iterator[tuple[int, int]]:
 
 
 def _cut(row: _Row, spans: list[tuple[int, int]], kept: list[tuple[int, int]]) -> _Row:
-    keep = [True] * len(row.ids)
-    for (start, end), (first, last) in zip(spans, kept, strict=True):
-        keep[start:end] = [first <= i < last for i in range(end - start)]
-    return _Row(
-        list(compress(row.ids, keep)),
-        list(compress(row.types, keep)),
-        list(compress(row.offsets, keep)),
-        list(compress(row.sequences, keep)),
-        list(compress(row.words, keep)),
-    )
+    """A row with a stretch of each text; what stands around the texts stays."""
+    slices: list[slice] = []
+    done = 0
+    for (start, end), (first, last) in sorted(zip(spans, kept, strict=True)):
+        slices += [slice(done, start), slice(start + first, min(start + last, end))]
+        done = end
+    slices.append(slice(done, len(row.ids)))
+
+    def of(values: list[Any]) -> list[Any]:
+        return list(chain.from_iterable(values[part] for part in slices))
+
+    return _Row(of(row.ids), of(row.types), of(row.offsets), of(row.sequences), of(row.words))
 
 
 def _pad(rows: list[_Row], owners: list[int], pad_id: int, multiple: int) -> Batch:

@@ -279,7 +279,8 @@ def write(path: Path, parts: TokenizerParts, force: bool) -> None:
 
 
 def state_length(path: Path, max_tokens: int | None) -> None:
-    """Write what a model takes as `model_max_length` of the tokenizer beside it, if none stands.
+    """Write what a model takes as `model_max_length` of the tokenizer beside it, unless that says
+    less.
 
     transformers truncates by it alone. None, for a model that nothing bounds, writes nothing.
     """
@@ -287,7 +288,8 @@ def state_length(path: Path, max_tokens: int | None) -> None:
     if max_tokens is None or not file.is_file():
         return
     config = read_json(file)
-    if config.get("model_max_length") is None:
+    stands = config.get("model_max_length")
+    if not isinstance(stands, int | float) or stands > max_tokens:
         stated = {**config, "model_max_length": max_tokens}
         _write_whole(file, lambda draft: _write_json(draft, stated))
 

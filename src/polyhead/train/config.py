@@ -154,6 +154,8 @@ class TrainConfig:
         Three epochs at 5e-5 as Devlin et al. (2019) advise, falling to 0; everything held out is
         validated on, and the best checkpoint is kept. `steps` takes the place of the epochs.
         """
+        if settings.get("epochs") is not None and "steps" in settings:
+            raise ConfigError("steps and epochs both say how long a run is: name one of them")
         counts = {"epochs": None} if "steps" in settings else {}
         return cls(**{**FINE_TUNING, **counts, **settings})
 
