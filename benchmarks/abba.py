@@ -4,6 +4,8 @@ Each pair of slices lies side by side in time, so a slow minute touches both. Th
 is a bootstrap over the pairs; the same contender against itself says how much is noise.
 """
 
+import ctypes
+import gc
 import random
 import statistics
 import sys
@@ -76,8 +78,13 @@ def product_gflops(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def memory_of(call: Call) -> float:
-    """The most memory in MiB that a call holds beside what was there (Linux)."""
+    """The most memory in MiB that a call holds beside what was there (Linux, glibc).
+
+    What the call before it freed is given back first, or it would be used again unseen.
+    """
     call()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = _status("VmRSS")
     call()
