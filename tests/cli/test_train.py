@@ -176,3 +176,15 @@ def test_a_blend_of_corpora(tmp_path, cli, text):
     refused = cli("train", mix, *SMALL, "--steps", 4, "--out", tmp_path / "b")
     assert refused.code == 2
     assert "names no corpora" in refused.err
+
+
+def test_documents_are_told_apart_after_an_interruption_too(tmp_path, cli):
+    (tmp_path / "texts").mkdir()
+    for name in "abcdef":
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"the {name} fox jumps. " * 9)
+    out = tmp_path / "run"
+    words = (*SMALL, "--options", "by_document=true", "--schedule", "constant", "--out", out)
+    assert cli("train", tmp_path / "texts", *words, "--steps", 2).code == 0
+    done = cli("train", "--out", out, "--resume", "--steps", 4)
+    assert done.code == 0, done.err
+    assert json.loads((out / "run.json").read_text())["options"] == ["by_document=true"]

@@ -3,15 +3,19 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyhead.errors import DataError, FileError
+import polyhead as ph
+from polyhead.errors import ConfigError, DataError, FileError
 from polyhead.train import corpus
+from polyhead.train.blend import Corpus, text_windows
+from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Tokens, load_tokens
 from polyhead.train.data import SORTED, Examples, Windows, split_rows
 
-from .conftest import text
+from .conftest import text, tiny
 
 
 def stretch(count: int) -> Tokens:
@@ -226,3 +230,38 @@ def test_rows_are_held_out_once(count, share, seed):
     assert bool(held) == (share > 0 and count > 1)
     if count > 50 and 0.2 < share < 0.8:
         assert held != list(range(count - len(held), count)), "files are often sorted"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_documents_in_a_window_are_blind_to_each_other(tmp_path, tokenizer, family):
+    texts = [text(2, seed=seed) for seed in range(12)]
+    sizes = {"d_model": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 256}
+    more = {} if family == "gpt2" else {"d_ff": 24}
+    model = ph.build(family, seed=0, vocab_size=tokenizer.vocab_size, **sizes, **more).eval()
+    config = TrainConfig(context=150, held_out=0.0, out=str(tmp_path))
+    found = text_windows(texts, tokenizer, model, config, "train", by_document=True)
+    plain = text_windows(texts, tokenizer, model, config, "train")
+    assert found.digest != plain.digest
+    batch = found.batch(0, 2)
+    assert torch.equal(batch.input_ids, plain.batch(0, 2).input_ids)
+    states = model.backbone(
+        batch.input_ids, attention_mask=batch.mask(), position_ids=batch.position_ids
+    )
+    for row in range(2):
+        segments = batch.segments[row]
+        assert segments.unique().numel() > 2
+        for segment in segments.unique():
+            own = segments == segment
+            assert batch.position_ids[row][own].tolist() == list(range(int(own.sum())))
+            alone = model.backbone(batch.input_ids[row][own][None])
+            assert torch.allclose(states[row][own], alone[0], atol=1e-5)
+        ends = (segments[1:] != segments[:-1]).nonzero()[:, 0]
+        assert (batch.labels[row][ends] == -100).all()
+        assert int((batch.labels[row] == -100).sum()) in (len(ends), len(ends) + 1)
+
+
+def test_documents_cannot_be_told_apart_in_a_blend(tmp_path, tokenizer):
+    model = tiny(tokenizer.vocab_size)
+    config = TrainConfig(context=16, out=str(tmp_path))
+    with pytest.raises(ConfigError, match="is for one corpus"):
+        text_windows({"a": Corpus(["x"])}, tokenizer, model, config, "train", by_document=True)

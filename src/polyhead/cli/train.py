@@ -247,7 +247,8 @@ def _about(args: Args, kind: "ObjectiveKind", columns: "ExampleColumns") -> dict
     """What run.json is to say."""
     about = {name: getattr(args, name) for name in _KEPT if getattr(args, name) is not None}
     if kind.name == "causal-lm":
-        return {name: value for name, value in about.items() if name not in _SPEC}
+        plain = {name: value for name, value in about.items() if name not in _SPEC}
+        return {**plain, **({"options": list(args.options)} if args.options else {})}
     roles = [f"{role}={column}" for role, column in columns.roles.items()]
     spec = {"columns": args.columns, "roles": roles, "options": list(args.options)}
     return {**about, **spec}

@@ -147,11 +147,17 @@ def read_blend(path: str | Path) -> dict[str, Corpus]:
 
 def text_windows(
     source: Any, tokenizer: Any, model: Any, config: TrainConfig, split: Split,
-    progress: Progress | None = None,
+    progress: Progress | None = None, by_document: bool = False,
 ) -> Windows | Blend | None:  # fmt: skip
-    """Windows over a corpus, or over several by their weights."""
-    make = blended if is_blend(source) else windows
-    return make(source, tokenizer, model, config, split, progress)
+    """Windows over a corpus, or over several by their weights. by_document: as in `Windows`.
+
+    Errors: ConfigError for documents told apart in several corpora.
+    """
+    if not is_blend(source):
+        return windows(source, tokenizer, model, config, split, progress, by_document)
+    if by_document:
+        raise ConfigError("by_document is for one corpus: put its texts into one folder")
+    return blended(source, tokenizer, model, config, split, progress)
 
 
 def texts_of(source: Any) -> Iterator[str]:

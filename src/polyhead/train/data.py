@@ -11,7 +11,7 @@ import torch
 from polyhead.errors import DataError
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Progress, Source, Tokens, load_tokens
-from polyhead.train.objectives import LanguageBatch
+from polyhead.train.objectives import IGNORE, LanguageBatch, PackedBatch
 from polyhead.train.order import mix, permute
 
 Split = Literal["train", "valid", "all"]
@@ -124,13 +124,18 @@ class Windows:
 
     An epoch starts at its own random phase and visits every window once, in its own order. The
     n-th row of the run is window `n % len` of epoch `n // len`: resuming needs only n.
+    by_document: a token sees its own document alone, at places that begin with it, and the first
+    token of a document is nobody's to predict.
     """
 
     tokens: Tokens
     context: int
     seed: int
+    by_document: bool = False
 
     def __post_init__(self) -> None:
+        if self.by_document and self.tokens.ends is None:
+            raise DataError("where documents end is not known: give texts, a text each")
         if len(self.tokens.ids) <= self.context:
             raise DataError(
                 f"the corpus has {len(self.tokens.ids)} tokens, and a window takes "
@@ -139,8 +144,8 @@ class Windows:
 
     @property
     def digest(self) -> str:
-        """The corpus and its tokenizer."""
-        return self.tokens.digest
+        """The corpus and its tokenizer, and whether documents are told apart."""
+        return self.tokens.digest + " by document" * self.by_document
 
     def __len__(self) -> int:
         """Windows in an epoch; where several fit, one less than that, to leave the phase room."""
@@ -158,7 +163,8 @@ class Windows:
     def batch(self, index: int, batch_size: int) -> LanguageBatch:
         """The index-th batch of the run, int64 [batch_size, context]."""
         starts = self.starts(index * batch_size, batch_size)
-        return window_batch(self.tokens.ids, starts, self.context)
+        batch = window_batch(self.tokens.ids, starts, self.context)
+        return _by_document(batch, self.tokens.ends, starts) if self.by_document else batch
 
 
 def window_batch(ids: np.ndarray, starts: np.ndarray, context: int) -> LanguageBatch:
@@ -168,6 +174,20 @@ def window_batch(ids: np.ndarray, starts: np.ndarray, context: int) -> LanguageB
     return LanguageBatch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
 
 
+def _by_document(batch: LanguageBatch, ends: Any, starts: np.ndarray) -> PackedBatch:
+    """The same windows, each document in them by itself."""
+    places = starts[:, None] + np.arange(batch.input_ids.shape[1])
+    owner = np.searchsorted(ends, places, side="right")
+    follows = np.searchsorted(ends, places + 1, side="right")
+    begins = np.concatenate([[0], ends])[owner]
+    labels = batch.labels.masked_fill(torch.from_numpy(owner != follows), IGNORE)
+    return PackedBatch(
+        batch.input_ids, labels, torch.ones_like(batch.input_ids),
+        torch.from_numpy(places - np.maximum(begins, starts[:, None])),
+        segments=torch.from_numpy(owner - owner[:, :1]),
+    )  # fmt: skip
+
+
 def windows(
     source: Source,
     tokenizer: Any,
@@ -175,8 +195,12 @@ def windows(
     config: TrainConfig,
     split: Split,
     progress: Progress | None = None,
+    by_document: bool = False,
 ) -> Windows | None:
-    """Windows over a corpus, the last tokens held out; None where it is too short for that."""
+    """Windows over a corpus, the last tokens held out; None where it is too short for that.
+
+    by_document: as in `Windows`, of what is learned from.
+    """
     cache = Path(config.cache) if config.cache else Path(config.out) / "tokens"
     size: int = model.config.vocab_size
     tokens = load_tokens(source, tokenizer, cache, vocab_size=size, progress=progress)
@@ -189,7 +213,7 @@ def windows(
         tokens = tokens.split(held, tokenizer)[split == "valid"]
     elif split == "valid":
         return None
-    return Windows(tokens, config.context, config.seed)
+    return Windows(tokens, config.context, config.seed, by_document and split == "train")
 
 
 @dataclass(frozen=True)

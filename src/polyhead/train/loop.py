@@ -225,7 +225,7 @@ class Trainer:
 
     def _spec(self) -> dict[str, Any]:
         """What run.json says of the objective, where it is another than the usual."""
-        if self.kind.name == "causal-lm":
+        if self.kind.name == "causal-lm" and not self.options.given:
             return {}
         spec: dict[str, Any] = {"objective": self.kind.name, "options": self.options.given}
         if self.sift:

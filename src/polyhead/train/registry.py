@@ -103,7 +103,12 @@ _COMPARED = {"prompt": True, "chosen": True, "rejected": True, "system": False}
 _MASKING = {"choice": "token", "ratio": 0.15, "mask": 0.8, "random": 0.1, "max_span": 10}
 _ROWS = (
     ObjectiveKind(
-        "causal-lm", "predict each token from those before it", "lm", text_windows, causal_lm
+        "causal-lm",
+        "predict each token from those before it",
+        "lm",
+        text_windows,
+        causal_lm,
+        dataset_options={"by_document": False},
     ),
     ObjectiveKind(
         "chat",
