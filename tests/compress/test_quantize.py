@@ -91,6 +91,7 @@ def test_a_packed_model_is_the_one_that_it_saves_as(tmp_path, name, form):
     assert not torch.equal(answer(packed), answer(model))
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+    assert packed.num_parameters() == model.num_parameters()
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "mixtral", "t5"])

@@ -120,8 +120,10 @@ def _rows(found: dict[str, dict[str, Any]]) -> list[tuple[str, list[str]]]:
 
 
 def _said(value: Any) -> str:
-    if value is None:
+    if value is None or value == []:
         return "–"
+    if isinstance(value, list):
+        return " ".join(map(str, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

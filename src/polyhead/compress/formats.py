@@ -21,6 +21,7 @@ class PackedWeight(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.shape, self.dtype = weight.shape, weight.dtype
+        self.num_weights = weight.numel()
 
     def unpack(self, rows: Rows = _ALL) -> Tensor:
         """The matrix, or some rows of it, in `dtype`."""

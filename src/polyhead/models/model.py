@@ -29,8 +29,7 @@ BESIDE = "adapters"
 class TaskModel(nn.Module):
     """A backbone with a head on it; without a head, the hidden states are the answer.
 
-    head_kind: the head's name, as `load` and `build` take it. pooler: the vector of a whole text,
-    where the checkpoint has one or the head reads it.
+    head_kind: its name, as `load` and `build` take it. pooler: the vector of a whole text, if any.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class TaskModel(nn.Module):
         self.origin: str | None = None
         """What `load` was asked for: a name, or a path from the root."""
         self.drawn: tuple[str, ...] = ()
-        """Parts that the checkpoint lacked: drawn fresh, they are of use once they have learned."""
+        """Parts that the checkpoint lacked."""
 
     def forward(self, *inputs: Tensor, head: str | None = None, **named: Any) -> Tensor:
         """The backbone's arguments; logits, or hidden states without a head.
@@ -159,8 +158,9 @@ class TaskModel(nn.Module):
         return next(self.parameters()).dtype
 
     def num_parameters(self) -> int:
-        """Weights, each counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
+        """Weights, each counted once, those kept in few bits too."""
+        packed = sum(getattr(part, "num_weights", 0) for part in self.modules())
+        return packed + sum(parameter.numel() for parameter in self.parameters())
 
     def hf_config(self) -> dict[str, Any]:
         """What `config.json` says of this model."""

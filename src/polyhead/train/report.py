@@ -138,6 +138,9 @@ def line_chart(curves: Mapping[str, Sequence[Point]], height: int = 280) -> str:
         kind = f"line c{number % 4} d{number // 4 % 3}"
         key, row = keys[number]
         y = 12 + 18 * row
+        if len(curve) == 1:  # a line of one point is none
+            x, height_at = at(*curve[0])
+            drawn.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{height_at:.1f}" r="3"/>')
         drawn.append(f'<polyline class="{kind}" points="{path}"/>')
         drawn.append(f'<line class="{kind}" x1="{key}" x2="{key + 20}" y1="{y}" y2="{y}"/>')
         drawn.append(_label(key + 26, y + 4, name, "start"))
