@@ -1,6 +1,5 @@
 """Several corpora in one run, each as often as its weight says."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from polyhead.errors import ConfigError, FileError
+from polyhead.errors import ConfigError
+from polyhead.files.toml import read_toml
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Progress, Source, documents
 from polyhead.train.data import Split, Windows, once, windows
@@ -127,12 +127,7 @@ def read_blend(path: str | Path) -> dict[str, Corpus]:
     Errors: FileError for a file that is none, ConfigError for what its tables lack.
     """
     place = Path(path)
-    try:
-        found = tomllib.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is not TOML: {error}") from None
+    found = read_toml(place)
     corpora: dict[str, Corpus] = {}
     for name, told in found.items():
         known = isinstance(told, dict) and {"data"} <= told.keys() <= {"data", "weight"}

@@ -7,14 +7,14 @@ import dataclasses
 import json
 import math
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from polyhead.errors import ConfigError, FileError
+from polyhead.errors import ConfigError
+from polyhead.files.toml import read_toml
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 TrainDtype = Literal["float32", "bfloat16"]
@@ -180,13 +180,7 @@ class TrainConfig:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read a TOML file of fields; a field that is missing has its default."""
-        try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise FileError(f"cannot read {path}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise FileError(f"{path} is not TOML: {error}") from None
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_toml(path), str(path))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write every field as TOML; a field that is None is left out."""

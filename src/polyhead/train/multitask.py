@@ -2,7 +2,6 @@
 
 import hashlib
 import statistics
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.errors import ConfigError, FileError
+from polyhead.errors import ConfigError
+from polyhead.files.toml import read_toml
 from polyhead.models.fits import fits
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Mixed, Split, TaskBatch
@@ -68,12 +68,7 @@ def read_tasks(path: str | Path) -> dict[str, TaskSource]:
     """Tasks of a TOML file: a table [name] each, with data (from the file's folder), head, and
     where they are needed problem, roles = {role = "column"} and columns = ["name", …]."""
     place = Path(path)
-    try:
-        found = tomllib.loads(place.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(f"{path} is not TOML: {error}") from None
+    found = read_toml(place)
     tasks: dict[str, TaskSource] = {}
     for name, task in found.items():
         if not isinstance(task, dict) or not {"data", "head"} <= task.keys() <= _KNOWN.keys():
