@@ -42,5 +42,7 @@ def bert(tokenizer, head: str, seed: int = 0, **fields):
 
 
 def settings(out, **more) -> TrainConfig:
-    usual = {"lr": 3e-3, "epochs": None, "steps": 30, "batch_size": 8, "context": 32, "warmup": 2}
+    usual = {"lr": 3e-3, "batch_size": 8, "context": 32, "warmup": 2}
+    if "epochs" not in more:
+        usual["steps"] = 30
     return TrainConfig.fine_tuning(out=str(out), log_every=5, **{**usual, **more})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -58,8 +59,13 @@ SIZES = dict(d_model=16, num_layers=2, num_heads=2, max_seq_len=64)
 def launch(tmp_path: Path, world: int, **told) -> None:
     told = {"family": "gpt2", "sizes": SIZES, "objective": "causal-lm", **told}
     told["config"] = {**CONFIG, **told["config"]}
+    source = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent))
+    if world == 1:  # here, as starting a process is what takes the time
+        with patch.object(sys, "argv", ["child", json.dumps(told)]):
+            exec(source, {})
+        return
     script = tmp_path / "child.py"
-    script.write_text(textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent)))
+    script.write_text(source)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,7 +80,7 @@ def launch(tmp_path: Path, world: int, **told) -> None:
     ]  # fmt: skip
     try:
         for child in running:
-            _, errors = child.communicate(timeout=90)
+            _, errors = child.communicate(timeout=400)
             assert child.returncode == 0, errors[-3000:]
     finally:
         for child in running:
@@ -127,10 +133,9 @@ def test_two_ranks_make_the_run_of_one(tmp_path, name):
     assert_near(tmp_path / "1", tmp_path / "2", limit)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_run_goes_on_with_any_number_of_ranks(tmp_path, parallel):
+def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
     """Saved by two, taken up by one, and that by four: the loss curve of one all along."""
-    settings = {"parallel": parallel}
+    settings = {"parallel": "fsdp"}
     launch(tmp_path, 1, config={**settings, "out": str(tmp_path / "whole")})
     for world, steps in ((2, 3), (1, 5), (4, 8)):
         config = {**settings, "steps": steps, "out": str(tmp_path / "cut")}
