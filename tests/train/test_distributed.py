@@ -119,7 +119,7 @@ CASES = {
     "ddp-muon-bfloat16": ({}, {"optimizer": "muon", "dtype": "bfloat16", "ema": 0.9}, 2e-2),
     "ddp-lora-dpo": (
         {"family": "llama", "sizes": {**SIZES, "d_ff": 24}, "lora": True, "objective": "dpo"},
-        {"parallel": "ddp", "context": 40, "held_out": 0.2}, 1e-5,
+        {"parallel": "ddp", "context": 40, "held_out": 0.2, "validate_every": 1}, 1e-5,
     ),
 }  # fmt: skip
 

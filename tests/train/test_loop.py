@@ -10,6 +10,7 @@ import polyhead as ph
 from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
 from polyhead.train import checkpoint, loop
 from polyhead.train.config import TrainConfig
+from polyhead.train.distributed import Parallel
 from polyhead.train.log import read_log
 from polyhead.train.loop import Interrupted, Trainer
 from polyhead.train.objectives import Loss, causal_lm
@@ -230,3 +231,17 @@ def test_the_default_sample_is_the_models_own(run, tokenizer):
     sample = next(r["sample"] for r in read_log(run / "log.jsonl") if "sample" in r)
     assert sample.startswith("the ")
     assert loop.write_sample(made.model, tokenizer, made.config) == sample
+
+
+def test_weights_are_made_whole_only_where_that_is_due(run, tokenizer, monkeypatch):
+    entered = []
+    whole = Parallel.whole
+
+    def counted(self):
+        entered.append(1)
+        return whole(self)
+
+    monkeypatch.setattr(Parallel, "whole", counted)
+    made = trainer(tokenizer, run, steps=12, validate_every=6, checkpoint_every=0, ema=0.9)
+    made.fit([text(60)])
+    assert len(entered) == 3  # two validations and one checkpoint

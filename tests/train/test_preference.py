@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import polyhead as ph
-from polyhead.errors import DataError, FileError
+from polyhead.errors import ConfigError, DataError, FileError
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
 from polyhead.train.distributed import Ranks
@@ -181,6 +181,13 @@ def test_a_row_without_two_answers_is_refused(tokenizer, tmp_path, row, said):
     model = small(tokenizer)
     with pytest.raises(DataError, match=said):
         batch_of(tokenizer, model, [row])
+
+
+def test_without_a_run_there_is_no_reference(tokenizer, tmp_path):
+    config = TrainConfig(out=str(tmp_path), **SETTINGS)
+    trainer = ph.Trainer(small(tokenizer), tokenizer, config, objective="dpo", quiet=True)
+    with pytest.raises(ConfigError, match="only fit can ask"):
+        trainer.evaluate(ROWS[:4])
 
 
 def test_pairs_count_once():

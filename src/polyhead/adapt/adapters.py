@@ -65,9 +65,7 @@ def use_adapters(model: TaskModel, names: str | Mapping[str, float] | None) -> N
             raise ConfigError(f"the model has no adapter {name!r}; there is {there}")
         if known[name].dora and (share != 1.0 or len(shares) > 1):
             raise ConfigError(f"{name!r} is a DoRA, which counts in full and alone; merge it first")
-    layers = [layer for _, layer in adapted_layers(model)]
-    if any(layer.merged is not None for layer in layers):
-        raise ConfigError("adapters are merged into the weights; unmerge them first")
+    layers = _unmerged_layers(model)
     for layer in layers:
         layer.shares = dict(shares)
         for name, delta in layer.adapters.items():
@@ -85,9 +83,7 @@ def without_adapters(model: nn.Module) -> Generator[None]:
 
     Errors: ConfigError while adapters are merged.
     """
-    layers = [layer for _, layer in adapted_layers(model)]
-    if any(layer.merged is not None for layer in layers):
-        raise ConfigError("adapters are merged into the weights; unmerge them first")
+    layers = _unmerged_layers(model)
     before = [layer.shares for layer in layers]
     for layer in layers:
         layer.shares = {}
@@ -151,6 +147,14 @@ def _changed(layer: Adapted) -> torch.Tensor | None:
     for delta, share in some:
         found = delta.merged(found, share)
     return found
+
+
+def _unmerged_layers(model: nn.Module) -> list[Adapted]:
+    """The layers that have adapters; ConfigError while any are merged."""
+    layers = [layer for _, layer in adapted_layers(model)]
+    if any(layer.merged is not None for layer in layers):
+        raise ConfigError("adapters are merged into the weights; unmerge them first")
+    return layers
 
 
 def trained_parts(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:

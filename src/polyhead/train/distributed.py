@@ -5,10 +5,10 @@ same rows whatever their number, and sums of gradients are those of one process.
 """
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,8 @@ from polyhead.models.model import TaskModel
 from polyhead.train.config import TrainConfig
 from polyhead.train.depth import blocks_of
 from polyhead.train.objectives import Loss, Objective
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,15 @@ class Ranks:
         """Until every rank is here."""
         if self.world > 1:
             dist.barrier()
+
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """What `make` gives: first on the first rank, which fills the caches of the others."""
+        if not self.is_first:
+            self.wait()
+        found = make()
+        if self.is_first:
+            self.wait()
+        return found
 
 
 def joined(device: str | None) -> tuple[Ranks, str | None]:

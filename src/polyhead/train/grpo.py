@@ -18,6 +18,7 @@ from polyhead.adapt.adapters import in_use, without_adapters
 from polyhead.errors import ConfigError, DataError, PolyheadError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.generator import TextGenerator
+from polyhead.generate.prompts import encode_chat, encode_prompt
 from polyhead.train.chatting import ChatCollator, room_of
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Examples, Split
@@ -154,10 +155,8 @@ def _encoded(row: Mapping[str, Any], at: int, name: str, tokenizer: Any, raw: bo
     if not isinstance(row.get("prompt"), str) or not row["prompt"]:
         raise DataError(f"{name}: prompt of row {at} is {row.get('prompt')!r}; it must be text")
     if raw or tokenizer.chat_template is None:
-        ids = tokenizer.encode(row["prompt"])
-        return ids[:-1] if ids[-1:] == [tokenizer.eos_id] else ids
-    text = tokenizer.apply_chat_template(opening(row))
-    return tokenizer.encode(text, add_special_tokens=False)
+        return encode_prompt(row["prompt"], tokenizer, tokenizer.vocab_size)
+    return encode_chat(opening(row), tokenizer)
 
 
 def named_reward(reward: str | Reward) -> Reward:

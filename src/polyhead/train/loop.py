@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -21,7 +21,7 @@ from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset
 from polyhead.train.distill import distilled
-from polyhead.train.distributed import Parallel, Ranks, joined
+from polyhead.train.distributed import Parallel, joined
 from polyhead.train.evaluate import score_dataset, score_texts
 from polyhead.train.log import Log, View, tell_tokenising
 from polyhead.train.multitask import opened
@@ -36,7 +36,6 @@ from polyhead.train.step import Interrupted, signals, train_step, write_sample
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
 
-_T = TypeVar("_T")
 Callback = Callable[["Trainer", dict[str, Any]], None]
 """Called with the trainer and each record of the log as it is written."""
 Sample = Callable[[TaskModel, Any, TrainConfig], str]
@@ -122,7 +121,7 @@ class Trainer:
         self.model.to(device)
         if device.type == "cpu":
             keep_freed_memory()
-        train, held = self._in_turn(ranks, lambda: self._datasets(texts, valid))
+        train, held = ranks.in_turn(lambda: self._datasets(texts, valid))
         self._count_epochs(len(train))
         torch.manual_seed(self.config.seed + ranks.rank)
         parallel = Parallel(self.model, self.objective, self.config, ranks)
@@ -151,15 +150,6 @@ class Trainer:
             if log is not None:
                 log.close()
             self.model.eval()
-
-    def _in_turn(self, ranks: Ranks, make: Callable[[], _T]) -> _T:
-        """What `make` gives: first on the first rank, which fills the caches of the others."""
-        if not ranks.is_first:
-            ranks.wait()
-        found = make()
-        if ranks.is_first:
-            ranks.wait()
-        return found
 
     def _seal(self, digest: str) -> str:
         """What a checkpoint knows its data and its objective by."""

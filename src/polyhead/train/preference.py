@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from polyhead.errors import DataError, FileError
+from polyhead.errors import ConfigError, DataError, FileError
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.files.safetensors_write import write_file
 from polyhead.generate.mode import evaluating
@@ -182,7 +182,8 @@ def preference(
 ) -> Loss:
     """`preference_losses` of a batch. Its parts: the loss, how often the better answer gained more
     (`accuracy`), and by how much (`margin`)."""
-    assert batch.reference is not None
+    if batch.reference is None:
+        raise ConfigError("dpo compares with the model as a run found it, which only fit can ask")
     lengths = (batch.labels != IGNORE).sum(1)
     log_probs = row_log_probs(model, batch)
     losses, margin = preference_losses(

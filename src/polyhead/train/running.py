@@ -62,14 +62,11 @@ class Running:
             if final or step % self.config.log_every == 0:
                 self._line(step)
             at_checkpoint = final or _due(step, self.config.checkpoint_every)
-            valid = score = None
-            with self.optimizer.averaged(), self.parallel.whole():
-                if at_checkpoint or _due(step, self.config.validate_every):
-                    valid, score = self._validate(step)
-                if _due(step, self.config.sample_every) or (final and self.config.sample_every):
-                    self._sample(step)
-            stopped = any(self.ranks.sum([len(received)]))
-            if at_checkpoint or stopped or self._is_best(score):
+            valid, score = self._look(step, final, at_checkpoint)
+            # One rank decides: another may look when the checkpoint is already there.
+            is_best = self.ranks.is_first and self._is_best(score)
+            stopped, better = self.ranks.sum([len(received), is_best])
+            if at_checkpoint or stopped or better:
                 saved = self._save(step, valid, score)
             if stopped and not final and saved is not None:
                 raise Interrupted(received[0] if received else SIGTERM, step, saved)
@@ -80,6 +77,21 @@ class Running:
         if self.trainer.kind.metric is not None:
             found["best"] = str(checkpoint.best(self.trainer.run) or saved)
         return found
+
+    def _look(
+        self, step: int, final: bool, at_checkpoint: bool
+    ) -> tuple[float | None, float | None]:
+        """Validate and sample where that is due; what `_validate` says."""
+        validates = at_checkpoint or _due(step, self.config.validate_every)
+        samples = _due(step, self.config.sample_every) or (final and self.config.sample_every > 0)
+        valid = score = None
+        if validates or samples:  # whole and averaged weights are dear: for no other step
+            with self.optimizer.averaged(), self.parallel.whole():
+                if validates:
+                    valid, score = self._validate(step)
+                if samples:
+                    self._sample(step)
+        return valid, score
 
     def _step(self, step: int) -> float | None:
         """Forward and backward for every part of the step, then the update; the mean loss, None
@@ -94,7 +106,7 @@ class Running:
                 [batch.to(self.device) for batch in batches], learning_rate(step, self.config),
                 self.guard.limit, self.ranks,
             )  # fmt: skip
-        except (torch.OutOfMemoryError, RuntimeError) as error:
+        except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             self.optimizer.discard()
@@ -122,7 +134,7 @@ class Running:
             try:
                 batch = self.dataset.batch(0, size).to(self.device)
                 self.trainer.objective(self.model, batch).total.backward()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
                 self.optimizer.discard()
@@ -249,9 +261,8 @@ class Running:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or a CPU."""
-    said = str(error)
     is_gpus = isinstance(error, torch.OutOfMemoryError)
-    return is_gpus or "out of memory" in said or "can't allocate memory" in said
+    return is_gpus or any(said in str(error) for said in ("out of memory", "can't allocate memory"))
 
 
 def _due(step: int, every: int) -> bool:
