@@ -1,6 +1,7 @@
 """`polyhead compare`: several training runs beside each other, as a table and a page."""
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,31 +35,36 @@ class Args:
 
 def run(args: Args) -> int:
     """Read, print, and write the page."""
-    if len(args.runs) < 1:
+    if not args.runs:
         raise ConfigError("name one run directory or more, such as runs/a runs/b")
     if args.out is not None and args.out.exists() and not args.force:
         raise FileError(f"{args.out} is there already; use --force, or another name")
     names = _named(args.runs)
-    found = {name: summary(path) for name, path in names.items()}
+    logs = {name: _log_of(path) for name, path in names.items()}
+    found = {name: summary(path, logs[name]) for name, path in names.items()}
     if args.json:
         for name, values in found.items():
             print(json.dumps({"run": name, **values}))
     else:
         _print(found)
     if args.out is not None:
-        _write(args.out, names, found)
+        _write(args.out, names, logs, found)
         print(args.out)
     return 0
 
 
-def summary(path: Path) -> dict[str, Any]:
-    """What a run was told and what it came to: its settings, the last figures, and the best."""
-    from polyhead.train.config import TrainConfig
+def _log_of(path: Path) -> list[dict[str, Any]]:
     from polyhead.train.log import read_log
 
     if not (path / "log.jsonl").exists():
         raise FileError(f"{path} is no training run: it has no log.jsonl")
-    records = read_log(path / "log.jsonl")
+    return read_log(path / "log.jsonl")
+
+
+def summary(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a run was told and what its log came to: settings, the last figures, and the best."""
+    from polyhead.train.config import TrainConfig
+
     settings = TrainConfig.load(path / "config.toml").to_dict()
     settings = {name: value for name, value in settings.items() if name not in ("out", "cache")}
     last: dict[str, Any] = {}
@@ -140,12 +146,15 @@ def _print(found: dict[str, dict[str, Any]]) -> None:
     Console(soft_wrap=True).print(table)
 
 
-def _write(out: Path, names: dict[str, Path], found: dict[str, dict[str, Any]]) -> None:
+def _write(
+    out: Path,
+    names: dict[str, Path],
+    logs: Mapping[str, Sequence[Mapping[str, Any]]],
+    found: dict[str, dict[str, Any]],
+) -> None:
     from polyhead.cli.reporting import charts_of, samples_of
-    from polyhead.train.log import read_log
     from polyhead.train.report import Chart, Report, write_report
 
-    logs = {name: read_log(path / "log.jsonl") for name, path in names.items()}
     losses = [
         Chart(title, {
             name: [(r["step"], r[key]) for r in records if key in r]
