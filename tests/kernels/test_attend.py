@@ -188,14 +188,69 @@ def test_without_a_compiler_it_is_torch_s(monkeypatch: pytest.MonkeyPatch) -> No
     assert torch.equal(kernel.attend(q, k, v), plain.attend(q, k, v))
 
 
-def grads(attend: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(attend(*leaves, EVERYTHING, None, 0.3).square().sum(), leaves)
+Attend = Callable[[Tensor, Tensor, Tensor, Lowered, None, float], Tensor]
 
 
-def test_gradients_and_dropout_are_torch_s(taken: list[bool]) -> None:
+def grads(attend: Attend, leaves: list[Tensor], mask: Lowered, above: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in leaves]
+    out = attend(*leaves, mask, None, 0.3)  # pyright: ignore[reportCallIssue]
+    return list(torch.autograd.grad(out, leaves, above.to(out.dtype)))
+
+
+def check_gradients(leaves: list[Tensor], mask: Lowered = EVERYTHING) -> None:
+    above = torch.randn_like(leaves[0]).transpose(1, 2).contiguous().transpose(1, 2)
+    found = grads(kernel.attend, leaves, mask, above)
+    usual = grads(plain.attend, leaves, mask, above)
+    expected = grads(true, [x.double() for x in leaves], mask, above)
+    least = float(above.norm())
+    for one, torchs, right in zip(found, usual, expected, strict=True):
+        assert one.shape == right.shape
+        wrong, tolerated = (one.double() - right).norm(), (torchs.double() - right).norm()
+        if one.dtype == SINGLE:
+            assert wrong <= 2e-6 * right.norm() + 1e-6 * least
+        else:
+            assert wrong <= 1.3 * tolerated + 2e-3 * right.norm() + 1e-4 * least
+
+
+@dtypes
+@pytest.mark.parametrize("size", SIZES[:9], ids=str)
+def test_gradients_at_any_size(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    check_gradients(list(drawn(size, dtype)))
+
+
+@dtypes
+@pytest.mark.parametrize("name", MASKS)
+def test_gradients_with_masks(name: str, dtype: torch.dtype) -> None:
+    leaves = list(drawn((B, H, 2, T, T, 32), dtype))
+    check_gradients(leaves, MASKS[name].lower(T, T, leaves[0].device))
+
+
+@dtypes
+@pytest.mark.parametrize("length", [16, 59, 60, 61, 121, 190])
+def test_causal_gradients_across_chunks(length: int, dtype: torch.dtype) -> None:
+    leaves = list(drawn((2, 4, 2, length, length, 48), dtype))
+    check_gradients(leaves, Mask(causal=True).lower(length, length, leaves[0].device))
+
+
+@dtypes
+def test_gradients_without_the_machine_s_own_instructions(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "library", lambda name: library(name, "-mtune=generic"))
+    check_gradients(list(drawn(SIZES[0], dtype)))
+    leaves = list(drawn((2, 4, 2, 61, 61, 32), dtype))
+    check_gradients(leaves, Mask(causal=True).lower(61, 61, leaves[0].device))
+
+
+def test_a_bias_that_learns_and_dropout_are_left_to_torch(taken: list[bool]) -> None:
     leaves = [x.requires_grad_() for x in drawn((2, 2, 2, 8, 8, 16), SINGLE)]
-    for one, other in zip(grads(kernel.attend, leaves), grads(plain.attend, leaves), strict=True):
-        assert torch.equal(one, other)
+    bias = torch.randn(1, 2, 8, 8, requires_grad=True)
+    found, usual = (
+        torch.autograd.grad(attend(*leaves, EVERYTHING, bias).square().sum(), bias)
+        for attend in (kernel.attend, plain.attend)
+    )
+    assert torch.equal(found[0], usual[0])
+    assert taken == [True]
     with torch.no_grad():
         assert kernel.attend(*leaves, dropout=1.0).eq(0).all()
     assert len(taken) == 2

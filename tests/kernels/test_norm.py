@@ -1,4 +1,6 @@
-"""The norm's kernel equals LayerNorm in double precision, and leaves to torch what it must."""
+"""The norms' kernels equal LayerNorm and RMSNorm in double precision, gradients too."""
+
+import copy
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from torch.testing import assert_close
 
 from polyhead.kernels import norm
 from polyhead.kernels.native import library
-from polyhead.kernels.norm import PackedNorm
+from polyhead.kernels.norm import FusedLayerNorm
+from polyhead.nn import norm as norms
 
 
 def layer(width: int, dtype: torch.dtype, bias: bool = True, eps: float = 1e-5) -> nn.LayerNorm:
@@ -19,7 +22,7 @@ def layer(width: int, dtype: torch.dtype, bias: bool = True, eps: float = 1e-5) 
 
 
 def check(plain: nn.LayerNorm, x: Tensor) -> None:
-    found, usual = PackedNorm.of(plain)(x), plain(x)
+    found, usual = FusedLayerNorm.of(plain)(x), plain(x)
     bias = None if plain.bias is None else plain.bias.double()
     true = F.layer_norm(x.double(), plain.normalized_shape, plain.weight.double(), bias, plain.eps)
     assert found.shape == x.shape
@@ -46,15 +49,39 @@ def test_strides_and_far_means() -> None:
     check(layer(48, torch.float32), torch.randn(48, 9).T)
     plain, x = layer(48, torch.float32), torch.randn(9, 48) + 300
     # A mean of 300 is itself rounded to 2e-5; variance by the mean of squares would be off by 1e-2.
-    assert_close(PackedNorm.of(plain)(x), plain(x), atol=2e-4, rtol=0.0)
+    assert_close(FusedLayerNorm.of(plain)(x), plain(x), atol=2e-4, rtol=0.0)
 
 
-def test_gradients_are_torch_s() -> None:
-    plain = layer(32, torch.float32).requires_grad_()
-    x = torch.randn(4, 32, requires_grad=True)
-    leaves = [x, plain.weight, plain.bias]
-    grads = [
-        torch.autograd.grad(one(x).square().sum(), leaves) for one in (plain, PackedNorm.of(plain))
-    ]
-    for one, other in zip(*grads, strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("machine", ["-march=native", "-mtune=generic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 5, 96), (16,), (0, 32), (500, 48), (7, 20)], ids=str)
+@pytest.mark.parametrize("kind", ["layer", "layer_without_bias", "rms"])
+def test_gradients(
+    kind: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    machine: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(norm, "library", lambda name: library(name, machine))
+    plain = norms.make_norm(kind, shape[-1], 1e-3).to(dtype)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    x, above = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    exact = copy.deepcopy(plain).double()
+    fused = copy.deepcopy(plain)
+    fused.__class__ = norm.DOUBLES[type(plain)]
+    answers = [gradients(one, x.to(kind), above) for one, kind in
+               ((fused, dtype), (plain, dtype), (exact, torch.float64))]  # fmt: skip
+    for found, usual, true in zip(*answers, strict=True):
+        wrong, tolerated = (found.double() - true).norm(), (usual.double() - true).norm()
+        assert found.dtype == dtype
+        assert wrong <= 1.2 * tolerated + 1e-5 * true.norm()
+
+
+def gradients(layer: nn.Module, x: Tensor, above: Tensor) -> list[Tensor]:
+    """The answer, and what it does to the input and the weights."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    leaves = [x, *layer.parameters()]
+    return [y.detach(), *torch.autograd.grad(y, leaves, above.to(y.dtype))]

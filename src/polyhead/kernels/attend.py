@@ -1,33 +1,70 @@
-"""`nn.attend.attend` by a kernel of our own: about twice as fast for encoders' attention on a CPU.
+"""`nn.attend.attend` by kernels of our own, for inference and training on a CPU.
 
-Measured against torch 2.13's fused kernel on Zen 4: 1.8 to 3.0 times in bf16 and 1.0 to 1.4 in
-fp32, for 16 to 1024 keys.
+Measured against torch 2.13's fused kernel on Zen 4: 1.8 to 3.0 times as fast in bf16 and 1.0 to
+1.4 in fp32, for 16 to 1024 keys, all of them seen.
 """
 
 import ctypes
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from polyhead.kernels.native import library
+from polyhead.kernels.native import TYPES, address, library, takes
 from polyhead.nn import attend as plain
+from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.mask import EVERYTHING, Lowered
+from polyhead.nn.position import Position
 
 MOST_KEYS = 2048
 FEWEST_QUERIES = 4
-_NAMES = {torch.float32: "attend_float32", torch.bfloat16: "attend_bfloat16"}
 _Strides = ctypes.c_int64 * 3
 
 
+class FusedAttention(MultiHeadAttention):
+    """`MultiHeadAttention` by the faster `attend`; probes are served as ever."""
+
+    @classmethod
+    def of(cls, layer: MultiHeadAttention) -> "FusedAttention":
+        """The same layer, its parts included."""
+        fused = cls.__new__(cls)
+        fused.__dict__ = layer.__dict__
+        return fused
+
+    def weigh(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        position: Position | None,
+        at: Tensor,
+        keys_at: Tensor,
+    ) -> Tensor:
+        shares_memory = len(q) != len(k)
+        if self.probes or shares_memory or (position is not None and position.has_values):
+            return super().weigh(q, k, v, mask, position, at, keys_at)
+        bias = None if position is None else position.bias(q, k, at, keys_at, self)
+        return attend(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
+
+
 class _Shape(ctypes.Structure):
-    """`Shape` of attend.cpp."""
+    """`Shape` of attend.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in "batch heads groups queries keys d".split()),
         *((name, _Strides) for name in "q k v out bias seen".split()),
         ("scale", ctypes.c_float),
+        ("causal", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     )
+
+
+class _Gradients(ctypes.Structure):
+    """`Gradients` of attend_back.cpp."""
+
+    _fields_ = tuple((name, _Strides) for name in "out q k v".split())
 
 
 def attend(
@@ -39,48 +76,78 @@ def attend(
     scale: float = 1.0,
     dropout: float = 0.0,
 ) -> Tensor:
-    """What `nn.attend.attend` gives, by the kernel where it takes these, else by that."""
-    kernel = library("attend")
-    if kernel is None or not _takes(q, k, v, mask, bias, dropout):
+    """What `nn.attend.attend` gives, by the kernels where they take these, else by that."""
+    if not _takes(q, k, v, mask, bias, dropout):
         return plain.attend(q, k, v, mask, bias, scale, dropout)
-    B, H, Q, D = q.shape
-    G, K = k.shape[1:3]
-    q, k, v = (_even(x) for x in (q, k, v))
-    if bias is not None:
-        bias = _side_by_side(bias.to(q.dtype)).expand(B, H, Q, K)
-    seen = mask.dense
-    if seen is not None:
-        seen = _side_by_side(seen).expand(B, H, Q, K)
-    # Tokens first in memory, as the projection that follows reads them.
-    out = q.new_empty(B, Q, H, D).transpose(1, 2)
-    strides = (_strides(x) for x in (q, k, v, out, bias, seen))
-    shape = _Shape(B, H, G, Q, K, D, *strides, scale, torch.get_num_threads())
-    getattr(kernel, _NAMES[q.dtype])(
-        ctypes.byref(shape), *(_address(x) for x in (q, k, v, bias, seen, out))
-    )
-    return out
+    return _Attended.apply(q, k, v, mask, bias, scale)
 
 
 def _takes(
     q: Tensor, k: Tensor, v: Tensor, mask: Lowered, bias: Tensor | None, dropout: float
 ) -> bool:
-    tensors = [q, k, v] if bias is None else [q, k, v, bias]
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
-        all(x.device.type == "cpu" for x in tensors)
-        and q.dtype == k.dtype == v.dtype
-        and q.dtype in _NAMES
+        takes(q, k, v)
+        and (bias is None or (not learns and not bias.requires_grad and bias.device == q.device))
         and q.shape[3] % 16 == 0
         and q.shape[2] >= FEWEST_QUERIES
         and 0 < k.shape[2] <= MOST_KEYS
-        # The fused kernel leaves out what causal queries do not see.
-        and not (learns or dropout or mask.is_causal or torch.compiler.is_compiling())
+        and (not mask.is_causal or q.shape[2] == k.shape[2])
+        and not dropout
+        and library("attend") is not None
+        and (not learns or library("attend_back") is not None)
     )
 
 
-def _even(x: Tensor) -> Tensor:
-    """Channels side by side, and tokens a whole number of pairs apart."""
-    return x if x.stride(3) == 1 and x.stride(2) % 2 == 0 else x.contiguous()
+class _Attended(torch.autograd.Function):
+    """Attention that keeps of its weights what they summed to."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        B, H, Q, D = q.shape
+        G, K = k.shape[1:3]
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+        if bias is not None:
+            bias = _side_by_side(bias.to(q.dtype)).expand(B, H, Q, K)
+        seen = mask.dense
+        if seen is not None:
+            seen = _side_by_side(seen).expand(B, H, Q, K)
+        out = _tokens_first(q)
+        logs = q.new_empty(B, H, Q, dtype=torch.float32)
+        strides = (_strides(x) for x in (q, k, v, out, bias, seen))
+        threads = torch.get_num_threads()
+        ctx.shape = _Shape(B, H, G, Q, K, D, *strides, scale, mask.is_causal, threads)
+        ctx.save_for_backward(q, k, v, seen, logs)
+        tensors = (q, k, v, bias, seen, out, logs)
+        function = getattr(library("attend"), f"attend_{TYPES[q.dtype]}")
+        function(ctypes.byref(ctx.shape), *map(address, tensors))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, seen, logs = ctx.saved_tensors
+        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        found = tuple(_tokens_first(x) for x in (q, k, v))
+        strides = _Gradients(*(_strides(x) for x in (grad, *found)))
+        tensors = (q, k, v, seen, logs, grad, *found)
+        function = getattr(library("attend_back"), f"attend_back_{TYPES[q.dtype]}")
+        function(ctypes.byref(ctx.shape), ctypes.byref(strides), *map(address, tensors))
+        return (*found, None, None, None)
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """Room for what `[B, H, T, D]` becomes, in memory as the projections have it."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -92,5 +159,5 @@ def _strides(x: Tensor | None) -> ctypes.Array[ctypes.c_int64]:
     return _Strides() if x is None else _Strides(*x.stride()[:3])
 
 
-def _address(x: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+DOUBLES: dict[type[nn.Module], type[nn.Module]] = {MultiHeadAttention: FusedAttention}
+"""What takes the place of which attention."""

@@ -12,8 +12,12 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from polyhead.files.hub import home
+
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""What the kernels take, and how the names of their functions end."""
 
 _FLAGS = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -fopenmp -shared -fPIC -w"
 
@@ -31,7 +35,8 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
     source = Path(__file__).with_name(f"{name}.cpp")
     # -march=native means another machine's instructions where the cache is shared.
     flags = f"{_FLAGS} {machine}"
-    texts = [file.read_text(encoding="utf-8") for file in (source, source.with_name("vectors.h"))]
+    sources = (source, *sorted(source.parent.glob("*.h")))
+    texts = [file.read_text(encoding="utf-8") for file in sources]
     try:
         made_of = *texts, flags, compiler, _machine(), torch.__version__
         key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
@@ -41,6 +46,24 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
         return ctypes.CDLL(str(built))
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether these are what a kernel may read: of one of TYPES, plain, and on the CPU."""
+    given = [x for x in tensors if x is not None]
+    kind = given[0].dtype
+    return (
+        kind in TYPES
+        and all(x.dtype == kind and x.device.type == "cpu" for x in given)
+        # Subclasses, as of sharded weights, keep their numbers elsewhere.
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def address(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a tensor's numbers begin, as C takes it."""
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
 def _compile(command: list[str], built: Path) -> None:

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
-from polyhead.kernels.attend import attend
-from polyhead.kernels.norm import PackedNorm
+from polyhead.kernels.attend import FusedAttention
+from polyhead.kernels.norm import FusedLayerNorm
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
-from polyhead.nn.mask import Lowered
-from polyhead.nn.position import Position
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -48,9 +46,9 @@ def pack(model: M) -> M:
             if type(child) is nn.Linear and PackedLinear.takes(child.weight):
                 setattr(part, name, PackedLinear(child))
             elif type(child) is MultiHeadAttention:
-                setattr(part, name, PackedAttention.of(child))
+                setattr(part, name, FusedAttention.of(child))
             elif type(child) is nn.LayerNorm and child.elementwise_affine:
-                setattr(part, name, PackedNorm.of(child))
+                setattr(part, name, FusedLayerNorm.of(child))
     return packed
 
 
@@ -123,30 +121,3 @@ class PackedLinear(nn.Module):
 def _laid_out(weight: Tensor) -> nn.Parameter:
     opaque = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None)
     return nn.Parameter(opaque, requires_grad=False)
-
-
-class PackedAttention(MultiHeadAttention):
-    """`MultiHeadAttention` by the faster `attend`; probes are served as ever."""
-
-    @classmethod
-    def of(cls, layer: MultiHeadAttention) -> "PackedAttention":
-        """The same layer, its parts included."""
-        packed = cls.__new__(cls)
-        packed.__dict__ = layer.__dict__
-        return packed
-
-    def weigh(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Lowered,
-        position: Position | None,
-        at: Tensor,
-        keys_at: Tensor,
-    ) -> Tensor:
-        shares_memory = len(q) != len(k)
-        if self.probes or shares_memory or (position is not None and position.has_values):
-            return super().weigh(q, k, v, mask, position, at, keys_at)
-        bias = None if position is None else position.bias(q, k, at, keys_at, self)
-        return attend(q, k, v, mask, bias, self.scale)

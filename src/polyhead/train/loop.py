@@ -13,6 +13,7 @@ import torch
 from polyhead.adapt.adapters import in_use
 from polyhead.adapt.base import base_digest
 from polyhead.errors import ConfigError
+from polyhead.kernels.training import fused
 from polyhead.models.model import TaskModel, require_causal
 from polyhead.train import adversarial, checkpoint, registry, rundir
 from polyhead.train.allocator import keep_freed_memory
@@ -143,7 +144,7 @@ class Trainer:
         self.model.train()
         try:
             again = recomputing(self.model, self.config.recompute)
-            with again, view, signals() as received:
+            with fused(self.model), again, view, signals() as received:
                 run = Running(self, train, held, optimizer, parallel, progress, log, view, device)
                 return run.go(received, last)
         finally:
