@@ -39,9 +39,8 @@ class FusedGatedFeedForward(GatedFeedForward):
 class FusedExperts(Experts):
     """`Experts` whose gates are the kernel's."""
 
-    def _one(self, x: Tensor, expert: int) -> Tensor:
-        gate, up = F.linear(x, self.gate[expert]), F.linear(x, self.up[expert])
-        return F.linear(gated(self.activation, gate, up), self.down[expert])
+    def _one(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(gated(self.activation, F.linear(x, gate), F.linear(x, up)), down)
 
 
 def gated(activation: Activation, x: Tensor, gate: Tensor | None) -> Tensor:

@@ -43,8 +43,10 @@ class Experts(nn.Module):
             return F.grouped_mm(self.activation(gate) * up, down, offs=ends)
         if torch.compiler.is_compiling() and len(x) <= FEW_ROWS:
             return self._gathered(x, counts)
-        groups = x.split(counts.tolist())
-        return torch.cat([self._one(group, e) for e, group in enumerate(groups) if len(group)])
+        # Unbound, so that one stack of gradients is made and not a sum of as many as experts.
+        experts = zip(*(w.unbind() for w in (self.gate, self.up, self.down)), strict=True)
+        groups = zip(x.split(counts.tolist()), experts, strict=True)
+        return torch.cat([self._one(group, *own) for group, own in groups if len(group)])
 
     def _gathered(self, x: Tensor, counts: Tensor) -> Tensor:
         """Each row with its own copy of its expert: shapes that no routing changes."""
@@ -53,9 +55,8 @@ class Experts(nn.Module):
         gate, up = (w[experts] @ x[:, :, None] for w in (self.gate, self.up))
         return (self.down[experts] @ (self.activation(gate) * up))[:, :, 0]
 
-    def _one(self, x: Tensor, expert: int) -> Tensor:
-        gated = self.activation(F.linear(x, self.gate[expert])) * F.linear(x, self.up[expert])
-        return F.linear(gated, self.down[expert])
+    def _one(self, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return F.linear(self.activation(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def _grouped_kernel_takes(x: Tensor, weight: Tensor) -> bool:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.kernels.cross_entropy import cross_entropy_
 from polyhead.nn.mask import Mask
 from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
 
@@ -159,6 +160,22 @@ def smoothed_cross_entropy(
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels, smoothing, rows)
 
 
+def _by_torch(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What `cross_entropy_` gives, and the logits' gradient."""
+    counts = labels != IGNORE
+    target = labels.clamp_min(0)[:, None]
+    logp = logits.float()
+    logp = logp - logp.logsumexp(-1, keepdim=True)
+    nll = -(logp.gather(-1, target)[:, 0] * counts).sum()
+    even = -(logp.mean(-1) * counts).sum()
+    gradient = logp.exp_()
+    if smoothing:
+        gradient -= smoothing / logits.shape[1]
+    gradient.scatter_add_(-1, target, torch.full_like(gradient[:, :1], smoothing - 1.0))
+    gradient *= counts[:, None]
+    return nll, even, gradient
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of x wᵀ + b, gradients made chunk by chunk on the way forward."""
 
@@ -181,22 +198,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll, even = x.new_zeros(2, dtype=torch.float32)
         for start in range(0, x.shape[0], rows):
             part, target = x[start : start + rows], labels[start : start + rows]
-            counts = target != IGNORE
-            target = target.clamp_min(0)[:, None]
-            logp = F.linear(part, w, b).float()
-            logp -= logp.logsumexp(-1, keepdim=True)
-            nll -= (logp.gather(-1, target)[:, 0] * counts).sum()
-            if smoothing:
-                even -= (logp.mean(-1) * counts).sum()
+            logits = F.linear(part, w, b)
+            found = cross_entropy_(logits, target, smoothing, any(wants))
+            if found is None:
+                *found, logits = _by_torch(logits, target, smoothing)
+            nll, even = nll + found[0], even + found[1]
             if not any(wants):
                 continue
-            dlogits = logp.exp_()
-            if smoothing:
-                dlogits -= smoothing / w.shape[0]
-            dlogits.scatter_add_(-1, target, torch.full_like(dlogits[:, :1], smoothing - 1.0))
-            dlogits *= counts[:, None]
+            dlogits = logits
             if db is not None:
-                db += dlogits.sum(0)
+                db += dlogits.sum(0, dtype=torch.float32)
             dlogits = dlogits.to(x.dtype)
             if dx is not None:
                 torch.mm(dlogits, w, out=dx[start : start + rows])
