@@ -67,13 +67,12 @@ void cross_entropy(T* logits, const int64_t* labels, float* nll, float* even, in
         nll[i] = log - number(row[label]);
         if (smoothing) even[i] = log - total(all) / width;
         if (!differentiates) continue;
-        float right = std::exp(-nll[i]) - rest - (1.0f - smoothing);
         float scale = 1.0f / total(sum);
+        float right = std::exp(number(row[label]) - top) * scale - rest - (1.0f - smoothing);
         over(row, width, [&](T* at, Floats x, int n) {
             put(at, exponential(x - top) * scale - rest, n);
         });
-        Floats one = Floats{} + right;
-        put(row + label, one, 1);
+        put(row + label, Floats{} + right, 1);
     }
 }
 
