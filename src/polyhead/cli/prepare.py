@@ -5,7 +5,6 @@ import os
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -70,7 +69,7 @@ def run(args: Args) -> int:
 
     texts = Texts(corpus(args.data), args.text, args.columns.split(",") if args.columns else ())
     tokenizer = _tokenizer(args, texts)
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = (os.cpu_count() or 1) if args.workers is None else args.workers
     try:
         with Watch() as watch:
             found = prepare(
@@ -118,7 +117,7 @@ def _tokenizer(args: Args, texts: Any) -> "Tokenizer":
     if is_prepared(args.out) and not args.force:
         note(f"going on with the tokenizer in {args.out}")
         return Tokenizer.load(args.out)
-    return make_tokenizer(args.tokenizer, args.vocab_size, partial(texts.documents))
+    return make_tokenizer(args.tokenizer, args.vocab_size, texts.documents)
 
 
 class Watch:
@@ -136,8 +135,7 @@ class Watch:
             console=console, disable=not self.live,
         )  # fmt: skip
         self.task = self.bar.add_task("tokenising", total=None, figures="")
-        self.began = self.said = time.monotonic()
-        self.first: tuple[int, int] | None = None
+        self.said = time.monotonic()
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -150,13 +148,11 @@ class Watch:
         """What is read of all there is (0 where that is not known), and the tokens so far."""
         from polyhead.train.log import clock
 
-        now = time.monotonic()
-        seconds = max(now - self.began, 1e-9)
         figures = f"{tokens:,} tokens"
-        if self.live:
-            self.bar.update(self.task, completed=done, total=total or None, figures=figures)
-        elif now - self.said >= _EVERY:
-            self.said = now
-            left = f"  {clock(seconds / done * (total - done))} left" if total and done else ""
+        self.bar.update(self.task, completed=done, total=total or None, figures=figures)
+        if not self.live and time.monotonic() - self.said >= _EVERY:
+            self.said = time.monotonic()
             share = f"{done / total:.0%}  " if total else ""
+            seconds = self.bar.tasks[0].time_remaining
+            left = "" if seconds is None else f"  {clock(seconds)} left"
             print(f"tokenising: {share}{figures}{left}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context, parent_process
@@ -30,7 +30,7 @@ from tokenizers import Tokenizer as Backend
 from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
 from polyhead.train import sources
 from polyhead.train.prepared import FORMAT, Plan, Prepared, Shard, read_prepared, shard_path
-from polyhead.train.sources import Source, Texts, groups
+from polyhead.train.sources import Reading, Source, Texts, groups
 from polyhead.train.tokens import (
     DOCUMENTS,
     HEADER,
@@ -53,6 +53,16 @@ Told = Callable[[int, int, int], None]
 """Called with (what is read, all there is or 0, tokens so far)."""
 
 
+@dataclass(frozen=True)
+class Group:
+    """Pieces that are tokenised at once. texts: the SHA-256 of all text to their end; done: how far
+    that is, as `Reading` counts."""
+
+    pieces: list[Piece]
+    texts: str
+    done: int
+
+
 def prepare(
     source: Source,
     tokenizer: Any,
@@ -73,8 +83,7 @@ def prepare(
     if workers < 1 or shard_tokens < 1:
         raise ConfigError(f"workers and shard_tokens are {workers} and {shard_tokens}: 1 at least")
     texts, folder = Texts.of(source), Path(out)
-    if texts.path is not None:
-        sources.files(texts.path)  # what is not there is said before anything is made
+    texts.check()  # before anything is made
     size = tokenizer.vocab_size
     known = tokenizer_digest(tokenizer)
     plan = Plan(FORMAT, known, size, dtype_for(size), shard_tokens, sources.PIECE)
@@ -128,25 +137,24 @@ def _fill(
 ) -> Prepared:
     """Pass by what is done, and make the other shards."""
     reading = texts.read()
-    dealt = _dealt(groups(reading))
+    dealt = _dealt(reading)
     shards: list[Shard] = []
-    tokens = 0
+    before = 0
 
-    def tell(more: int) -> None:
-        nonlocal tokens
-        tokens += more
+    def tell(group: Group, tokens: int) -> None:
         if progress:
-            progress(reading.done, reading.total, tokens)
+            progress(group.done, reading.total, before + tokens)
 
     for shard in _done(folder, plan):
-        _pass_by(folder, shard, dealt, partial(tell, 0))
+        _pass_by(folder, shard, dealt, tell)
         shards.append(shard)
-        tell(shard.tokens)
+        before += shard.tokens
     if shards and shards[-1].tokens < plan.shard_tokens and next(dealt, None) is not None:
         raise _changed(folder)
     with _encoded(dealt, tokenizer, plan, workers) as encoded:
         while (made := _shard(shard_path(folder, len(shards)), encoded, plan, tell)) is not None:
             shards.append(made)
+            before += made.tokens
     if not any(shard.text_bytes for shard in shards):
         raise DataError(f"the corpus is empty ({texts.name}): give it text to learn from")
     found = Prepared(plan, tuple(shards))
@@ -155,22 +163,24 @@ def _fill(
 
 
 def _shard(
-    path: Path, encoded: Iterator[tuple[str, Encoded]], plan: Plan, tell: Callable[[int], None]
+    path: Path,
+    encoded: Iterator[tuple[Group, Encoded]],
+    plan: Plan,
+    tell: Callable[[Group, int], None],
 ) -> Shard | None:
     """The next shard, None where nothing is left for one."""
+    if (following := next(encoded, None)) is None:
+        return None
     with Writer(path) as writer:
-        count, digest = 0, ""
-        while writer.tokens < plan.shard_tokens:
-            digest, found = next(encoded, (digest, None))
-            if found is None:
-                break
+        count, texts = 0, ""
+        while following is not None:
+            group, found = following
             writer.add(found)
-            count += 1
-            tell(len(found.ids))
-        if count == 0:
-            return None
+            tell(group, writer.tokens)
+            count, texts = count + 1, group.texts
+            following = next(encoded, None) if writer.tokens < plan.shard_tokens else None
         shard = Shard(
-            writer.tokens, writer.text_bytes, len(writer.ends), count, digest, *writer.digests()
+            writer.tokens, writer.text_bytes, len(writer.ends), count, texts, *writer.digests()
         )
         writer.finish(asdict(shard))
         return shard
@@ -195,14 +205,14 @@ def _done(folder: Path, plan: Plan) -> Iterator[Shard]:
 
 
 def _pass_by(
-    folder: Path, shard: Shard, dealt: Iterator[tuple[list[Piece], str]], tell: Callable[[], None]
+    folder: Path, shard: Shard, dealt: Iterator[Group], tell: Callable[[Group, int], None]
 ) -> None:
     """Read what a shard was made from; DataError where that is not what it was."""
-    found = ""
-    for _, digest in islice(dealt, shard.groups):
-        found = digest
-        tell()
-    if found != shard.texts:
+    texts = ""
+    for group in islice(dealt, shard.groups):
+        texts = group.texts
+        tell(group, shard.tokens)
+    if texts != shard.texts:
         raise _changed(folder)
 
 
@@ -213,10 +223,9 @@ def _changed(folder: Path) -> DataError:
     )
 
 
-def _dealt(found: Iterator[list[Piece]]) -> Iterator[tuple[list[Piece], str]]:
-    """Groups of pieces, each with the SHA-256 of all text so far."""
+def _dealt(reading: Reading) -> Iterator[Group]:
     digest = hashlib.sha256()
-    for pieces in found:
+    for pieces in groups(reading):
         for text, is_last in pieces:
             try:
                 raw = text.encode()
@@ -227,19 +236,19 @@ def _dealt(found: Iterator[list[Piece]]) -> Iterator[tuple[list[Piece], str]]:
                     "errors='replace' first"
                 ) from None
             digest.update(f"{len(raw)} {is_last} ".encode() + raw)
-        yield pieces, digest.hexdigest()
+        yield Group(pieces, digest.hexdigest(), reading.done)
 
 
 @contextlib.contextmanager
 def _encoded(
-    dealt: Iterator[tuple[list[Piece], str]], tokenizer: Any, plan: Plan, workers: int
-) -> Generator[Iterator[tuple[str, Encoded]]]:
-    """What groups become, in their order, with the hash of the text so far."""
+    dealt: Iterator[Group], tokenizer: Any, plan: Plan, workers: int
+) -> Generator[Iterator[tuple[Group, Encoded]]]:
+    """Groups and what they become, in their order."""
     settings = (end_id(tokenizer), plan.vocab_size, plan.dtype)
     if workers == 1:
         encode = partial(tokenizer.encode_batch, add_special_tokens=False)
         encoder = Encoder(encode, *settings)
-        yield ((digest, encoder(pieces)) for pieces, digest in dealt)
+        yield ((group, encoder(group.pieces)) for group in dealt)
         return
     begin = partial(_begin, tokenizer.backend.to_str(), settings)
     # Forked processes would hang on the locks of threads that were not forked with them.
@@ -251,16 +260,16 @@ def _encoded(
 
 
 def _in_order(
-    dealt: Iterator[tuple[list[Piece], str]], pool: ProcessPoolExecutor, ahead: int
-) -> Iterator[tuple[str, Encoded]]:
-    waiting: deque[tuple[str, Future[Encoded]]] = deque()
-    for pieces, digest in dealt:
-        waiting.append((digest, pool.submit(_encode, pieces)))
+    dealt: Iterator[Group], pool: ProcessPoolExecutor, ahead: int
+) -> Iterator[tuple[Group, Encoded]]:
+    waiting: deque[tuple[Group, Future[Encoded]]] = deque()
+    for group in dealt:
+        waiting.append((group, pool.submit(_encode, group.pieces)))
         if len(waiting) >= ahead:
-            digest, future = waiting.popleft()
-            yield digest, future.result()
-    for digest, future in waiting:
-        yield digest, future.result()
+            group, future = waiting.popleft()
+            yield group, future.result()
+    for group, future in waiting:
+        yield group, future.result()
 
 
 _encoder: Encoder | None = None  # of a process that `_begin` began

@@ -69,6 +69,13 @@ class Texts:
         """The directory, if it holds tokens that `polyhead prepare` made."""
         return self.path if self.path is not None and is_prepared(self.path) else None
 
+    def check(self) -> None:
+        """DataError for files that are not there, and for tokens in place of texts."""
+        if self.prepared is not None:
+            raise DataError(f"{self.name} holds tokens, not texts: name what they were made from")
+        if self.path is not None:
+            files(self.path)
+
     def read(self) -> "Reading":
         """A pass over it."""
         return Reading(self)
@@ -119,8 +126,7 @@ class Reading:
 
     def __iter__(self) -> Iterator[Piece]:
         texts = self.texts
-        if texts.prepared is not None:
-            raise DataError(f"{texts.name} holds tokens, not texts: name what they were made from")
+        texts.check()
         if texts.path is not None:
             yield from self._files(texts.path)
         elif hf.is_dataset(texts.source):
