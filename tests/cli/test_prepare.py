@@ -19,6 +19,11 @@ TEXTS = [f"the {word} sat on the mat and saw the {word}.\n" * 4 for word in "cat
 SHARDS = ("--workers", 1, "--shard-tokens", 100)
 
 
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(sources, "PIECE", 64)
+
+
 @pytest.fixture
 def book(tmp_path):
     path = tmp_path / "book.jsonl"
@@ -44,14 +49,13 @@ def test_a_prepared_directory_trains_as_its_texts_do(cli, book, tmp_path, option
     assert cli(*raw).code == 0
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
     assert "Where one head looks" in (tmp_path / "a" / "report.html").read_text()
-    assert cli("train", "--out", tmp_path / "a", "--resume", "--steps", 3).code == 0
+    assert cli("train", "--out", tmp_path / "a", "--resume", "--log-every", 2).code == 0
     # The run has the same tokenizer, and so may go on from it.
     more = ("--model", tmp_path / "a", "--context", 16, "--steps", 1, "--out", tmp_path / "c")
     assert cli("train", made, *more).code == 0
 
 
 def test_what_is_stopped_goes_on(cli, book, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "PIECE", 64)
     words = ("prepare", book, "--tokenizer", "chars", *SHARDS, "--out")
     assert cli(*words, tmp_path / "whole").code == 0
     finish = tokens.Writer.finish
@@ -130,7 +134,7 @@ def test_a_column_of_a_table_is_a_corpus(cli, tmp_path, kind):
     found = cli("train", path, "--text", "body", *SMALL, "--out", out)
     assert found.code == 0, found.err
     assert json.loads((out / "run.json").read_text())["roles"] == ["text=body"]
-    found = cli("train", "--out", out, "--resume", "--steps", 3)
+    found = cli("train", "--out", out, "--resume", "--log-every", 2)
     assert found.code == 0, found.err
     made = ("--tokenizer", out, "--text", "body", *SHARDS, "--out", tmp_path / "made")
     assert cli("prepare", path, *made).code == 0

@@ -99,8 +99,8 @@ def test_tokens_are_those_of_a_list(tmp_path, tokenizer, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reading_tells_how_far_it_is(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sources, "PIECE", 16)
-    reading = Texts(write(tmp_path, kind, [{"text": text(400, n)} for n in range(600)])).read()
+    monkeypatch.setattr(sources, "PIECE", 256)
+    reading = Texts(write(tmp_path, kind, [{"text": text(100, n)} for n in range(20)] * 16)).read()
     seen = [reading.done for _ in reading]
     assert seen == sorted(seen)
     if kind not in ("stream", "hf-stream"):

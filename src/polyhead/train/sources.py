@@ -283,7 +283,9 @@ def _pieces(file: BinaryIO, path: Path, texts: Texts) -> Iterator[tuple[Piece, f
         for text, share in _parquet(path, texts.column):
             yield from ((piece, share) for piece in cut([text]))
         return
-    raw: Any = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file
+    raw: Any = file
+    if path.suffix == ".gz":  # whose own lines are slow
+        raw = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 16)  # pyright: ignore
     if kind in TABLES:
         found = _table(raw, path, kind, texts)
         yield from ((piece, None) for text in found for piece in cut([text]))
