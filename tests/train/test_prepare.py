@@ -14,6 +14,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.test_floors import needed
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
@@ -306,6 +307,10 @@ def test_a_worker_that_dies_is_said(tmp_path, tokenizer):
 
     with pytest.raises(FileError, match="go on with fewer workers"):
         prepare(TEXTS * 9, tokenizer, tmp_path, workers=2, progress=kill)
+
+
+def test_workers_are_light():
+    assert {root for root, _ in needed("polyhead.train.prepare")} == {"numpy", "tokenizers"}
 
 
 def test_what_is_prepared_trains_as_the_texts_do(tmp_path, tokenizer):

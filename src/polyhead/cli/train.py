@@ -364,7 +364,7 @@ def _write_report(
         facts_of,
         samples_of,
         snippet_of,
-    )  # fmt: skip
+    )
     from polyhead.train.log import read_log
     from polyhead.train.registry import objective_named
     from polyhead.train.report import Report, write_report

@@ -34,7 +34,6 @@ from polyhead.train.sources import Reading, Source, Texts, groups
 from polyhead.train.tokens import (
     DOCUMENTS,
     HEADER,
-    PREPARED,
     TOKENS,
     Encoded,
     Encoder,
@@ -108,9 +107,9 @@ def _claim(folder: Path, plan: Plan, tokenizer: Any, force: bool) -> None:
     """Begin, or go on with, a directory; one that holds anything else is left alone."""
     if is_prepared(folder):
         if force:
-            (folder / PREPARED).unlink()
             for path in folder.glob("shard-*"):
                 shutil.rmtree(path)
+            Prepared(plan).save(folder)
         elif (found := read_prepared(folder).plan) != plan:
             apart = [n for n, v in asdict(plan).items() if v != getattr(found, n)]
             raise ConfigError(
