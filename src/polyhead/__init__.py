@@ -40,6 +40,7 @@ _HOMES = {
     "merge_adapters": "adapt.adapters",
     "pack": "kernels.packing",
     "perplexity": "tasks.perplexity",
+    "prepare": "train.prepare",
     "quantize": "compress.quantize",
     "remove_adapters": "adapt.adapters",
     "save_adapter": "adapt.peft",

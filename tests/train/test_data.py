@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError, FileError
-from polyhead.train import corpus
+from polyhead.train import corpus, sources
 from polyhead.train.blend import Corpus, text_windows
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Tokens, load_tokens
+from polyhead.train.corpus import load_tokens
 from polyhead.train.data import SORTED, Examples, Windows, split_rows
+from polyhead.train.tokens import Tokens
 
 from .conftest import text, tiny
 
@@ -108,7 +109,7 @@ def test_a_large_file_is_tokenised_in_pieces_as_if_whole(tmp_path, tokenizer, mo
     path.write_text(text(300))
     size = tokenizer.vocab_size
     whole = load_tokens(path, tokenizer, tmp_path / "a", vocab_size=size)
-    monkeypatch.setattr(corpus, "PIECE", 256)
+    monkeypatch.setattr(sources, "PIECE", 256)
     longest = []
     encode = tokenizer.encode_batch
 
@@ -130,8 +131,8 @@ def test_a_large_file_is_tokenised_in_pieces_as_if_whole(tmp_path, tokenizer, mo
 
 def test_pieces_end_where_tokenizers_cut_as_well():
     # Several newlines together may be one token; a lone one between words never joins the next.
-    assert corpus._line_end("ab\n\ncd\n ef\ngh", 1) == len("ab\n\ncd\n ef\n")
-    assert corpus._line_end("no line ends here", 4) == 8
+    assert sources.line_end("ab\n\ncd\n ef\ngh", 1) == len("ab\n\ncd\n ef\n")
+    assert sources.line_end("no line ends here", 4) == 8
 
 
 @pytest.mark.parametrize("cut", [b"", b"{", b'{"format": 1}'])
@@ -155,7 +156,7 @@ def test_bad_corpora_say_what_to_do(tmp_path, tokenizer):
         ([""], "empty"),
         (["a", 3], "text 1 is a int"),
         (tmp_path / "none.txt", "no such file"),
-        (tmp_path / "empty", "no .txt or .jsonl"),
+        (tmp_path / "empty", "no .txt, .jsonl, .csv, .tsv or .parquet file"),
         (tmp_path / "latin.txt", "not UTF-8"),
         (tmp_path / "bad.jsonl", "line 2"),
     ]

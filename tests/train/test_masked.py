@@ -239,7 +239,7 @@ def test_each_epoch_has_masks_of_its_own(bert):
 
 
 def load_ids(tokenizer):
-    from polyhead.train.corpus import Tokens
+    from polyhead.train.tokens import Tokens
 
     ids = np.array(tokenizer.encode(text(20), add_special_tokens=False))
     return lambda count: Tokens(ids[:count], count, "digest")

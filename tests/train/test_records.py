@@ -8,7 +8,7 @@ import pytest
 from pyarrow import parquet
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.train import records
+from polyhead.train import lines, records
 from polyhead.train.records import ExampleColumns, read_table
 
 WANTED = {"text": True, "label": True, "pair": False}
@@ -146,7 +146,7 @@ def test_parquet_names_its_extra(tmp_path, monkeypatch):
 
 
 def test_a_field_that_is_too_long(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MOST_FIELD", 100)
+    monkeypatch.setattr(lines, "MOST_FIELD", 100)
     path = tmp_path / "rows.csv"
     path.write_text(f"text,label\n{'a' * 101},1\n")
     with pytest.raises(DataError, match="line 2: field larger"):

@@ -4,6 +4,7 @@ import sysconfig
 from pathlib import Path
 
 from polyhead.errors import DataError
+from polyhead.train.hf import is_name
 
 EMBEDDED = ("pydocs", "stdlib")
 # Their text is data or not meant to be read.
@@ -27,10 +28,10 @@ def corpus(name: str) -> str | list[str]:
         return [pydocs()]
     if name == "stdlib":
         return stdlib()
-    if not Path(name).exists():
+    if not is_name(name) and not Path(name).exists():
         raise DataError(
-            f"no such file or folder: {name}; name a .txt or .jsonl file, a folder of them, or "
-            f"one of {', '.join(EMBEDDED)}"
+            f"no such file or folder: {name}; name a text, a table, a folder of them, a dataset as "
+            f"hf:NAME, or one of {', '.join(EMBEDDED)}"
         )
     return name
 

@@ -9,10 +9,13 @@ import torch
 from polyhead.explain.capture import capture
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
+from polyhead.train.blend import prepared_of, texts_of
 from polyhead.train.log import read_log
+from polyhead.train.prepared import open_prepared
 from polyhead.train.report import AttentionMap, Chart, Point
 
 _SHOWN_SAMPLES = 6
+_SNIPPET = 48  # characters, or tokens
 _CHARTS: tuple[tuple[str, tuple[str, ...], float, str], ...] = (
     ("Gradient", ("grad_norm",), 1.0, "Its length by step, before clipping."),
     ("Learning rate", ("lr",), 1.0, ""),
@@ -50,6 +53,15 @@ def samples_of(run: Path) -> list[tuple[int, str]]:
         return found
     last = len(found) - 1
     return [found[round(i * last / (_SHOWN_SAMPLES - 1))] for i in range(_SHOWN_SAMPLES)]
+
+
+def snippet_of(source: Any, tokenizer: Tokenizer) -> str:
+    """The beginning of a corpus, or of the first of several."""
+    prepared = prepared_of(source)
+    if prepared is None:
+        return next(texts_of(source))[:_SNIPPET]
+    ids = open_prepared(prepared, tokenizer, tokenizer.vocab_size).ids[:_SNIPPET]
+    return tokenizer.decode(ids.tolist())
 
 
 def attention_of(model: TaskModel, tokenizer: Tokenizer, text: str) -> AttentionMap | None:

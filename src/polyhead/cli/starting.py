@@ -166,8 +166,10 @@ def make_tokenizer(
     vocab_size: int | None,
     texts: Callable[[], Iterable[str]],
     objective: str = "causal-lm",
+    prepared: Path | None = None,
 ) -> "Tokenizer":
-    """A tokenizer trained on texts, which are asked for twice, or one from a directory.
+    """A tokenizer trained on texts, which are asked for twice, or one from a directory; of tokens
+    that are prepared, theirs.
 
     "auto" is by the objective: wordpiece, whose special tokens encoders need; bpe for sequences to
     sequences, and with sentinels for span-corruption; for causal-lm chars where the texts are few,
@@ -180,6 +182,10 @@ def make_tokenizer(
         if not Path(kind).exists():
             raise ConfigError(f"tokenizer {kind!r} is not auto, {', '.join(KINDS)}, or a directory")
         return Tokenizer.load(Path(kind))
+    if prepared is not None:
+        if kind != "auto" or vocab_size is not None:
+            raise ConfigError(f"{prepared} has a tokenizer: leave out --tokenizer and --vocab-size")
+        return Tokenizer.load(prepared)
     if kind == "auto" and objective == "causal-lm":
         size = 0
         for text in texts():

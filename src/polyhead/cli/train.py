@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from polyhead.train.registry import ObjectiveKind
 
 DEFAULTS = TrainConfig(sample_every=250, sample_tokens=200)
-_SNIPPET = 48
 # What run.json keeps, and what of it a run that goes on cannot change.
 _SPEC = ("objective", "roles", "columns", "problem", "options", "sift")
 _ADAPTER = ("lora", "quantize", "teacher", "distillation")
@@ -62,10 +61,11 @@ class Args:
     """
 
     data: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DATA")]
-    """A .txt or .jsonl file, a folder of them, pydocs (Python's documentation) or stdlib (the
-    standard library's sources), or a TOML file of several by weight, a [name] for each: data and
-    weight; for objectives on rows, a table; for multitask, a TOML file with a [name] for each task:
-    data, head, and where they are needed roles and columns."""
+    """A text, a table with texts, a folder of these, a directory of `polyhead prepare`, a dataset
+    as hf:NAME, pydocs (Python's documentation) or stdlib (the standard library's sources), or a
+    TOML file of several by weight, a [name] for each: data, weight and text; for objectives on
+    rows, a table; for multitask, a TOML file with a [name] for each task: data, head, and where
+    they are needed roles and columns."""
     model: str = "gpt2"
     """A family for a fresh model (`polyhead info FAMILY` shows its fields), or a checkpoint. The
     default is by the objective: bert where it needs an encoder."""
@@ -212,6 +212,7 @@ def columns_of(args: Args) -> "ExampleColumns":
 def source_of(name: str, kind: "ObjectiveKind", columns: "ExampleColumns") -> Any:
     """The table of an objective that reads one, the tasks of a file, or a corpus."""
     from polyhead.cli.corpora import corpus
+    from polyhead.train.blend import open_corpora, read_blend
     from polyhead.train.records import read_table
 
     if kind.name == "multitask":
@@ -221,11 +222,8 @@ def source_of(name: str, kind: "ObjectiveKind", columns: "ExampleColumns") -> An
         return opened(read_tasks(name), TASKS)
     if kind.columns:
         return read_table(name, kind.columns, columns)
-    if name.endswith(".toml") and kind.name == "causal-lm":
-        from polyhead.train.blend import read_blend
-
-        return read_blend(name)
-    return corpus(name)
+    several = name.endswith(".toml") and kind.name == "causal-lm"
+    return open_corpora(read_blend(name) if several else corpus(name), columns)
 
 
 def option_values(kind: "ObjectiveKind", words: Sequence[str]) -> dict[str, Any]:
@@ -247,11 +245,10 @@ def _about(args: Args, kind: "ObjectiveKind", columns: "ExampleColumns") -> dict
     """What run.json is to say."""
     about = {name: getattr(args, name) for name in _KEPT if getattr(args, name) is not None}
     if kind.name == "causal-lm":
-        plain = {name: value for name, value in about.items() if name not in _SPEC}
-        return {**plain, **({"options": list(args.options)} if args.options else {})}
+        about = {name: value for name, value in about.items() if name not in _SPEC}
     roles = [f"{role}={column}" for role, column in columns.roles.items()]
     spec = {"columns": args.columns, "roles": roles, "options": list(args.options)}
-    return {**about, **spec}
+    return {**about, **{n: v for n, v in spec.items() if v or kind.name != "causal-lm"}}
 
 
 def _described(model: "TaskModel", inputs: Any) -> str:
@@ -312,6 +309,7 @@ def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, An
     """A fresh model of a family with a tokenizer for the data, or a checkpoint to go on from."""
     from polyhead.cli.starting import classes_of, from_checkpoint, make_model, make_tokenizer
     from polyhead.models.registry import families
+    from polyhead.train.blend import prepared_of
 
     classes = classes_of(data, kind, args.problem)
     if args.model in families():
@@ -326,7 +324,8 @@ def _start(args: Args, kind: "ObjectiveKind", data: Any) -> "tuple[TaskModel, An
                 f"name one with --model, not the family {args.model}"
             )
         texts = partial(_texts_of, data, kind)
-        tokenizer = make_tokenizer(args.tokenizer, args.vocab_size, texts, kind.name)
+        found = None if kind.columns or kind.name == "multitask" else prepared_of(data)
+        tokenizer = make_tokenizer(args.tokenizer, args.vocab_size, texts, kind.name, found)
         return make_model(args.model, args.set, tokenizer, args.train, kind, classes), tokenizer
     if args.set or args.tokenizer != "auto" or args.vocab_size is not None:
         raise ConfigError(
@@ -355,17 +354,17 @@ def _texts_of(data: Any, kind: "ObjectiveKind") -> "Iterable[str]":
     return (v if isinstance(v, str) else " ".join(map(str, v)) for v in texts)
 
 
-def _snippet(args: Args, kind: "ObjectiveKind") -> str:
-    """The first characters of the validation text, or of the data."""
-    from polyhead.train.blend import texts_of
-
-    return next(texts_of(source_of(args.valid or args.data, kind, columns_of(args))))[:_SNIPPET]
-
-
 def _write_report(
     run_dir: Path, args: Args, model: "TaskModel", inputs: Any, figures: dict[str, Any]
 ) -> None:
-    from polyhead.cli.reporting import attention_of, charts_of, curves_of, facts_of, samples_of
+    from polyhead.cli.reporting import (
+        attention_of,
+        charts_of,
+        curves_of,
+        facts_of,
+        samples_of,
+        snippet_of,
+    )
     from polyhead.train.log import read_log
     from polyhead.train.registry import objective_named
     from polyhead.train.report import Report, write_report
@@ -373,13 +372,14 @@ def _write_report(
     kind = objective_named(args.objective)
     is_text = kind.name == "causal-lm"
     caption = {} if is_text else {"curves_caption": "Loss by step; lower is better."}
+    text = source_of(args.valid or args.data, kind, columns_of(args)) if is_text else None
     report = Report(
         title=f"{model.config.model_type} on {args.data}",
         summary=f"{figures['step']} steps of {args.objective}; run directory {run_dir}",
         facts=facts_of(model, figures),
         curves=curves_of(run_dir),
         charts=charts_of({"training": read_log(run_dir / "log.jsonl")}),
-        attention=attention_of(model, inputs, _snippet(args, kind)) if is_text else None,
+        attention=attention_of(model, inputs, snippet_of(text, inputs)) if is_text else None,
         samples=samples_of(run_dir),
         **caption,
     )

@@ -1,7 +1,7 @@
 """Several corpora in one run, each as often as its weight says."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,27 @@ import torch
 
 from polyhead.errors import ConfigError
 from polyhead.files.toml import read_toml
+from polyhead.train import hf
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Progress, Source, documents
 from polyhead.train.data import Split, Windows, once, windows
 from polyhead.train.objectives import LanguageBatch
 from polyhead.train.order import mix, permute
+from polyhead.train.records import ExampleColumns
+from polyhead.train.sources import COLUMN, Source, Texts
+from polyhead.train.tokens import Progress
 
 BLOCK = 1 << 10  # rows in which every corpus has its exact share
+_FIELDS: dict[str, Any] = {"data": str, "weight": int | float, "text": str}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A source of texts, and how much of what is read shall come from it."""
+    """A source of texts, and how much of what is read shall come from it. text: the column of the
+    texts, where it is another than the others'."""
 
     data: Source
     weight: float = 1.0
+    text: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +128,7 @@ def whole_shares(weights: np.ndarray) -> np.ndarray:
 
 
 def read_blend(path: str | Path) -> dict[str, Corpus]:
-    """Corpora of a TOML file: a table [name] each, with data (from the file's folder) and weight.
+    """Corpora of a TOML file: a table [name] each: data (from the file's folder), weight, text.
 
     Errors: FileError for a file that is none, ConfigError for what its tables lack.
     """
@@ -130,11 +136,14 @@ def read_blend(path: str | Path) -> dict[str, Corpus]:
     found = read_toml(place)
     corpora: dict[str, Corpus] = {}
     for name, told in found.items():
-        known = isinstance(told, dict) and {"data"} <= told.keys() <= {"data", "weight"}
-        weight = told.get("weight", 1.0) if known else None
-        if not known or not isinstance(told["data"], str) or not isinstance(weight, int | float):
-            raise ConfigError(f"{path}: corpus {name!r} has data, a path, and may have a weight")
-        corpora[name] = Corpus(str(place.parent / told["data"]), float(weight))
+        known = isinstance(told, dict) and {"data"} <= told.keys() <= _FIELDS.keys()
+        if not known or not all(isinstance(told[key], _FIELDS[key]) for key in told):
+            raise ConfigError(
+                f"{path}: corpus {name!r} has data, a path, and may have a weight, and the text's "
+                "column as text"
+            )
+        data = told["data"] if hf.is_name(told["data"]) else str(place.parent / told["data"])
+        corpora[name] = Corpus(data, float(told.get("weight", 1.0)), told.get("text"))
     if not corpora:
         raise ConfigError(f"{path} names no corpora: give each a table, such as [books]")
     return corpora
@@ -155,10 +164,40 @@ def text_windows(
     return blended(source, tokenizer, model, config, split, progress)
 
 
+def open_corpora(source: Any, columns: ExampleColumns | None = None) -> Any:
+    """A corpus, or each of several, as `Texts`, which are read no oftener than they have to be.
+
+    columns: the role of the text, and the names of headerless files' columns. Errors: ConfigError
+    for other roles, DataError for what is no source.
+    """
+    columns = columns or ExampleColumns({})
+    if wrong := [role for role in columns.roles if role != COLUMN]:
+        raise ConfigError(f"there is no role {wrong[0]!r}; texts have {COLUMN} alone")
+    column = columns.roles.get(COLUMN, COLUMN)
+    if not is_blend(source):
+        return source if isinstance(source, Texts) else Texts(source, column, columns.names)
+    return {
+        name: part
+        if isinstance(part.data, Texts)
+        else replace(part, data=Texts(part.data, part.text or column, columns.names))
+        for name, part in source.items()
+    }
+
+
 def texts_of(source: Any) -> Iterator[str]:
     """The documents of a corpus, or of several one after the other."""
-    for one in [part.data for part in source.values()] if is_blend(source) else [source]:
-        yield from documents(one)
+    for one in _each(source):
+        yield from one.documents()
+
+
+def prepared_of(source: Any) -> Path | None:
+    """The first directory of prepared tokens among the corpora, if any is one."""
+    return next((one.prepared for one in _each(source) if one.prepared is not None), None)
+
+
+def _each(source: Any) -> list[Texts]:
+    parts = [part.data for part in source.values()] if is_blend(source) else [source]
+    return [Texts.of(part) for part in parts]
 
 
 def is_blend(source: Any) -> bool:

@@ -15,7 +15,6 @@ from polyhead.errors import ConfigError
 from polyhead.generate.seq2seq import start_id
 from polyhead.nn.head import Heads
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Progress, Source
 from polyhead.train.data import Split, Windows
 from polyhead.train.masked import drawn, framed, hits
 from polyhead.train.objectives import (
@@ -24,6 +23,8 @@ from polyhead.train.objectives import (
     head_cross_entropy,
     shifted,
 )
+from polyhead.train.sources import Source
+from polyhead.train.tokens import Progress
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import torch
 
 from polyhead.errors import DataError
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Progress, Source, Tokens, load_tokens
+from polyhead.train.corpus import load_tokens
 from polyhead.train.objectives import IGNORE, LanguageBatch, PackedBatch
 from polyhead.train.order import mix, permute
+from polyhead.train.sources import Source
+from polyhead.train.tokens import Ids, Progress, Tokens
 
 Split = Literal["train", "valid", "all"]
 """What to learn from (all of a source but `config.held_out` of it), that share, or the whole of a
@@ -167,7 +169,7 @@ class Windows:
         return _by_document(batch, self.tokens.ends, starts) if self.by_document else batch
 
 
-def window_batch(ids: np.ndarray, starts: np.ndarray, context: int) -> LanguageBatch:
+def window_batch(ids: Ids, starts: np.ndarray, context: int) -> LanguageBatch:
     """Inputs and labels of the windows that begin at `starts`."""
     rows = ids[starts[:, None] + np.arange(context + 1)]
     rows = torch.from_numpy(rows.astype(np.int64))

@@ -11,10 +11,12 @@ import torch
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.mode import evaluating
 from polyhead.generate.score import summed_nats
-from polyhead.train.corpus import Source, Tokens, check_ids, documents
+from polyhead.train.blend import texts_of
 from polyhead.train.data import Dataset, once, window_batch
 from polyhead.train.objectives import Objective, causal_lm
 from polyhead.train.registry import Metric
+from polyhead.train.sources import Source
+from polyhead.train.tokens import Tokens, check_ids
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def score_texts(
 
     def rows() -> Iterator[torch.Tensor]:
         nonlocal text_bytes
-        for text in documents(source):
+        for text in texts_of(source):
             ids, unscored = _prepare(text, tokenizer, model.config.vocab_size)
             text_bytes += len(text.encode()) - unscored
             yield torch.from_numpy(ids)

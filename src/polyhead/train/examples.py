@@ -13,10 +13,10 @@ from torch import Tensor
 from polyhead.errors import ConfigError, DataError
 from polyhead.models.config import PROBLEMS
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import tokenizer_digest
 from polyhead.train.data import Split, split_rows
 from polyhead.train.objectives import IGNORE
 from polyhead.train.records import Table
+from polyhead.train.tokens import tokenizer_digest
 
 SINGLE, SEVERAL, REGRESSION = PROBLEMS
 _SHOWN = 8

@@ -87,6 +87,13 @@ def tell_tokenising(every: float = 2.0) -> Callable[[int, int], None]:
     return tell
 
 
+def clock(seconds: float) -> str:
+    """Seconds as 1:23:45, or as 23:45."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
 class View:
     """Progress on standard error: a live bar on a terminal, plain lines elsewhere."""
 
@@ -153,14 +160,11 @@ class View:
     def _figures(self, step: int, loss: float, bits_per_byte: float | None, speed: float) -> str:
         done = max(1, step - self.first)
         left = (time.monotonic() - self.began) / done * (self.steps - step)
-        minutes, seconds = divmod(round(left), 60)
-        hours, minutes = divmod(minutes, 60)
-        clock = f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
         bits = "" if bits_per_byte is None else f"  {bits_per_byte:.3f} bits per byte"
         unit = "rows" if bits_per_byte is None else "tokens"
         return (
             f"loss {loss:.4f}{bits}{self.valid if self.live else ''}  "
-            f"{speed:,.0f} {unit}/s  {clock} left"
+            f"{speed:,.0f} {unit}/s  {clock(left)} left"
         )
 
 

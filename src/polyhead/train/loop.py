@@ -17,9 +17,8 @@ from polyhead.kernels.training import fused
 from polyhead.models.model import TaskModel, require_causal
 from polyhead.train import adversarial, checkpoint, registry, rundir
 from polyhead.train.allocator import keep_freed_memory
-from polyhead.train.blend import is_blend
+from polyhead.train.blend import open_corpora
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset
 from polyhead.train.distill import distilled
 from polyhead.train.distributed import Parallel, joined
@@ -33,6 +32,7 @@ from polyhead.train.recompute import recomputing
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 from polyhead.train.registry import ObjectiveKind
 from polyhead.train.running import Running
+from polyhead.train.sources import Source
 from polyhead.train.step import Interrupted, signals, train_step, write_sample
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
@@ -108,9 +108,10 @@ class Trainer:
         """Train for `config.steps` steps or `config.epochs`; the last figures, and `checkpoint`,
         where the last one is. Where the objective has a metric, `best` is where its best one is.
 
-        texts, valid: strings in a list or any iterable, or the path of a text file, a .jsonl file,
-        or a folder of both; for an objective that has columns, a table (.tsv, .csv, .jsonl,
-        .parquet) or rows as dicts. Without `valid`, `held_out` of it is for validation.
+        texts, valid: strings in a list or any iterable, a dataset, the path of a text, a table, a
+        folder of these or a directory of `polyhead prepare`, or several as `Corpus` by name; for an
+        objective that has columns, a table (.tsv, .csv, .jsonl, .parquet) or rows as dicts. Without
+        `valid`, `held_out` of it is for validation.
         resume: go on from the run's newest checkpoint, or begin if there is none.
         force: begin anew where a run already is; that goes once the new one is ready to start.
         Raises Interrupted on SIGINT and SIGTERM; PolyheadError when the loss is no longer finite.
@@ -182,8 +183,9 @@ class Trainer:
             assert dataset is not None
             return score_dataset(self.model, dataset, self.objective, self.kind.metric, batch)
         score = score_texts(
-            self.model, self.tokenizer, texts, context=size, stride=stride, batch_size=batch
-        )
+            self.model, self.tokenizer, self._source(texts),
+            context=size, stride=stride, batch_size=batch,
+        )  # fmt: skip
         return score.to_dict()
 
     def _check_model(self) -> None:
@@ -257,7 +259,7 @@ class Trainer:
         if self.kind.name == "multitask":
             return opened(given, registry.TASKS)
         if not self.kind.columns:
-            return given if is_blend(given) else kept(given)
+            return open_corpora(given, self.columns)
         is_read = isinstance(given, Table)
         return given if is_read else read_table(given, self.kind.columns, self.columns)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from polyhead.errors import ConfigError
 from polyhead.nn.head import Heads, LanguageHead, MaskedLanguageHead
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Progress, Source
 from polyhead.train.data import Split, Windows, windows
 from polyhead.train.objectives import (
     CHUNK_LOGITS,
@@ -24,6 +23,8 @@ from polyhead.train.objectives import (
     Loss,
     head_cross_entropy,
 )
+from polyhead.train.sources import Source
+from polyhead.train.tokens import Progress
 from polyhead.train.words import Words, words_of
 
 Choice = Literal["token", "word", "span"]

@@ -18,10 +18,11 @@ from torch import Tensor
 from polyhead.errors import ConfigError, DataError
 from polyhead.nn.head import Heads
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import Progress, Source, Tokens
 from polyhead.train.data import Examples, Split
 from polyhead.train.masked import Masking, drawn, extras, framed, masked_loss
 from polyhead.train.objectives import IGNORE, LanguageBatch, Loss
+from polyhead.train.sources import Source
+from polyhead.train.tokens import Progress, Tokens
 
 Kind = Literal["nsp", "sop"]
 FRAME = 3  # [CLS] a [SEP] b [SEP]

@@ -4,24 +4,23 @@ A file is read once, its bytes hashed as they pass, and its columns are kept in 
 few million rows of text take some gigabytes, so files above MOST_BYTES are refused.
 """
 
-import csv
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from polyhead.errors import ConfigError, DataError
+from polyhead.train.lines import cells, check_width, columns_of, listed, objects
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 MOST_BYTES = 8 << 30
-MOST_FIELD = 1 << 24  # characters of one field
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".parquet")
-_SHOWN = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ def read_table(
     may_lack_header = name.endswith((".tsv", ".csv")) and not spec.names
     if missing := [column for column in needed.values() if column not in found]:
         raise DataError(
-            f"{name} has no column {_listed(missing)}; it has {_listed(list(found))}: name yours "
+            f"{name} has no column {listed(missing)}; it has {listed(list(found))}: name yours "
             f"for {', '.join(role for role, column in needed.items() if column in missing)}"
             + (", or all columns, if its first line is no header" if may_lack_header else "")
         )
@@ -100,18 +99,13 @@ def read_table(
     taken |= {role: found[role] for role in optional if role in found}
     if not taken:
         raise DataError(
-            f"{name} has no column {_listed(list(wanted))}; it has {_listed(list(found))}: name "
+            f"{name} has no column {listed(list(wanted))}; it has {listed(list(found))}: name "
             "yours for those that are needed"
         )
     if not len(next(iter(taken.values()))):
         raise DataError(f"{name} holds no rows: give a file with some")
     seal = json.dumps([digest, sorted(needed.items()), sorted(taken)])
     return Table(taken, hashlib.sha256(seal.encode()).hexdigest(), name)
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return f"{shown} …" if len(names) > _SHOWN else shown
 
 
 def _given(rows: Iterable[Mapping[str, Any]]) -> tuple[dict[str, list[Any]], str, str]:
@@ -140,7 +134,7 @@ def _append(columns: dict[str, list[Any]], row: Any, count: int, where: str) -> 
         columns.update({str(name): [] for name in row})
     if row.keys() != columns.keys():
         apart = sorted(map(str, row.keys() ^ columns.keys()))
-        raise DataError(f"{where} differs from the first in {_listed(apart)}: every row has all")
+        raise DataError(f"{where} differs from the first in {listed(apart)}: every row has all")
     for name, value in row.items():
         columns[name].append(value)
 
@@ -160,12 +154,13 @@ def _read_file(
             )
         with open(path, "rb") as raw:
             stream = _Hashed(raw)
+            file = io.BufferedReader(stream, 1 << 20)
             if path.suffix == ".parquet":
                 columns = _parquet(path, {*needed, *optional})
             elif path.suffix == ".jsonl":
-                columns = _jsonl(stream, path)
+                columns = _jsonl(file, path)
             else:
-                columns = _delimited(stream, path, list(needed), names)
+                columns = _delimited(file, path, list(needed), names)
             return columns, stream.finish()
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
@@ -193,93 +188,27 @@ class _Hashed(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-def _lines(stream: _Hashed, path: Path) -> Iterator[str]:
-    """Lines as text, without a byte order mark; DataError with the line that is not UTF-8."""
-    for number, line in enumerate(io.BufferedReader(stream, 1 << 20), 1):
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not UTF-8 ({error.reason}); convert it first"
-            ) from None
-        yield text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _jsonl(stream: _Hashed, path: Path) -> dict[str, list[Any]]:
+def _jsonl(file: BinaryIO, path: Path) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
-    count = 0
-    for number, line in enumerate(_lines(stream, path), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", "nested too deep")
-            raise DataError(f"{where}: not JSON ({reason}); mend or remove it") from None
-        count += 1
+    for count, (where, row) in enumerate(objects(file, path), 1):
         _append(columns, row, count, where)
     return columns
 
 
 def _delimited(
-    stream: _Hashed, path: Path, wanted: Sequence[str], names: tuple[str, ...]
+    file: BinaryIO, path: Path, wanted: Sequence[str], names: tuple[str, ...]
 ) -> dict[str, list[Any]]:
-    lines = _cells(stream, path)
-    line, first = next(lines, (0, []))
+    rows = cells(file, path, path.suffix)
+    line, first = next(rows, (0, []))
     if not first:
         return {}
-    # Names that are the first line are its header, said again.
-    header = first == list(names) or (not names and not _by_number(wanted, first))
-    keys = list(names) or (first if header else [str(i) for i in range(len(first))])
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise DataError(f"{path} has column {twice[0]!r} twice: give each a name of its own")
-    if names and len(names) != len(first):
-        raise DataError(
-            f"{path} has {len(first)} columns, and {len(names)} are named ({_listed(names)}): name "
-            "them all, from left to right"
-        )
+    keys, header = columns_of(first, wanted, names, path)
     values: list[list[str]] = [[] for _ in keys]
-    if not header:
-        _add(values, first, path, line)
-    for line, row in lines:
-        _add(values, row, path, line)
+    for number, row in rows if header else chain([(line, first)], rows):
+        check_width(row, len(keys), path, number)
+        for column, value in zip(values, row, strict=True):
+            column.append(value)
     return dict(zip(keys, values, strict=True))
-
-
-def _cells(stream: _Hashed, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line numbers and fields of TSV, where a quotation mark is a character like any other, or of
-    CSV as RFC 4180 has it; blank lines are passed over."""
-    lines = _lines(stream, path)
-    if path.suffix == ".tsv":
-        for number, text in enumerate(lines, 1):
-            if cells := text.rstrip("\r\n"):
-                yield number, cells.split("\t")
-        return
-    csv.field_size_limit(MOST_FIELD)
-    reader = csv.reader(lines, strict=True)
-    try:
-        for row in reader:
-            if row:
-                yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: {error}; mend or remove it") from None
-
-
-def _by_number(wanted: Sequence[str], first: Sequence[str]) -> bool:
-    """Whether the columns asked for are numbers, and no header names them."""
-    numbers = [name for name in wanted if name.isdecimal()]
-    return bool(wanted) and len(numbers) == len(wanted) and not set(wanted) <= set(first)
-
-
-def _add(values: list[list[str]], row: Sequence[str], path: Path, line: int) -> None:
-    if len(row) != len(values):
-        raise DataError(
-            f"{path}, line {line}: {len(row)} columns where there should be {len(values)}; mend "
-            "or remove it"
-        )
-    for column, value in zip(values, row, strict=True):
-        column.append(value)
 
 
 def _parquet(path: Path, wanted: set[str]) -> dict[str, list[Any]]:
