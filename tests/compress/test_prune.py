@@ -33,7 +33,9 @@ def test_a_pruned_copy_has_the_zeros_asked_for_and_saves_as_a_model(tmp_path, na
     if by != "global":
         assert all(share == pytest.approx(0.5, abs=1e-3) for share in found.matrices.values())
     chosen = set(prunable(model))
-    assert not any(word in key for key in chosen for word in ("embedding", "norm", "head", "router"))
+    assert not any(
+        word in key for key in chosen for word in ("embedding", "norm", "head", "router")
+    )
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
         pruned = thin.state_dict()[key]
@@ -50,7 +52,7 @@ def test_a_pruned_copy_has_the_zeros_asked_for_and_saves_as_a_model(tmp_path, na
 def test_the_masks_are_torchs(share):
     model = made("llama")
     layers = [(part, "weight") for part in model.modules() if type(part) is torch.nn.Linear]
-    inside = {n: w for n, w in prunable(model).items()}
+    inside = prunable(model)
     assert len(layers) == len(inside)
     thin, wide = ph.prune(model, share), ph.prune(model, share, by="global")
     for (name, weight), (part, _) in zip(inside.items(), layers, strict=True):
