@@ -11,7 +11,8 @@ residual stream and logits are at each width. The transfer: which learning rate 
     attention            scores by 1/D in the place of 1/sqrt(D), equal at the base width
     embeddings, biases, norms   the same at every width
 
---stage coordinates or transfer does one of the two; figures.json keeps what the pictures show.
+--stage coordinates or transfer does one of the two; figures.json keeps what the pictures show. The
+models are for looking at: a checkpoint of GPT-2 has no place for the scales of logits and scores.
 """
 
 import json

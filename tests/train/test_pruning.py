@@ -5,6 +5,7 @@ And the teacher that is the model as the run found it.
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -139,6 +140,20 @@ def test_prune_0_is_no_pruning(tmp_path, tokenizer):
     assert tensors[0].keys() == tensors[1].keys()
     assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
     assert not any(name.startswith("pruned.") for name in tensors[0])
+
+
+def test_the_best_checkpoint_has_all_zeros(tmp_path, tokenizer, monkeypatch):
+    """However much better the model was before."""
+    losses = iter(range(1, 20))
+    monkeypatch.setattr(
+        "polyhead.train.running.score_tokens",
+        lambda *args, **named: SimpleNamespace(loss=float(next(losses)), bits_per_byte=1.0),
+    )
+    begin(tmp_path, tokenizer, keep=1, **{**PRUNED, "validate_every": 0, "prune_end": 0.6})
+    best = checkpoint.best(tmp_path)
+    assert best is not None
+    assert best.name == "step-00000015"
+    assert ph.sparsity(ph.load(best)).share == 0.5
 
 
 def test_targets_alone_are_pruned(tmp_path, tokenizer):

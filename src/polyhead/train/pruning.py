@@ -37,6 +37,10 @@ class Pruner:
         if wanted > sparsity_at(step - 1, self.config):
             optimizer.hold(smallest(self._weights(optimizer), wanted, self.config.prune_by))
 
+    def is_done(self, steps: int) -> bool:
+        """Whether all that is to be zero has been so in the last of these steps."""
+        return sparsity_at(steps - 1, self.config) == self.config.prune
+
     def found(self, optimizer: Masters) -> Sparsity | None:
         """What is zero, counted; None in a run that does not prune."""
         return counted(self._weights(optimizer)) if self.names else None

@@ -65,6 +65,8 @@ class Running:
                 self._line(step)
             at_checkpoint = final or _due(step, self.config.checkpoint_every)
             valid, score = self._look(step, final, at_checkpoint)
+            if not self.pruner.is_done(step):  # better for weights that are still to go
+                valid = score = None
             # One rank decides: another may look when the checkpoint is already there.
             is_best = self.ranks.is_first and self._is_best(score)
             stopped, better = self.ranks.sum([len(received), is_best])
