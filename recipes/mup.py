@@ -69,6 +69,7 @@ def main() -> None:
         widths = [int(width) for width in given.widths.split(",")]
         found = {kind: checked(kind, widths, given.seeds, ids, given.check_lr) for kind in KINDS}
         draw_coordinates(found, out / "coordinates.png")
+        figures["coordinates"] = found
         figures["slopes"] = {kind: slopes(points) for kind, points in found.items()}
         print(table(figures["slopes"]))
     if given.stage != "coordinates":
@@ -90,7 +91,8 @@ def main() -> None:
             for kind, rows in losses.items()
         }
     (out / "figures.json").write_text(json.dumps(figures, indent=1))
-    tell("mup", began, **{name: value for name, value in figures.items() if name != "losses"})
+    shown = ("slopes", "best_log2_lr")
+    tell("mup", began, **{name: figures[name] for name in shown if name in figures})
 
 
 def built(kind: str, width: int, vocab_size: int, seed: int = 0) -> tuple[TaskModel, list[str]]:
