@@ -56,7 +56,7 @@ Points = Mapping[int, Mapping[str, Sequence[float]]]
 def main() -> None:
     given = arguments(
         __doc__, "mup", stage="both", widths="32,64,128,256,512", seeds=3, check_lr=0.01,
-        sweep_widths="32,64,128,256", steps=120, first=-13, last=-4,
+        sweep_widths="32,64,128,256", steps=80, first=-12, last=-4,
     )  # fmt: skip
     pyplot()  # before an hour is spent
     began, out = time.perf_counter(), Path(given.out)
