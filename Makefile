@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-# Which of the recipes: digits, embedder, multitask, posts, pretrain, span_corruption, translate
+# Which of the recipes: digits, embedder, mup, multitask, posts, pretrain, span_corruption, translate
 NAME ?= digits
 # More for a target's command, such as: make test ARGS="tests/nn -x"
 ARGS ?=

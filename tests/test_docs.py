@@ -67,6 +67,8 @@ def test_commands(
         (tmp_path / "tasks.toml").write_text(_toml("head = "))
         row = json.dumps({"words": ["Ada", "lives"], "kinds": ["B-PER", "O"]})
         (tmp_path / "names.jsonl").write_text(f"{row}\n" * 20)
+    if note == "run: corpus":
+        (tmp_path / "book.txt").write_text("the cat sat on a mat and saw a bat. " * 60)
     if note == "run: blend":
         (tmp_path / "mix.toml").write_text(_toml("weight = "))
         (tmp_path / "sources").mkdir()

@@ -15,8 +15,12 @@ import torch
 from polyhead.errors import ConfigError
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.train import checkpoint
-from polyhead.train.distributed import Ranks
+from polyhead.train.config import TrainConfig
+from polyhead.train.distributed import Parallel, Ranks
 from polyhead.train.log import read_log
+from polyhead.train.objectives import causal_lm
+
+from .conftest import tiny
 
 # A run of its own in every process; what it is told stands in one line of JSON.
 CHILD = """
@@ -40,7 +44,7 @@ if told.get("lora"):
 config = ph.TrainConfig(**told["config"])
 options = told.get("options", {{}})
 trainer = ph.Trainer(model, tokenizer, config, objective=told["objective"], options=options,
-                     quiet=True)
+                     teacher=told.get("teacher"), quiet=True)
 data = [text]
 if told["objective"] == "dpo":
     data = [{{"prompt": f"the {{a}}", "chosen": "sat on", "rejected": f"saw {{a}}"}} for a in WORDS]
@@ -117,6 +121,9 @@ CASES = {
         {"parallel": "fsdp", "recompute": "blocks", "ema": 0.9}, 1e-5,
     ),
     "ddp-muon-bfloat16": ({}, {"optimizer": "muon", "dtype": "bfloat16", "ema": 0.9}, 2e-2),
+    "ddp-pruned": (
+        {"teacher": "self"}, {"prune": 0.5, "prune_every": 2, "ema": 0.9}, 1e-5,
+    ),
     "ddp-lora-dpo": (
         {"family": "llama", "sizes": {**SIZES, "d_ff": 24}, "lora": True, "objective": "dpo"},
         {"parallel": "ddp", "context": 40, "held_out": 0.2, "validate_every": 1}, 1e-5,
@@ -141,6 +148,12 @@ def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
         config = {**settings, "steps": steps, "out": str(tmp_path / "cut")}
         launch(tmp_path, world, config=config, resume=True, seed=world - 2)
     assert_near(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_parts_of_matrices_are_not_pruned():
+    config = TrainConfig(prune=0.5, parallel="fsdp")
+    with pytest.raises(ConfigError, match="pruning needs whole: use ddp"):
+        Parallel(tiny(20), causal_lm, config, Ranks(0, 2))
 
 
 def test_batches_that_cannot_be_shared_are_refused():

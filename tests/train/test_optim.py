@@ -4,9 +4,9 @@ import torch
 import polyhead as ph
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.files.safetensors import open_checkpoint
+from polyhead.models.blocks import in_blocks
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
-from polyhead.train.depth import in_blocks
 from polyhead.train.loop import train_step
 from polyhead.train.muon import Muon
 from polyhead.train.objectives import causal_lm

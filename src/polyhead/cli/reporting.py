@@ -19,6 +19,7 @@ _SNIPPET = 48  # characters, or tokens
 _CHARTS: tuple[tuple[str, tuple[str, ...], float, str], ...] = (
     ("Gradient", ("grad_norm",), 1.0, "Its length by step, before clipping."),
     ("Learning rate", ("lr",), 1.0, ""),
+    ("Zeros", ("sparsity",), 1.0, "The share of the pruned matrices' weights."),
     ("Speed", ("tokens_per_second", "rows_per_second"), 1.0, "Tokens, or rows, a second."),
     ("Memory", ("memory_bytes",), 2.0**-20, "The most so far, in MiB."),
 )
@@ -108,6 +109,8 @@ def facts_of(model: TaskModel, figures: dict[str, Any]) -> dict[str, str]:
     layers, width = getattr(config, "num_layers", None), getattr(config, "d_model", None)
     if layers and width:
         facts["size"] = f"{layers} layers, {width} wide"
+    if "sparsity" in figures:
+        facts["zeros"] = f"{figures['sparsity']:.1%}"
     for unit in ("tokens", "rows"):
         if unit in figures:
             facts[f"{unit} seen"] = f"{figures[unit]:,}"

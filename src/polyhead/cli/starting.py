@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from polyhead.cli.opening import model_path, working
 from polyhead.errors import ConfigError
@@ -103,10 +103,10 @@ def _adapt(model: "TaskModel", words: Sequence[str]) -> None:
 
 def teacher_named(
     name: str | None, config: TrainConfig, kind: "ObjectiveKind"
-) -> "TaskModel | None":
+) -> "TaskModel | Literal['self'] | None":
     """The model to answer like, with the head of an objective."""
-    if name is None:
-        return None
+    if name is None or name == "self":
+        return name
     from polyhead.adapt.load import load
     from polyhead.files.hub import resolve
 
@@ -125,9 +125,10 @@ def distillation_values(words: Sequence[str], teacher: str | None) -> dict[str, 
             found[name] = float(number)
         except ValueError:
             name = ""
-        if name not in ("weight", "temperature", "hidden"):
+        if name not in ("weight", "temperature", "hidden", "correlation"):
             raise ConfigError(
-                f"--distillation {word!r}: write weight=, temperature= or hidden= and a number"
+                f"--distillation {word!r}: write weight=, temperature=, hidden= or correlation= "
+                "and a number"
             )
     return found
 

@@ -42,6 +42,7 @@ class Args:
       polyhead train book.txt --model llama --set d_model=256 num_layers=6 num_heads=4 --lr 2e-3
       polyhead train stdlib --tokenizer bpe --vocab-size 4096 --context 512 --out runs/code
       polyhead train more.jsonl --model runs/docs --lr 3e-4 --out runs/more
+      polyhead train more.jsonl --model runs/docs --prune 0.5 --teacher self --out runs/thin
       polyhead train more.jsonl --model smollm2-135m --lora rank=16 targets=q,v --out runs/mine
       polyhead train more.jsonl --model smollm2-135m --lora --quantize nf4 --out runs/mine
       polyhead train --out runs/docs --resume
@@ -106,9 +107,11 @@ class Args:
     quantize: Literal["nf4", "nf6", "int8"] | None = None
     """With --lora: keep the checkpoint's matrices in few bits while the adapter learns (QLoRA)."""
     teacher: str | None = None
-    """A checkpoint with the same vocabulary to answer like (distillation)."""
+    """A checkpoint with the same vocabulary to answer like (distillation); self is the model as the
+    run found it, beside which it may be pruned."""
     distillation: tuple[str, ...] = ()
-    """With --teacher: weight=0.5 (its share), temperature=2, hidden=0 (how much states count)."""
+    """With --teacher: weight=0.5 (its share), temperature=2, hidden=0 and correlation=0 (how much
+    the last states' cosines and cross-correlations count)."""
     sink: tuple[str, ...] = ()
     """Send the log's figures to tensorboard, trackio or wandb as well."""
     valid: str | None = None
@@ -189,6 +192,8 @@ def run(args: Args) -> int:
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks
         return 0
     _write_report(run_dir, args, model, inputs, figures)
+    if "sparsity" in figures:
+        note(f"zeros: {figures['sparsity']:.2%} of the matrices' weights")
     print(figures.get("best", figures["checkpoint"]))
     note(f"report: {run_dir / 'report.html'}")
     return 0

@@ -40,6 +40,7 @@ from polyhead.text.directory import state_length
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig
 from polyhead.train.distributed import Parallel, Ranks, gathered, local, shard_like
 from polyhead.train.optim import Masters, learning_rate
+from polyhead.train.pruning import sparsity_at
 
 _TRAINER, _MANIFEST, _FORMAT = "trainer", "manifest.json", 1
 _NO_PART_OF_THE_MODEL = {"dtype", "torch_dtype", "transformers_version"}
@@ -297,6 +298,11 @@ def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: in
         raise ConfigError(
             f"{checkpoint}: with steps = {new.steps} instead of {old.steps} its first {step} steps "
             "would have had other learning rates: use schedule constant or wsd for open ends"
+        )
+    if any(sparsity_at(i, old) != sparsity_at(i, new) for i in range(step)):
+        raise ConfigError(
+            f"{checkpoint}: with steps = {new.steps} instead of {old.steps} its first {step} steps "
+            "would have been pruned otherwise: leave steps as they were"
         )
 
 

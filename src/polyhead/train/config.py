@@ -21,6 +21,7 @@ TrainDtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "muon"]
 Recompute = Literal["none", "blocks", "half"]
 Parallelism = Literal["ddp", "fsdp"]
+PruneBy = Literal["layer", "global", "2:4"]
 
 # What may differ when a run is taken up again: nothing here touches the numbers. `steps` is judged
 # by itself, by the learning rates it leads to (checkpoint.py).
@@ -84,6 +85,20 @@ class TrainConfig:
     whole run, before it stops."""
     ema: float = 0.0
     """Above 0: keep a moving average of the weights, as 0.999, and validate and save that."""
+    prune: float = 0.0
+    """Above 0: the share of the weights in the blocks' matrices that become zero, step by step, and
+    stay so: those of least magnitude."""
+    prune_by: PruneBy = "layer"
+    """Magnitudes are compared in each matrix (layer) or in all (global); 2:4 leaves two of every
+    four side by side, with prune = 0.5."""
+    prune_targets: tuple[str, ...] = ()
+    """Matrices to prune, by parts of their names, as ffn; not given: all of the blocks'."""
+    prune_begin: float = 0.1
+    """Share of the run after which pruning begins."""
+    prune_end: float = 0.7
+    """Share of the run after which all of `prune` is zero; the rest of it mends what that did."""
+    prune_every: int = 10
+    """Steps from one pruning to the next."""
     dtype: TrainDtype = "float32"
     """Type of weights and gradients; bfloat16 keeps float32 masters and moments beside them."""
     recompute: Recompute = "none"
@@ -127,7 +142,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {value}: it must be a number of at least {low}")
         choices = {
             "schedule": Schedule, "dtype": TrainDtype, "optimizer": OptimizerName,
-            "recompute": Recompute, "parallel": Parallelism,
+            "recompute": Recompute, "parallel": Parallelism, "prune_by": PruneBy,
         }  # fmt: skip
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
@@ -139,13 +154,18 @@ class TrainConfig:
             raise ConfigError(f"lr is {self.lr}: it must be above 0")
         if self.min_lr is not None and self.min_lr > self.lr:
             raise ConfigError(f"min_lr is {self.min_lr}: it must not exceed lr, which is {self.lr}")
-        for name in ("betas", "rates", "decays"):
+        for name in ("betas", "rates", "decays", "prune_targets"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas is {self.betas}: two numbers from 0 up to, not including, 1")
-        for name in ("held_out", "decay", "ema"):
+        for name in ("held_out", "decay", "ema", "prune"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: a share from 0 to below 1")
+        if not 0 <= self.prune_begin <= self.prune_end <= 1:
+            raise ConfigError(
+                f"prune_begin is {self.prune_begin} and prune_end {self.prune_end}: shares of the "
+                "run, from 0 to 1, the first not above the second"
+            )
 
     @classmethod
     def fine_tuning(cls, **settings: Any) -> Self:
@@ -209,6 +229,7 @@ FINE_TUNING: dict[str, Any] = {
 
 _LOWEST: dict[str, float] = {
     **dict.fromkeys(("steps", "batch_size", "context", "accumulate", "keep", "log_every"), 1),
+    "prune_every": 1,
     **dict.fromkeys(("lr", "min_lr", "warmup", "weight_decay", "eps", "clip", "seed"), 0),
     **dict.fromkeys(("zclip", "rewind", "skips", "layer_decay"), 0),
     **dict.fromkeys(("validate_every", "validate_batches", "checkpoint_every"), 0),

@@ -1,6 +1,6 @@
 """Learning from another model: what it finds likely, and the states behind that."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from polyhead.errors import ConfigError
 from polyhead.train.objectives import Loss, Objective
 
+REDUNDANCY = 0.005  # as Zbontar et al. 2021
+
 
 def distilled(
     objective: Objective,
@@ -20,22 +22,26 @@ def distilled(
     weight: float = 0.5,
     temperature: float = 2.0,
     hidden: float = 0.0,
+    correlation: float = 0.0,
 ) -> Objective:
     """An objective of which a share `weight` is to answer as `teacher` does (Hinton et al. 2015).
 
     temperature: of both models' answers; the divergence is multiplied by its square, so that the
     shares keep their meaning. hidden: how much the cosine distance between the backbones' last
-    states counts besides (DistilBERT, Sanh et al. 2019). The teacher stays as it is. In `eval` the
-    objective is as it was. Errors: ConfigError for an objective whose `Loss` has no `logits`, and
+    states counts besides (DistilBERT, Sanh et al. 2019); correlation: how much `cross_correlation`
+    of them does (O'Neill et al. 2021). The teacher stays as it is. In `eval` the objective is as it
+    was. Errors: ConfigError for an objective whose `Loss` has no `logits`, and
     for answers or states of other shapes.
     """
     if not 0 <= weight <= 1:
         raise ConfigError(f"weight is {weight}: the teacher's share is from 0 to 1")
-    if not (temperature > 0 and hidden >= 0):
+    if not (temperature > 0 and min(hidden, correlation) >= 0):
         raise ConfigError(
-            f"temperature is {temperature} and hidden {hidden}: above 0, and 0 or more"
+            f"temperature is {temperature}, hidden {hidden} and correlation {correlation}: above "
+            "0, and 0 or more"
         )
-    return Distilled(objective, teacher.requires_grad_(False).eval(), weight, temperature, hidden)
+    teacher = teacher.requires_grad_(False).eval()
+    return Distilled(objective, teacher, weight, temperature, hidden, correlation)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Distilled:
     weight: float
     temperature: float
     hidden: float
+    correlation: float
 
     def __call__(self, model: Any, batch: Any) -> Loss:
         if not model.training:
@@ -69,9 +76,14 @@ class Distilled:
         soft = each.mean() * (hard.tokens * self.temperature**2)
         total = (1 - self.weight) * hard.total + self.weight * soft
         parts = {**(hard.parts or {"loss": hard.total.detach()}), "teacher": soft.detach()}
-        if self.hidden:
-            away = self.hidden * hard.tokens * _distance(own, theirs)
-            total, parts["hidden"] = total + away, away.detach()
+        measures = (
+            ("hidden", self.hidden, _cosine),
+            ("correlation", self.correlation, cross_correlation),
+        )
+        for name, share, measure in measures:
+            if share:
+                away = share * hard.tokens * _mean(measure, own, theirs, batch)
+                total, parts[name] = total + away, away.detach()
         return replace(hard, total=total, parts=parts)
 
 
@@ -91,15 +103,47 @@ def _states(model: Any) -> Generator[list[Tensor]]:
         handle.remove()
 
 
-def _distance(own: list[Tensor], theirs: list[Tensor]) -> Tensor:
+def _mean(
+    measure: Callable[[Tensor, Tensor], Tensor], own: list[Tensor], theirs: list[Tensor], batch: Any
+) -> Tensor:
+    """Of the measure of each pass's states `[n, E]`, those of padding left out."""
+    found: list[Tensor] = []
     for ours, other in zip(own, theirs, strict=True):
         if ours.shape != other.shape:
             raise ConfigError(
-                f"hidden compares states of {ours.shape[-1]} numbers with the teacher's "
-                f"{other.shape[-1]}: set it to 0, or take a teacher of the same width"
+                f"hidden and correlation compare states of {ours.shape[-1]} numbers with the "
+                f"teacher's {other.shape[-1]}: set them to 0, or take a teacher of the same width"
             )
-    pairs = zip(own, theirs, strict=True)
-    return torch.stack([1 - F.cosine_similarity(a, b, dim=-1).mean() for a, b in pairs]).mean()
+        counts = _counts(batch, ours)
+        found.append(measure(ours[counts].float(), other[counts].float()))
+    return torch.stack(found).mean()
+
+
+def _counts(batch: Any, states: Tensor) -> Tensor:
+    """Where states `[..., E]` are no padding's, `[...]`, by the batch's mask of that shape."""
+    for name in ("decoder_attention_mask", "attention_mask"):
+        mask = getattr(batch, name, None)
+        if isinstance(mask, Tensor) and mask.shape == states.shape[:-1]:
+            return mask.bool()
+    return torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
+
+
+def _cosine(own: Tensor, theirs: Tensor) -> Tensor:
+    """The mean distance of two models' states `[n, E]`."""
+    return 1 - F.cosine_similarity(own, theirs, dim=-1).mean()
+
+
+def cross_correlation(own: Tensor, theirs: Tensor) -> Tensor:
+    """How far the correlations C `[E, E]` of two models' states `[n, E]` are from the identity.
+
+    The sum of (1 - C_ii)² and, REDUNDANCY times, of C_ij², over E; each number of a state is
+    correlated over the n. (Zbontar et al. 2021, equations 1 and 2.)
+    """
+    own, theirs = (F.normalize(x - x.mean(0), dim=0) for x in (own, theirs))
+    correlations = own.T @ theirs
+    diagonal = correlations.diagonal()
+    others = correlations.square().sum() - diagonal.square().sum()
+    return ((1 - diagonal).square().sum() + REDUNDANCY * others) / len(diagonal)
 
 
 def _logits(loss: Loss) -> Tensor:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
+from polyhead.models.blocks import blocks_of
 from polyhead.models.model import TaskModel
 from polyhead.train.config import TrainConfig
-from polyhead.train.depth import blocks_of
 from polyhead.train.objectives import Loss, Objective
 
 T = TypeVar("T")
@@ -127,6 +127,8 @@ class Parallel:
             raise ConfigError("fsdp does not know the model of this objective: use ddp")
         if config.optimizer != "adamw":
             raise ConfigError("fsdp keeps parts of matrices, which Muon needs whole: use adamw")
+        if config.prune:
+            raise ConfigError("fsdp keeps parts of matrices, which pruning needs whole: use ddp")
         dtype = None if config.dtype == "float32" else getattr(torch, config.dtype)
         told: dict[str, Any] = {
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),

@@ -151,7 +151,8 @@ class View:
             speed = record.get("tokens_per_second", record.get("rows_per_second", 0.0))
             bits = record.get("bits_per_byte")
             figures = self._figures(step, record["loss"], bits, speed)
-            self.say(f"step {step}/{self.steps}  {figures}")
+            zeros = f"  {record['sparsity']:.1%} zeros" if "sparsity" in record else ""
+            self.say(f"step {step}/{self.steps}  {figures}{zeros}")
 
     def say(self, text: str) -> None:
         """A line above the bar."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,14 +26,16 @@ from polyhead.train.evaluate import score_dataset, score_texts
 from polyhead.train.log import Log, View, tell_tokenising
 from polyhead.train.multitask import opened
 from polyhead.train.objectives import Objective
-from polyhead.train.optim import Masters
+from polyhead.train.optim import Masters, cast
 from polyhead.train.preference import Compared
+from polyhead.train.pruning import check_pruning
 from polyhead.train.recompute import recomputing
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 from polyhead.train.registry import ObjectiveKind
 from polyhead.train.running import Running
 from polyhead.train.sources import Source
 from polyhead.train.step import Interrupted, signals, train_step, write_sample
+from polyhead.train.teacher import SELF, as_found, check_self_teacher, keep, taken_up
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
 
@@ -52,8 +54,8 @@ class Trainer:
     function `(model, batch) -> Loss` over windows of text. columns: where a table has what the
     objective reads, as ExampleColumns or {role: column}. options: the objective's own settings.
     sift: above 0, adversarial training beside the objective, with that weight (5 as published).
-    teacher: a model to answer like; distillation: the settings of `distilled` (weight, temperature,
-    hidden).
+    teacher: a model to answer like, or "self", which is the model as the run found it;
+    distillation: the settings of `distilled` (weight, temperature, hidden, correlation).
     sample: writes a text every `sample_every` steps; the default continues `sample_prompt`.
     callbacks: see `Callback`. about: what run.json is to say of a run that begins. quiet: no view.
     """
@@ -68,7 +70,7 @@ class Trainer:
         columns: ExampleColumns | Mapping[str, str] | None = None,
         options: Mapping[str, Any] | None = None,
         sift: float = 0.0,
-        teacher: TaskModel | None = None,
+        teacher: TaskModel | Literal["self"] | None = None,
         distillation: Mapping[str, float] | None = None,
         sample: Sample | None = None,
         callbacks: Sequence[Callback] = (),
@@ -87,10 +89,12 @@ class Trainer:
         if sift:
             adversarial.embedding_norm(model)
             self.objective = adversarial.sift(self.objective, weight=sift)
+        self.alone, self.teacher = self.objective, teacher
         self.distillation: dict[str, Any] = dict(distillation or {})
-        if teacher is not None:
-            self.objective = distilled(self.objective, teacher, **self.distillation)
-            self.distillation["teacher"] = base_digest(teacher)
+        if teacher == SELF:
+            check_self_teacher(model)
+        elif teacher is not None:
+            self.objective = distilled(self.alone, teacher, **self.distillation)
         self.sample, self.callbacks, self.about, self.quiet = sample, callbacks, about, quiet
         self.run = Path(self.config.out)
         self._check_model()
@@ -125,17 +129,22 @@ class Trainer:
             keep_freed_memory()
         train, held = ranks.in_turn(lambda: self._datasets(texts, valid))
         self._count_epochs(len(train))
+        last = checkpoint.latest(self.run) if resume else None
+        itself = self._follow_itself(last) if self.teacher == SELF else None
         torch.manual_seed(self.config.seed + ranks.rank)
         parallel = Parallel(self.model, self.objective, self.config, ranks)
         optimizer = Masters(self.model, self.config)
         parallel.connect()
         digest = self._seal(train.digest)
         progress = checkpoint.Progress(0, self.config, digest)
-        last = checkpoint.latest(self.run) if resume else None
         if last is not None:
             found = checkpoint.restore(last, self.model, optimizer, self.config, digest)
             progress = replace(found, config=self.config)
         log = self._begin(progress.step, resume) if ranks.is_first else None
+        if itself is not None:
+            if last is None and ranks.is_first:
+                keep(itself, self.run)
+            cast(itself, getattr(torch, self.config.dtype))
         ranks.wait()
         for split, dataset in (("train", train), ("valid", held)):
             if isinstance(dataset, Compared):
@@ -157,7 +166,16 @@ class Trainer:
         """What a checkpoint knows its data and its objective by."""
         found = registry.sealed(self.kind, self.options, digest)
         found += f" sift {self.sift}" if self.sift else ""
-        return found + (f" teacher {self.distillation}" if self.distillation else "")
+        if self.teacher is None:
+            return found
+        named = self.teacher if isinstance(self.teacher, str) else base_digest(self.teacher)
+        return f"{found} teacher " + str({**self.distillation, "teacher": named})
+
+    def _follow_itself(self, last: Path | None) -> TaskModel:
+        """Set the objective to learn from the model as the run began, which this gives."""
+        found = as_found(self.model) if last is None else taken_up(self.model, self.run)
+        self.objective = distilled(self.alone, found, **self.distillation)
+        return found
 
     def _begin(self, step: int, resume: bool) -> Log:
         rundir.begin(self.run, {**self._spec(), **(self.about or {})}, anew=not resume)
@@ -190,6 +208,7 @@ class Trainer:
 
     def _check_model(self) -> None:
         kind, config = self.kind, self.config
+        check_pruning(self.model, config)
         if len(names := in_use(self.model)) > 1:
             raise ConfigError(
                 f"adapters {', '.join(names)} are in use: use_adapters(model, NAME) says which of "

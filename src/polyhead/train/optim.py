@@ -11,8 +11,9 @@ from torch.optim import AdamW, Optimizer
 
 from polyhead.compress.formats import PackedWeight
 from polyhead.errors import ConfigError, PolyheadError
+from polyhead.models.blocks import in_blocks
 from polyhead.train.config import TrainConfig
-from polyhead.train.depth import depths, in_blocks, num_blocks
+from polyhead.train.depth import depths, num_blocks
 from polyhead.train.distributed import gathered, shard_like
 from polyhead.train.muon import Muon
 
@@ -46,6 +47,7 @@ class Masters:
     `dtype`, and each step writes the rounded masters to them. Matrices (and embeddings) decay;
     norms and biases do not, unless `config.decays` says so. Gradients of several backward passes
     are summed in float32. With `config.ema` a moving average of the masters is kept besides.
+    `pruned`, by name: True where a weight is held at zero.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -61,10 +63,11 @@ class Masters:
         if self.separate:
             self.masters = [p.detach().float() for p in self.params]
         if not is_sharded:
-            _cast(model, dtype)
+            cast(model, dtype)
         self.movers = self._movers(model, config)
         self.ema = config.ema
         self.averages = [m.detach().clone() for m in self.masters] if config.ema else []
+        self.pruned: dict[str, Tensor] = {}
 
     def _movers(self, model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         """AdamW, and Muon for the matrices of blocks where it is asked for."""
@@ -112,6 +115,9 @@ class Masters:
         limit: the largest norm allowed, of the norm found; `config.clip` holds besides. A norm that
         is not finite raises NotFiniteError and leaves every weight as it is.
         """
+        for master, goes in self._held():
+            if master.grad is not None:
+                master.grad.masked_fill_(goes, 0.0)
         grads = [m.grad for m in self.masters if m.grad is not None]
         norm = gathered(torch.nn.utils.get_total_norm(grads))
         value = float(norm)
@@ -126,10 +132,32 @@ class Masters:
                 group["lr"] = lr * group["factor"]
             mover.step()
             mover.zero_grad(set_to_none=True)
+        for master, goes in self._held():
+            master.masked_fill_(goes, 0.0)
         for average, master in zip(self.averages, self.masters, strict=bool(self.ema)):
             average.lerp_(master, 1 - self.ema)
         self._round()
         return value
+
+    @torch.no_grad()
+    def hold(self, pruned: Mapping[str, Tensor]) -> None:
+        """Set weights to zero, by name where `pruned` is True, with their moments and averages;
+        there they stay, whatever gradients say."""
+        self.pruned = dict(pruned)
+        for master, goes in self._held():
+            beside = [mover.state.get(master, {}).values() for mover in self.movers]
+            for tensor in (master, *(moment for moments in beside for moment in moments)):
+                if tensor.shape == goes.shape:
+                    tensor.masked_fill_(goes, 0.0)
+        for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
+            if name in self.pruned:
+                average.masked_fill_(self.pruned[name], 0.0)
+        self._round()
+
+    def _held(self) -> list[tuple[Tensor, Tensor]]:
+        """Masters with what of them is held at zero."""
+        named = zip(self.names, self.masters, strict=True) if self.pruned else ()
+        return [(master, self.pruned[name]) for name, master in named if name in self.pruned]
 
     def _round(self) -> None:
         """Write the masters to the model's own weights."""
@@ -158,7 +186,7 @@ class Masters:
             self._round()
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments, step counts and averages by parameter name."""
+        """Masters, moments, step counts, averages and what is pruned, by parameter name."""
         state: dict[str, Tensor] = {}
         for name, master in zip(self.names, self.masters, strict=True):
             state[f"master.{name}"] = gathered(master.detach())
@@ -167,7 +195,7 @@ class Masters:
                     state[f"{key}.{name}"] = gathered(value)
         for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
             state[f"average.{name}"] = gathered(average)
-        return state
+        return state | {f"pruned.{name}": goes for name, goes in self.pruned.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave; the model's weights follow the masters."""
@@ -188,10 +216,16 @@ class Masters:
                 }
             for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
                 average.copy_(shard_like(state[f"average.{name}"], average))
+            self.pruned = {
+                name: state[f"pruned.{name}"].clone().to(master.device)
+                for name, master in zip(self.names, self.masters, strict=True)
+                if f"pruned.{name}" in state
+            }
             self._round()
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights, packed ones too, as another type, in place; what is computed once stays as it is."""
     for param in model.parameters():
         if param.is_floating_point():
             param.data = param.data.to(dtype)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from polyhead.train.depth import blocks_of
+from polyhead.models.blocks import blocks_of
 
 EVERY = {"none": 0, "blocks": 1, "half": 2}
 """Of how many blocks one keeps nothing but its input."""

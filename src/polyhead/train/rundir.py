@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polyhead.errors import FileError
+from polyhead.train.teacher import KEPT, SAID
 
 
 def claim(run: Path, *, resume: bool, force: bool) -> None:
@@ -33,7 +34,7 @@ def begin(run: Path, about: Mapping[str, Any], *, anew: bool) -> None:
     try:
         if anew:
             shutil.rmtree(folder, ignore_errors=True)
-            for name in ("log.jsonl", "config.toml", "run.json"):
+            for name in ("log.jsonl", "config.toml", "run.json", KEPT, SAID):
                 (run / name).unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
         if about and not said.exists():

@@ -17,6 +17,7 @@ from polyhead.train.evaluate import score_dataset, score_tokens
 from polyhead.train.guards import Guard
 from polyhead.train.log import Log, View, peak_memory
 from polyhead.train.optim import Masters, NotFiniteError, learning_rate
+from polyhead.train.pruning import Pruner
 from polyhead.train.step import Interrupted, train_step
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Running:
         # spans an interruption is the same.
         self.sums = dict(progress.sums or {})
         self.guard = Guard(trainer.config, progress.guard)
+        self.pruner = Pruner(self.model, self.config)
         self.timed_rows, self.timed = 0, 0.0
         self.last: dict[str, Any] = {}
 
@@ -63,6 +65,8 @@ class Running:
                 self._line(step)
             at_checkpoint = final or _due(step, self.config.checkpoint_every)
             valid, score = self._look(step, final, at_checkpoint)
+            if not self.pruner.is_done(step):  # better for weights that are still to go
+                valid = score = None
             # One rank decides: another may look when the checkpoint is already there.
             is_best = self.ranks.is_first and self._is_best(score)
             stopped, better = self.ranks.sum([len(received), is_best])
@@ -97,6 +101,7 @@ class Running:
         """Forward and backward for every part of the step, then the update; the mean loss, None
         where it was left out."""
         began = time.perf_counter()
+        self.pruner.before(step, self.optimizer)
         first = (step + self.progress.passed) * self.config.accumulate
         parts = self.ranks.share(range(first, first + self.config.accumulate))
         batches = [self.dataset.batch(part, self.config.batch_size) for part in parts]
@@ -169,6 +174,7 @@ class Running:
         seen = done * self.config.batch_size * self.config.accumulate
         bits = self._bits(means["loss"])
         unit, a_row = self._unit()
+        pruned = self.pruner.found(self.optimizer)
         self._record(
             {
                 "step": done,
@@ -176,6 +182,7 @@ class Running:
                 **({} if bits is None else {"bits_per_byte": bits}),
                 "lr": learning_rate(done - 1, self.config),
                 "grad_norm": norm,
+                **({} if pruned is None else {"sparsity": pruned.share}),
                 "epoch": seen / len(self.dataset),
                 unit: seen * a_row,
                 "seconds": self.timed,
