@@ -67,6 +67,9 @@ def test_commands(
         (tmp_path / "tasks.toml").write_text(_toml("head = "))
         row = json.dumps({"words": ["Ada", "lives"], "kinds": ["B-PER", "O"]})
         (tmp_path / "names.jsonl").write_text(f"{row}\n" * 20)
+    if note == "run: ladder":
+        words = "".join(f"The word {i} is a long line, number {i * i}.\n\n" for i in range(90))
+        (tmp_path / "text.txt").write_text(words)
     if note == "run: blend":
         (tmp_path / "mix.toml").write_text(_toml("weight = "))
         (tmp_path / "sources").mkdir()

@@ -2,11 +2,13 @@
 
 import json
 import math
+import signal
 
 import pytest
 
 from polyhead.cli import climbing, ladder
 from polyhead.cli.corpora import split
+from polyhead.cli.ladder_view import LadderView
 from polyhead.errors import ConfigError
 from polyhead.models.load import load
 from polyhead.models.ngram import NGram
@@ -73,10 +75,6 @@ def test_goes_on_where_it_stopped(cli, file, tmp_path, monkeypatch):
         if record["step"] >= 3 and self.name == "gpt":
             signal.raise_signal(signal.SIGINT)
 
-    import signal
-
-    from polyhead.cli.ladder_view import LadderView
-
     with monkeypatch.context() as patch:
         patch.setattr(LadderView, "tell", stop)
         done = cli("ladder", *flags, "--out", parts)
@@ -98,6 +96,10 @@ def test_goes_on_where_it_stopped(cli, file, tmp_path, monkeypatch):
     done = cli("ladder", "--out", parts, "--resume", "--flops", "30M")
     assert done.code == 2
     assert "begun with flops = '20M'" in done.err
+    file.write_text(TEXT + "And more.\n")
+    done = cli("ladder", "--out", parts, "--resume")
+    assert done.code == 2
+    assert "not the text" in done.err
 
 
 def test_what_stands_is_not_written_over(cli, file, tmp_path):
@@ -136,6 +138,7 @@ def test_bad_input_is_one_line(cli, file, tmp_path, flags, said):
     done = cli("ladder", file, "--out", tmp_path / "ladder", *flags)
     assert (done.code, len(done.err.splitlines())) == (2, 1)
     assert said in done.err
+    assert not (tmp_path / "ladder").exists()
 
 
 @pytest.mark.parametrize(("text", "value"), [("4e12", 4e12), ("4T", 4e12), ("1.5g", 1.5e9)])

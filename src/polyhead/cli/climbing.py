@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from polyhead.cli.ladder_view import LadderView
 
 LEARNED = tuple(rung.name for rung in RUNGS)
+TOKENIZER = "tokenizer"
 _PROMPT = 24  # characters
 _LOOKS = 12  # at the held-out text while a rung learns
 
@@ -49,17 +51,16 @@ class Course:
 
 
 def make_course(args: "Args", budget: float, rates: Mapping[str, float]) -> Course:
-    """Read the text, hold out its end, and make the tokenizer."""
+    """Read the text, hold out its end, and make the tokenizer, or take up the ladder's."""
     text = split("\n\n".join(documents(corpus(args.data))))
-    folder = args.out / "tokenizer"
-    if folder.exists():
+    folder = args.out / TOKENIZER
+    if args.resume and folder.exists():
         words = Tokenizer.load(folder)
     else:
         # The alphabet is that of all the text, so that no character is unknown.
         texts = [text.train, text.held_out] if args.tokenizer == "chars" else [text.train]
         size = (args.vocab_size or 1024) if args.tokenizer == "bpe" else None
         words = make_tokenizer(args.tokenizer, size, lambda: texts)
-        words.save(folder)
     prompt = words.encode(args.prompt or _opening(text.held_out), add_special_tokens=False)
     ids = words.encode(text.train, add_special_tokens=False)
     if len(ids) <= args.context or not prompt:
@@ -80,6 +81,7 @@ def described(course: Course) -> dict[str, Any]:
     """What ladder.json says of the text."""
     text = course.text
     return {
+        "digest": sha256(f"{text.train}\0{text.held_out}".encode()).hexdigest(),
         "train_bytes": len(text.train.encode()),
         "train_tokens": len(course.ids),
         "held_out_bytes": len(text.held_out.encode()),
@@ -177,7 +179,6 @@ def train(name: str, course: Course, view: "LadderView") -> dict[str, Any]:
 
 
 def _config(plan: Plan, course: Course) -> TrainConfig:
-
     args, steps = course.args, plan.steps
     return TrainConfig(
         steps=steps,
@@ -197,7 +198,6 @@ def _config(plan: Plan, course: Course) -> TrainConfig:
 
 def _sample(model: TaskModel, course: Course) -> str:
     """Drawn as the model has it: temperature 1, no likely tokens alone."""
-
     # A text that is longer than the context is not what the model learned.
     room = course.args.context - len(course.prompt)
     config = GenerationConfig(max_new_tokens=room, temperature=1.0, seed=course.args.seed)

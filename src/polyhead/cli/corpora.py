@@ -63,7 +63,7 @@ def stdlib() -> list[str]:
     return found
 
 
-def split(text: str, held_out: float = 0.1, most: int = 1 << 20) -> SplitText:
+def split(text: str, held_out: float = 0.1, most: int = 1 << 18) -> SplitText:
     """The last part of a text, and the rest without the lines that repeat there.
 
     held_out: a share of the characters, `most` at most; more, up to the break between paragraphs,

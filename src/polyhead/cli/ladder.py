@@ -23,7 +23,7 @@ UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
 @dataclass(frozen=True)
 class Args:
-    """Train language models from 1948 to today on one text, each for the same FLOPs, and compare.
+    """Train language models, from n-gram to experts, on one text for the same FLOPs; compare them.
 
     The rungs: ngram (interpolated Kneser-Ney, which counts and spends no FLOPs), bigram (neural),
     window-mlp (Bengio et al. 2003), lstm, gpt, llama, moe (Llama with 2 of 8 experts a token). A
@@ -78,15 +78,16 @@ class Args:
 
 def run(args: Args) -> int:
     """Climb, rung by rung; print the table and write the page."""
-    from polyhead.cli.climbing import check_plans, count, described, make_course, train
+    from polyhead.cli.climbing import TOKENIZER, check_plans, count, described, make_course, train
     from polyhead.cli.ladder_view import LadderView, print_table, write_page
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     state, args = _begin(args)
     course = make_course(args, parse_flops(args.flops), rates_of(args))
     check_plans(course)
+    _take(args, state, described(course))
+    course.tokenizer.save(args.out / TOKENIZER, force=True)
     found: dict[str, Any] = state["rungs"]
-    state["corpus"] = described(course)
     with LadderView(args.rungs, found) as view:
         for name in args.rungs:
             if name not in found:
@@ -130,7 +131,7 @@ def rates_of(args: Args) -> dict[str, float]:
 
 
 def _begin(args: Args) -> tuple[dict[str, Any], Args]:
-    """Check the flags, take the directory, and say what stands there already."""
+    """Check the flags and the directory; what a ladder that goes on has, and its flags."""
     out = args.out
     there = (out / STATE).exists()
     if not there and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -142,13 +143,19 @@ def _begin(args: Args) -> tuple[dict[str, Any], Args]:
         state = _read_state(out)
         args = _resumed(args, state["settings"])
     _check(args)
-    if there and not args.resume:
-        for name in MADE:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    state["settings"] = _settings(args)
-    _write_state(out, state)
     return state, args
+
+
+def _take(args: Args, state: dict[str, Any], corpus: dict[str, Any]) -> None:
+    """Make the directory the ladder's, now that nothing stands against beginning."""
+    if args.resume and state.get("corpus", corpus)["digest"] != corpus["digest"]:
+        raise ConfigError(f"{args.data} is not the text that {args.out} was begun with: restore it")
+    if not args.resume:
+        for name in MADE:
+            path = args.out / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    state.update(settings=_settings(args), corpus=corpus)
+    _write_state(args.out, state)
 
 
 def _check(args: Args) -> None:
@@ -191,7 +198,7 @@ def _resumed(args: Args, settings: Mapping[str, Any]) -> Args:
 def _read_state(out: Path) -> dict[str, Any]:
     try:
         state = json.loads((out / STATE).read_text(encoding="utf-8"))
-        return {"settings": dict(state["settings"]), "rungs": dict(state["rungs"])}
+        return {name: dict(state[name]) for name in ("settings", "corpus", "rungs")}
     except (OSError, ValueError, KeyError, TypeError):
         raise FileError(f"{out / STATE} cannot be read; begin anew with --force") from None
 

@@ -49,9 +49,10 @@ class LadderView:
         if "loss" not in record:
             return
         step, now = record["step"], time.monotonic()
-        if self.first < 0:  # a run that goes on does not begin at step 0
+        if self.first < 0:  # a run that goes on does not begin at step 0, and the first is slow
             self.first, self.began = step, now
-        pace = (now - self.began) / max(1, step - self.first)
+            return
+        pace = (now - self.began) / (step - self.first)
         here = pace * (self.steps - step)
         whole = [*self.took, pace * self.steps]
         ahead = list(self.states)[list(self.states).index(self.name) + 1 :]

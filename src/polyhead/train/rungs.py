@@ -69,19 +69,19 @@ def _gated(width: int) -> int:
 
 
 RUNGS = (
-    Rung("bigram", "bigram", lambda width: {"d_model": width}, 8, 1 << 16, 3e-3),
+    Rung("bigram", "bigram", lambda width: {"d_model": width}, 8, 1 << 16, 1e-3),
     Rung(
         "window-mlp",
         "window_mlp",
         lambda width: {"d_model": width, "embedding_width": width // 8, "window": 16},
         8,
         1 << 14,
-        3e-3,
+        1e-2,
     ),
-    Rung("lstm", "lstm", lambda width: {"d_model": width, "num_layers": 2}, 8, 1 << 14, 3e-3),
-    Rung("gpt", "gpt2", _stack, 16, 1 << 10, 3e-3),
+    Rung("lstm", "lstm", lambda width: {"d_model": width, "num_layers": 2}, 8, 1 << 14, 2e-2),
+    Rung("gpt", "gpt2", _stack, 16, 1 << 10, 1e-2),
     Rung(
-        "llama", "llama", lambda width: {**_stack(width), "d_ff": _gated(width)}, 16, 1 << 10, 3e-3
+        "llama", "llama", lambda width: {**_stack(width), "d_ff": _gated(width)}, 16, 1 << 10, 1e-2
     ),
     # Two of eight experts of half the width: a token costs what it costs in Llama.
     Rung(
@@ -96,7 +96,7 @@ RUNGS = (
         },
         16,
         1 << 10,
-        3e-3,
+        1e-2,
     ),
 )
 
