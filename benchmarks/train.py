@@ -5,9 +5,8 @@ Whole steps (forward, backward, clipping, optimizer) of 6 layers, 384 wide, 6 he
 products (2048 x 2048 x 2048, two operands in memory) are timed on the same threads, in the order
 A B B A; every figure is the median of its slices.
 
-FLOP a token = 6 N + 6 L T E, where N counts the weights that multiply (the head too, embeddings
-and learned positions not), and the second term is causal attention (two products of T/2 keys on
-average, forward once and backward twice). Nothing is counted for norms, softmax or the optimizer.
+FLOP a token = 6 N + 6 L T E, as `polyhead.train.flops` counts them: N weights that multiply (the
+head too, embeddings and learned positions not), and causal attention.
 """
 
 import argparse
@@ -23,6 +22,7 @@ from benchmarks.abba import slices
 import polyhead as ph
 from polyhead.kernels.training import fused
 from polyhead.train.config import TrainConfig
+from polyhead.train.flops import training_flops
 from polyhead.train.loop import train_step
 from polyhead.train.objectives import LanguageBatch, causal_lm
 from polyhead.train.optim import Masters
@@ -45,18 +45,6 @@ class Figure:
     high: float
 
 
-def flops_per_token(model: Any) -> float:
-    """Forward and backward, by the formula of this file."""
-    skipped = ("embedding.weight", "positions.weight")
-    weights = sum(
-        p.numel()
-        for name, p in model.named_parameters()
-        if p.ndim >= 2 and not name.endswith(skipped)
-    )
-    head = model.head.weight.numel() if model.is_tied else 0  # then it is an embedding by name
-    return 6 * (weights + head) + 6 * LAYERS * CONTEXT * WIDTH
-
-
 def trainer(family: str, dtype: str) -> tuple[Callable[[], None], float]:
     """A function that makes one step, and the FLOP it makes a token."""
     sizes = {"d_model": WIDTH, "num_layers": LAYERS, "num_heads": HEADS, "max_seq_len": CONTEXT}
@@ -72,7 +60,7 @@ def trainer(family: str, dtype: str) -> tuple[Callable[[], None], float]:
         with fused(model):
             train_step(model, optimizer, causal_lm, [batch], 1e-3)
 
-    return step, flops_per_token(model)
+    return step, training_flops(model, CONTEXT)
 
 
 def product(dtype: torch.dtype, size: int = 2048) -> Callable[[], None]:

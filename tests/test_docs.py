@@ -69,6 +69,9 @@ def test_commands(
         (tmp_path / "names.jsonl").write_text(f"{row}\n" * 20)
     if note == "run: corpus":
         (tmp_path / "book.txt").write_text("the cat sat on a mat and saw a bat. " * 60)
+    if note == "run: ladder":
+        words = "".join(f"The word {i} is a long line, number {i * i}.\n\n" for i in range(90))
+        (tmp_path / "text.txt").write_text(words)
     if note == "run: blend":
         (tmp_path / "mix.toml").write_text(_toml("weight = "))
         (tmp_path / "sources").mkdir()

@@ -19,6 +19,10 @@ def rows(cli, *words: object) -> dict[tuple[str, str], dict[str, str]]:
 
 # (A, B): what the papers of the second say that it changed, and what they left alone.
 KNOWN = {
+    ("window_mlp", "lstm"): (
+        {("recurrence", "kind"): (None, "LSTM")},
+        [("attention", "sees"), ("norm", "where"), ("parameters", "of layers")],
+    ),
     ("bert", "roberta"): (
         {("embedding", "token types"): ("2", "1"), ("position", "kind"): ("512", "514")},
         [("norm", "kind"), ("attention", "heads"), ("feed-forward", "activation")],
@@ -138,6 +142,7 @@ def test_pages(cli, tmp_path):
 def test_every_reason_is_of_a_fact_that_there_is():
     with torch.device("meta"):
         models = [ph.build(**row.arguments()) for row in PRESETS.values()]
+        models += [ph.build(family) for family in ("window_mlp", "lstm")]
     facts = {(fact.part, fact.name) for model in models for fact in anatomy(model)}
     assert {key for key in REASONS if key[0] != "training"} <= facts
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from polyhead.models.model import TaskModel
+from polyhead.models.window_mlp import WindowMLP
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.embedding import Table, TokenEmbedding
 from polyhead.nn.feedforward import ACTIVATIONS
@@ -58,7 +59,9 @@ def anatomy(model: TaskModel) -> list[Fact]:
         "embedding": _embedding(model),
         "position": {"kind": _position(model)},
         "norm": _norm(model, stacks),
-        "attention": _attention(model, stacks),
+        "window": _window(model),
+        "recurrence": _recurrence(model),
+        "attention": _attention(model, stacks) if stacks else {},
         "feed-forward": _feed_forward(stacks),
         "sharing": _sharing(model, stacks),
         "head": {
@@ -159,6 +162,28 @@ def _norm(model: TaskModel, stacks: Stacks) -> dict[str, str]:
     }
 
 
+def _window(model: TaskModel) -> dict[str, str]:
+    """What a model without attention looks back over, where that has an end."""
+    part = model.backbone
+    if not isinstance(part, WindowMLP):
+        return {}
+    config = part.config
+    return {
+        "tokens": f"{config.window}, the current one among them",
+        "hidden layer": f"{config.read_width:,} to {config.d_model:,}, tanh",
+        "direct connections": "yes" if config.direct else "no",
+    }
+
+
+def _recurrence(model: TaskModel) -> dict[str, str]:
+    found = [part for part in model.backbone.modules() if isinstance(part, nn.LSTM)]
+    return {
+        "kind": ", ".join(type(part).__name__ for part in found),
+        "layers": ", ".join(str(part.num_layers) for part in found),
+        "width": ", ".join(f"{part.hidden_size:,}" for part in found),
+    }
+
+
 def _attention(model: TaskModel, stacks: Stacks) -> dict[str, str]:
     def of(read: Callable[[MultiHeadAttention], str]) -> str:
         return _each(stacks, lambda block: read(block.attention))
@@ -243,7 +268,7 @@ def _parameters(model: TaskModel, stacks: Stacks) -> dict[str, str]:
     return {
         "all": f"{model.num_parameters():,}",
         "of token tables": f"{_count(tables):,}",
-        "of layers": f"{_count(blocks):,}",
+        "of layers": f"{_count(blocks):,}" if blocks else "",
     }
 
 

@@ -1,6 +1,7 @@
 """Text to train on: files, folders, and the corpora that every Python brings along."""
 
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 
 from polyhead.errors import DataError
@@ -17,6 +18,14 @@ _SKIPPED = {
     "idlelib",
     "pydoc_data",
 }
+
+
+@dataclass(frozen=True)
+class SplitText:
+    """Text to learn from and text to be judged by, which share no long line."""
+
+    train: str
+    held_out: str
 
 
 def corpus(name: str) -> str | list[str]:
@@ -53,6 +62,22 @@ def stdlib() -> list[str]:
     if not (found := [text for text in texts if text.strip()]):
         raise DataError(f"no sources in {root}; train on a text file instead")
     return found
+
+
+def split(text: str, held_out: float = 0.1, most: int = 1 << 18) -> SplitText:
+    """The last part of a text, and the rest without the lines that repeat there.
+
+    held_out: a share of the characters, `most` at most; more, up to the break between paragraphs,
+    lines or words that lies before.
+    """
+    at = max(int(len(text) * (1 - held_out)), len(text) - most)
+    earliest = 2 * at - len(text)
+    for mark in ("\n\n", "\n", " "):
+        found = text.rfind(mark, max(0, earliest), at)
+        if found >= 0:
+            at = found + len(mark)
+            break
+    return SplitText(without_lines_of(text[:at], text[at:]), text[at:])
 
 
 def without_lines_of(text: str, held_out: str, shortest: int = 20) -> str:

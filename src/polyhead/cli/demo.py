@@ -12,10 +12,11 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyhead.cli import corpora
+from polyhead.cli.corpora import SplitText
 from polyhead.errors import FileError, PolyheadError
 from polyhead.train.config import TrainConfig
 
@@ -41,14 +42,6 @@ FULL_STEPS, LEAST_STEPS, SECONDS = 3600, 3000, 125
 CALIBRATION_STEPS = 12
 PROMPT = "The "
 SNIPPET = 44
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Text to learn from and text to be judged by, which share no long line."""
-
-    train: str
-    held_out: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,16 +98,12 @@ def run(out: Path, steps: int | None = None) -> dict[str, float]:
     return bits
 
 
-def split(held_out: float = HELD_OUT) -> Corpus:
+def split() -> SplitText:
     """The last tenth of the documentation, and the rest without the lines that repeat there."""
-    from polyhead.cli.corpora import pydocs, without_lines_of
-
-    text = pydocs()
-    at = text.rfind("\n\n", 0, int(len(text) * (1 - held_out))) + 2
-    return Corpus(without_lines_of(text[:at], text[at:]), text[at:])
+    return corpora.split(corpora.pydocs(), HELD_OUT)
 
 
-def count_baselines(corpus: Corpus, tokenizer: "Tokenizer") -> tuple[int, dict[str, float]]:
+def count_baselines(corpus: SplitText, tokenizer: "Tokenizer") -> tuple[int, dict[str, float]]:
     """The n-gram's order, chosen without the held-out text, and bits per byte of both baselines.
 
     The first character of the text goes unscored, as it does for the GPT.
@@ -146,7 +135,7 @@ def _claim(out: Path) -> None:
     (out / MARK).write_text("{}\n")
 
 
-def _tokenizer(corpus: Corpus) -> "Tokenizer":
+def _tokenizer(corpus: SplitText) -> "Tokenizer":
     """A token a character. The alphabet is that of all the text, so that none is unknown."""
     from polyhead.text.tokenizer import Tokenizer
 
@@ -205,7 +194,7 @@ def _affordable_steps(tokenizer: "Tokenizer") -> int:
 
 
 def _train(
-    model: "TaskModel", tokenizer: "Tokenizer", corpus: Corpus, out: Path, steps: int
+    model: "TaskModel", tokenizer: "Tokenizer", corpus: SplitText, out: Path, steps: int
 ) -> dict[str, Any]:
     from polyhead.train.loop import Trainer
 
@@ -246,7 +235,7 @@ def _report(
     out: Path,
     model: "TaskModel",
     tokenizer: "Tokenizer",
-    corpus: Corpus,
+    corpus: SplitText,
     bits: dict[str, float],
     order: int,
     figures: dict[str, Any],

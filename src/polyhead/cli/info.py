@@ -75,6 +75,7 @@ def figures(model: "TaskModel", context: int | None = None) -> dict[str, Any]:
     """Parameters, bytes and FLOPs of a model, which may be on the meta device."""
     from polyhead.nn.attention import MultiHeadAttention
     from polyhead.nn.embedding import TokenEmbedding
+    from polyhead.train.flops import attention_flops, product_weights
 
     config = model.config
     context = context or getattr(config, "max_seq_len", 1024)
@@ -83,12 +84,11 @@ def figures(model: "TaskModel", context: int | None = None) -> dict[str, Any]:
     layers = [part for part in model.modules() if isinstance(part, MultiHeadAttention)]
     windows = getattr(config, "windows", None) or [None] * len(layers)
     seen = [min(context, window or context) for window in windows]
-    heads = [part.num_heads * part.head_dim for part in layers]
     total = model.num_parameters()
     embeddings = sum(
         part.weight.numel() for part in model.modules() if isinstance(part, TokenEmbedding)
     )
-    products = _product_weights(model)
+    products = product_weights(model)
     kv = sum(2 * part.num_kv_heads * part.head_dim for part in layers)
     return {
         "parameters": total,
@@ -99,25 +99,8 @@ def figures(model: "TaskModel", context: int | None = None) -> dict[str, Any]:
         "kv_cache_bytes_per_token": {name: kv * BYTES[name] for name in ("float32", "bfloat16")},
         "matmul_parameters_per_token": products,
         "context": context,
-        "flops_per_token": 2 * products
-        + sum(4 * c * width for c, width in zip(seen, heads, strict=False)),
+        "flops_per_token": 2 * products + attention_flops(layers, seen),
     }
-
-
-def _product_weights(model: "nn.Module") -> int:
-    """Weights that a token is multiplied with; of experts, those of the `top_k` it visits."""
-    from torch import nn
-
-    from polyhead.nn.moe import MixtureOfExperts
-
-    inside: dict[int, float] = {}
-    for part in model.modules():
-        if isinstance(part, MixtureOfExperts):
-            experts = part.experts
-            share = part.top_k / experts.gate.shape[0]
-            inside[id(experts)] = share * sum(w.numel() for w in experts.parameters())
-    linear = sum(part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear))
-    return linear + round(sum(inside.values()))
 
 
 def _by_part(model: "TaskModel") -> dict[str, int]:
@@ -181,7 +164,8 @@ def _print(model: "TaskModel", found: Mapping[str, Any]) -> None:
     table.add_row(
         "FLOPs a token",
         f"{found['flops_per_token'] / 1e6:,.1f} M at {found['context']} tokens of context: "
-        f"2 x {found['matmul_parameters_per_token']:,} + attention",
+        f"2 x {found['matmul_parameters_per_token']:,}"
+        + (" + attention" if found["kv_cache_values_per_token"] else ""),
     )
     # Captured: rich would make an exit of its own of a reader that has gone.
     with console.capture() as page:

@@ -21,6 +21,7 @@ from typing import Any
 VERBS = {
     "train": "train a model on text, or go on training one",
     "prepare": "turn texts into tokens on disk, once, by several processes",
+    "ladder": "train models from n-gram to MoE for the same FLOPs, and compare",
     "compare": "set training runs beside each other, as a table and a page",
     "generate": "write with a model: prompts in, answers out",
     "chat": "talk with a model, turn by turn",

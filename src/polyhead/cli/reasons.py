@@ -51,6 +51,8 @@ REASONS: Mapping[tuple[str, str], Mapping[str, str]] = {
     },
     ("norm", "eps"): {"": "guards the division; must be the checkpoint's"},
     ("norm", "bias"): {"no": "one vector less, and nothing lost", "": "a learned shift"},
+    ("window", "tokens"): {"": "each place in the window has weights of its own"},
+    ("recurrence", "kind"): {"LSTM": "what was read goes on as a state, which gates rewrite"},
     ("attention", "kind"): {
         "Disentangled": "scores add content-to-position and position-to-content",
         "": "scores are of contents alone",

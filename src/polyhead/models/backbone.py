@@ -45,15 +45,7 @@ def place(
     if caches is None:
         at = position_ids if position_ids is not None else _count(given, num_tokens, device)
     else:
-        if position_ids is not None:
-            raise ValueError("with a cache, positions follow from what it holds: pass no ids")
-        if given.segments is not None:
-            raise ValueError("a cache holds one text a row: segments need a forward without one")
-        if len(caches.lengths) != len(input_ids):
-            raise ValueError(
-                f"caches of {len(caches.lengths)} rows do not serve {len(input_ids)} rows of tokens"
-            )
-        at = caches.begin(num_tokens, given.keep)
+        at = advance(input_ids, given, position_ids, caches)
         # The padding is not kept, so no query meets it again.
         given = replace(given, keep=None)
 
@@ -78,6 +70,20 @@ def place(
         [positions[kind] for kind in kinds],
         list(caches) if caches is not None else [None] * len(kinds),
     )
+
+
+def advance(input_ids: Tensor, given: Mask, position_ids: Tensor | None, caches: Caches) -> Tensor:
+    """Begin a step of the caches; the positions `[B, T]` of its tokens. ValueError where they do
+    not belong together."""
+    if position_ids is not None:
+        raise ValueError("with a cache, positions follow from what it holds: pass no ids")
+    if given.segments is not None:
+        raise ValueError("a cache holds one text a row: segments need a forward without one")
+    if len(caches.lengths) != len(input_ids):
+        raise ValueError(
+            f"caches of {len(caches.lengths)} rows do not serve {len(input_ids)} rows of tokens"
+        )
+    return caches.begin(input_ids.shape[1], given.keep)
 
 
 def _count(mask: Mask, num_tokens: int, device: torch.device) -> Tensor:

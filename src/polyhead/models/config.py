@@ -135,7 +135,7 @@ class Config:
 # What a file that lies could ask for would otherwise be built before its tensors are looked at.
 _SIZES = {
     **dict.fromkeys("vocab_size d_model d_ff num_heads num_kv_heads head_dim".split(), 2**24),
-    "type_vocab_size": 2**24,
+    **dict.fromkeys(("type_vocab_size", "embedding_width"), 2**24),
     **dict.fromkeys(("num_layers", "num_experts", "top_k", "sparse_step"), 4096),
     **dict.fromkeys(("max_seq_len", "window"), 2**31),
 }

@@ -16,12 +16,14 @@ from polyhead.models import (
     gpt2,
     llama,
     llava,
+    lstm,
     marian,
     moe,
     swin,
     t5,
     transformer,
     vit,
+    window_mlp,
 )
 from polyhead.models.clip_config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from polyhead.models.config import Config, Row
@@ -53,6 +55,8 @@ FAMILIES = (
     Family(bert.BertConfig, bert.Bert, bert.rules),
     Family(albert.AlbertConfig, albert.Albert, albert.rules),
     Family(bigram.BigramConfig, bigram.Bigram, bigram.rules),
+    Family(window_mlp.WindowMLPConfig, window_mlp.WindowMLP, window_mlp.rules),
+    Family(lstm.LSTMConfig, lstm.LSTM, lstm.rules),
     Family(gpt2.GPT2Config, gpt2.GPT2, gpt2.rules),
     Family(LlamaConfig, llama.Llama, llama.rules),
     Family(moe.MoEConfig, moe.MoE, moe.rules),

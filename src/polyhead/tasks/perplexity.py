@@ -60,7 +60,7 @@ def perplexity(
         raise ConfigError(f"batch_size={batch_size} must be at least 1")
     require_causal(model)
     context, stride = _window(model, context, stride)
-    ids, num_bytes = _scorable(tokenizer, text)
+    ids, num_bytes = scorable(tokenizer, text)
     check_ids(ids, getattr(model.config, "vocab_size"))  # noqa: B009
     # A window of `context` tokens reads all but its last, which it predicts.
     total, tokens = summed_nats(model, [torch.tensor(ids)], context - 1, stride, batch_size)
@@ -87,7 +87,7 @@ def _window(model: TaskModel, context: int | None, stride: int | None) -> tuple[
     return context, stride
 
 
-def _scorable(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
+def scorable(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
     """Ids of which all but the first are scored, and how many bytes of text those are."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     num_bytes = len(text.encode())

@@ -30,11 +30,12 @@ class AttentionMap:
 
 @dataclass(frozen=True)
 class Chart:
-    """Curves over one pair of axes: points (step, value) by name."""
+    """Curves over one pair of axes: points (step, value) by name. axis: where it is no step."""
 
     title: str
     curves: Mapping[str, Sequence[Point]]
     caption: str = ""
+    axis: str = "step"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ class Report:
     """What the page shows; what is empty is left out.
 
     curves: points (step, value) by name, and curves_caption what they show. charts: further ones.
-    table: rows of texts, the first of them a header. bars: name and bits per byte; the first is
-    ours. samples: (step, or whose it is, text). facts: name and value, as they shall stand there.
+    table: rows of texts, the first of them a header. bars: name and bits per byte, of which the
+    one numbered `marked` stands out. samples: (step, or whose it is, text). facts: name and value,
+    as they shall stand there.
     """
 
     title: str
@@ -55,6 +57,7 @@ class Report:
     table: Sequence[Sequence[str]] = ()
     bars: Sequence[tuple[str, float]] = ()
     bars_caption: str = ""
+    marked: int = 0
     attention: AttentionMap | None = None
     samples: Sequence[tuple[int | str, str]] = ()
 
@@ -86,9 +89,11 @@ def render(report: Report) -> str:
     for chart in (Chart("Loss", report.curves, report.curves_caption), *report.charts):
         curves = {name: _finite(points) for name, points in chart.curves.items()}
         if any(curves.values()):
-            parts.append(_figure(chart.title, line_chart(curves), chart.caption))
+            parts.append(_figure(chart.title, line_chart(curves, chart.axis), chart.caption))
     if report.bars:
-        parts.append(_figure("Comparison", bar_chart(report.bars), report.bars_caption))
+        parts.append(
+            _figure("Comparison", bar_chart(report.bars, report.marked), report.bars_caption)
+        )
     if report.attention is not None:
         drawing = heat_map(report.attention.tokens, report.attention.weights)
         parts.append(_figure("Where one head looks", drawing, report.attention.caption))
@@ -101,7 +106,7 @@ def render(report: Report) -> str:
     return _PAGE.format(title=_text(report.title), style=_STYLE, body="\n".join(parts))
 
 
-def line_chart(curves: Mapping[str, Sequence[Point]], height: int = 280) -> str:
+def line_chart(curves: Mapping[str, Sequence[Point]], axis: str = "step", height: int = 280) -> str:
     """Curves over one pair of axes, as SVG, each named in a key above."""
     points = [point for curve in curves.values() for point in curve]
     if not points:
@@ -132,7 +137,7 @@ def line_chart(curves: Mapping[str, Sequence[Point]], height: int = 280) -> str:
         for tick in _ticks(0, right)
         if tick <= right
     )
-    drawn.append(_label((_LEFT + WIDTH) / 2, height - 4, "step", "middle"))
+    drawn.append(_label((_LEFT + WIDTH) / 2, height - 4, axis, "middle"))
     for number, (name, curve) in enumerate(curves.items()):
         path = " ".join("{:.1f},{:.1f}".format(*at(x, y)) for x, y in _thinned(curve))
         kind = f"line c{number % 4} d{number // 4 % 3}"
@@ -144,7 +149,7 @@ def line_chart(curves: Mapping[str, Sequence[Point]], height: int = 280) -> str:
         drawn.append(f'<polyline class="{kind}" points="{path}"/>')
         drawn.append(f'<line class="{kind}" x1="{key}" x2="{key + 20}" y1="{y}" y2="{y}"/>')
         drawn.append(_label(key + 26, y + 4, name, "start"))
-    return _svg(height, drawn, "Curves by step")
+    return _svg(height, drawn, f"Curves by {axis}")
 
 
 def _keys(names: Sequence[str]) -> list[tuple[float, int]]:
@@ -160,14 +165,14 @@ def _keys(names: Sequence[str]) -> list[tuple[float, int]]:
     return found
 
 
-def bar_chart(bars: Sequence[tuple[str, float]], row: int = 46) -> str:
-    """Horizontal bars with their values, as SVG; the first is marked."""
+def bar_chart(bars: Sequence[tuple[str, float]], marked: int = 0, row: int = 46) -> str:
+    """Horizontal bars with their values, as SVG; one stands out."""
     most = max((value for _, value in bars if math.isfinite(value)), default=1.0) or 1.0
     drawn: list[str] = []
     for number, (name, value) in enumerate(bars):
         y = number * row
         length = (value / most if math.isfinite(value) else 1.0) * (WIDTH - 80)
-        kind = "c0" if number == 0 else "other"
+        kind = "c0" if number == marked else "other"
         drawn.append(_label(0, y + 14, name, "start"))
         drawn.append(
             f'<rect class="bar {kind}" x="0" y="{y + 20}" width="{length:.1f}" height="16" rx="3"/>'
