@@ -19,10 +19,10 @@ from polyhead.models.ngram import NGram
 from polyhead.tasks.perplexity import perplexity, scorable
 from polyhead.text.tokenizer import Tokenizer
 from polyhead.train.config import TrainConfig
-from polyhead.train.corpus import documents
 from polyhead.train.log import read_log
 from polyhead.train.loop import Interrupted, Trainer
 from polyhead.train.rungs import RUNGS, Plan, built, planned
+from polyhead.train.sources import Texts
 
 if TYPE_CHECKING:
     from polyhead.cli.ladder import Args
@@ -52,7 +52,7 @@ class Course:
 
 def make_course(args: "Args", budget: float, rates: Mapping[str, float]) -> Course:
     """Read the text, hold out its end, and make the tokenizer, or take up the ladder's."""
-    text = split("\n\n".join(documents(corpus(args.data))))
+    text = split("\n\n".join(Texts(corpus(args.data)).documents()))
     folder = args.out / TOKENIZER
     if args.resume and folder.exists():
         words = Tokenizer.load(folder)
