@@ -80,7 +80,8 @@ def save(
             with nullcontext() if parallel is None else parallel.whole():
                 if ranks.is_first:
                     shutil.rmtree(temp, ignore_errors=True)
-                    temp.mkdir(parents=True)
+                    folder.mkdir(exist_ok=True)  # a run that was removed is not made again
+                    temp.mkdir()
                     _save_model(temp, model, state)
         if ranks.is_first:
             tokenizer.save(temp)

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from polyhead.compress.formats import PackedWeight
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.train.config import TrainConfig
 from polyhead.train.depth import depths, in_blocks, num_blocks
-from polyhead.train.distributed import gathered, shard_like
+from polyhead.train.distributed import gathered, local, shard_like
 from polyhead.train.muon import Muon
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
@@ -110,17 +111,19 @@ class Masters:
         """Clip, update, and clear the gradients; the norm before clipping.
 
         limit: the largest norm allowed, of the norm found; `config.clip` holds besides. A norm that
-        is not finite raises NotFiniteError and leaves every weight as it is.
+        is not finite raises NotFiniteError, a moment that is not PolyheadError; both leave every
+        weight as it is.
         """
         grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = gathered(torch.nn.utils.get_total_norm(grads))
+        norm = gathered(get_total_norm(grads))
         value = float(norm)
         if not math.isfinite(value):
             self.discard()
             raise NotFiniteError(f"the gradient's norm is {value}: lower lr, or check the data")
+        self._check_moments()
         largest = min(self.clip or math.inf, math.inf if limit is None else limit(value))
         if largest < math.inf:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, largest, norm)
+            clip_grads_with_norm_(self.masters, largest, norm)
         for mover in self.movers:
             for group in mover.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -130,6 +133,31 @@ class Masters:
             average.lerp_(master, 1 - self.ema)
         self._round()
         return value
+
+    def _check_moments(self) -> None:
+        moments = [
+            local(value)
+            for mover in self.movers
+            for state in mover.state.values()
+            for value in state.values()
+            if value.ndim
+        ]
+        # One quick pass; where squares alone overflowed, the exact one finds nothing.
+        if moments and not math.isfinite(float(get_total_norm(moments))):
+            self.discard()
+            self.require_finite("no step can be made")
+
+    def require_finite(self, what: str) -> None:
+        """PolyheadError, which begins with `what`, where a weight, a moment or an average is not
+        finite: no later step mends that, and it is not to be saved."""
+        held = {"weight": zip(self.names, self.params, strict=True), "state": self._local()}
+        for kind, tensors in held.items():
+            for name, tensor in tensors:
+                if not bool(local(tensor.detach()).isfinite().all()):
+                    raise PolyheadError(
+                        f"{what}: the {kind} {name} is no longer finite, and no step mends that: "
+                        "resume from the last checkpoint, with a lower lr where it comes back"
+                    )
 
     def _round(self) -> None:
         """Write the masters to the model's own weights."""
@@ -159,15 +187,17 @@ class Masters:
 
     def state(self) -> dict[str, Tensor]:
         """Masters, moments, step counts and averages by parameter name."""
-        state: dict[str, Tensor] = {}
+        return {name: gathered(value) for name, value in self._local()}
+
+    def _local(self) -> Iterator[tuple[str, Tensor]]:
+        """What `state` gives, not gathered."""
         for name, master in zip(self.names, self.masters, strict=True):
-            state[f"master.{name}"] = gathered(master.detach())
+            yield f"master.{name}", master.detach()
             for mover in self.movers:
                 for key, value in mover.state.get(master, {}).items():
-                    state[f"{key}.{name}"] = gathered(value)
+                    yield f"{key}.{name}", value
         for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
-            state[f"average.{name}"] = gathered(average)
-        return state
+            yield f"average.{name}", average
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave; the model's weights follow the masters."""

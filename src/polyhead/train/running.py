@@ -17,6 +17,7 @@ from polyhead.train.evaluate import score_dataset, score_tokens
 from polyhead.train.guards import Guard
 from polyhead.train.log import Log, View, peak_memory
 from polyhead.train.optim import Masters, NotFiniteError, learning_rate
+from polyhead.train.order import part_seed
 from polyhead.train.step import Interrupted, train_step
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Running:
                 self.model, self.optimizer, self.parallel,
                 [batch.to(self.device) for batch in batches], learning_rate(step, self.config),
                 self.guard.limit, self.ranks,
+                [part_seed(self.config.seed, part) for part in parts],
             )  # fmt: skip
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -113,6 +115,7 @@ class Running:
             raise PolyheadError(self._smaller()) from None
         except NotFiniteError as error:
             self._record({"step": step + 1, "skipped": str(error)})
+            self.optimizer.require_finite(f"step {step + 1}: {error}")
             self.guard.skip(step + 1, str(error))
             return None
         for name, value in nll.items():
@@ -222,6 +225,7 @@ class Running:
         self._record({"step": done, "sample": text})
 
     def _save(self, done: int, valid: float | None, score: float | None) -> Path:
+        self.optimizer.require_finite(f"step {done} is not saved")
         if self.log is not None:
             self.log.sync()
         self.progress = replace(

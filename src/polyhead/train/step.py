@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from polyhead.errors import DataError
@@ -42,12 +43,14 @@ def train_step(
     lr: float,
     limit: Callable[[float], float] | None = None,
     ranks: Ranks = ALONE,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[dict[str, float], float, int]:
     """One optimizer step over batches: sums of the loss's parts, the gradient's norm, tokens.
 
     Every gradient is divided by the tokens of the whole step, so 4 batches of 2 rows make the step
     of one batch of 8. limit: as in `Masters.step`. ranks: those that share the step, each with
-    batches of its own; sums are of all of them. A loss or a gradient that is not finite raises
+    batches of its own; sums are of all of them. seeds: what the dropout of each batch is drawn
+    from; without them the generator goes on. A loss or a gradient that is not finite raises
     NotFiniteError and changes no weight.
     """
     (tokens,) = ranks.sum([sum(batch.tokens() for batch in batches)])
@@ -55,7 +58,9 @@ def train_step(
         raise DataError("no label of this step counts: every one is masked")
     sums: dict[str, float] = {}
     worst = 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if seeds is not None:
+            torch.manual_seed(seeds[number])
         loss = objective(model, batch)
         (loss.total / tokens).backward()
         for name, part in (loss.parts or {"loss": loss.total.detach()}).items():
