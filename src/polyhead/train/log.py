@@ -13,6 +13,10 @@ from typing import Any, TextIO
 
 import torch
 
+# Here, as it draws from `random` when it is imported: a resumed run would lose its place there.
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
 from polyhead.errors import FileError
 from polyhead.files.disk import atomic_file
 
@@ -111,9 +115,6 @@ class View:
     """Progress on standard error: a live bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
         self.steps, self.first, self.began = steps, step, time.monotonic()
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.live = self.console.is_terminal and not quiet

@@ -135,13 +135,9 @@ class Masters:
         return value
 
     def _check_moments(self) -> None:
-        moments = [
-            local(value)
-            for mover in self.movers
-            for state in mover.state.values()
-            for value in state.values()
-            if value.ndim
-        ]
+        states = [state for mover in self.movers for state in mover.state.values()]
+        moments = [value for state in states for value in state.values() if value.ndim]
+        moments = [local(value) for value in (*moments, *self.averages)]
         # One quick pass; where squares alone overflowed, the exact one finds nothing.
         if moments and not math.isfinite(float(get_total_norm(moments))):
             self.discard()
