@@ -44,7 +44,7 @@ def train(told: dict[str, Any]) -> None:
     if "spoilt" in told:
         trainer.objective = spoilt(trainer.model, set(told["spoilt"]), config.accumulate)
     trainer.fit(data, resume=True)
-    if "count" in told:
+    if "count" in told and os.environ["RANK"] == "0":
         Path(told["count"]).write_text(str(touches[0]))
 
 

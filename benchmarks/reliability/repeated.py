@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from benchmarks.reliability.runs import Progress, left, training
 STEPS = 60
 
 
-def repeated(folder: Path, rounds: int) -> dict[str, Any]:
+def repeated(
+    folder: Path, rounds: int, objectives: Collection[str] = tuple(TRAINERS)
+) -> dict[str, Any]:
     """Each objective so often; every second run is terminated once, somewhere, and goes on."""
-    progress, draw = Progress("repeat", rounds * len(TRAINERS)), random.Random(0)
+    progress, draw = Progress("repeat", rounds * len(objectives)), random.Random(0)
     faults, done, resumed = list[str](), 0, 0
-    for objective in TRAINERS:
+    for objective in objectives:
         first, length = None, 0.0
         for number in range(rounds):
             out = folder / objective / str(number)
@@ -39,6 +42,6 @@ def repeated(folder: Path, rounds: int) -> dict[str, Any]:
             done += 1
             progress(done)
     return {
-        "ok": not faults, "runs": done, "objectives": list(TRAINERS), "resumed": resumed,
+        "ok": not faults, "runs": done, "objectives": list(objectives), "resumed": resumed,
         "faults": faults,
     }  # fmt: skip

@@ -4,6 +4,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,18 @@ class Campaign:
         self.folder, self.world, self.rounds, self.config = folder, world, rounds, config
         counted = folder / "touches"
         assert self._start(folder / "whole", count=str(counted)).wait() == 0
-        began = time.perf_counter()  # of the second: the first one waits for imports
-        assert self._start(folder / "again").wait() == 0
-        self.length = time.perf_counter() - began
         self.touches = int(counted.read_text())
         self.whole: Left = left(folder / "whole")
-        assert left(folder / "again") == self.whole
         self.progress = Progress(name, rounds)
         self.stopped = self.runs = self.inside = 0
         self.same, self.codes, self.waits = True, set[int](), list[float]()
+
+    @cached_property
+    def length(self) -> float:
+        """Seconds that a run takes once the imports are there."""
+        began = time.perf_counter()
+        assert self._start(self.folder / "again").wait() == 0
+        return time.perf_counter() - began
 
     def _start(self, out: Path, **told: Any) -> Run:
         return training(out, self.world, config=self.config, **told)

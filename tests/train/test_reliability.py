@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from benchmarks.reliability import notfinite, repeated, reshaped, runs, stopped
+from benchmarks.reliability import notfinite, repeated, runs, stopped
 
 from polyhead.errors import ConfigError, FileError, PolyheadError
 from polyhead.files.safetensors import open_checkpoint
@@ -28,6 +28,12 @@ SETTINGS = {
 
 class Stop(Exception):  # noqa: N818
     """Stands for whatever ends a process."""
+
+
+@pytest.fixture(autouse=True)
+def quick_disk(monkeypatch):
+    """In this process no power is cut: what is flushed need not wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def fit(out, tokenizer, *, data=None, stop=None, resume=False, spoil=None, **settings):
@@ -50,15 +56,15 @@ def fit(out, tokenizer, *, data=None, stop=None, resume=False, spoil=None, **set
 
 
 def test_a_sigkill_inside_a_write_costs_nothing(tmp_path):
-    settings = {"steps": 30, "dtype": "bfloat16"}
+    settings = {"steps": 23, "dtype": "bfloat16"}
     found = stopped.killed_in_writes(tmp_path, 3, **settings)
     assert found["ok"], found
     assert found["signals"] == 3
     assert found["exit_codes"] == [-9]
     # A second checkpoint was written, and the ones before it were removed.
     assert {p.name for p in (tmp_path / "cut-1" / "checkpoints").glob("step-*")} == {
-        "step-00000028",
-        "step-00000030",
+        "step-00000021",
+        "step-00000023",
     }
 
 
@@ -70,15 +76,13 @@ def test_a_terminated_run_saves_and_goes_on(tmp_path):
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(repeated, "STEPS", 8)
-    found = repeated.repeated(tmp_path, 2)
+    found = repeated.repeated(tmp_path, 2, ["chat"])
     assert found["ok"], found
-    assert found["runs"] == 6
+    assert found["runs"] == 2
 
 
-def test_two_ranks_killed_with_dropout_and_reshaped(tmp_path, monkeypatch):
-    assert stopped.killed_in_writes(tmp_path / "killed", 1, 2, steps=12)["ok"]
-    monkeypatch.setattr(reshaped, "MORE", 3)
-    found = reshaped.reshaped(tmp_path, 1, worlds=(2, 4))
+def test_two_ranks_with_dropout_are_killed_and_go_on(tmp_path):
+    found = stopped.killed_in_writes(tmp_path, 1, 2, steps=9, checkpoint_every=4)
     assert found["ok"], found
 
 
@@ -133,20 +137,18 @@ def test_a_disk_that_is_full_is_one_line_and_nothing_is_lost(
     """Every so many flushes to disk: of the tokens, the settings, the log, a checkpoint."""
     whole, run, left = tmp_path / "whole", tmp_path / "run", touch
     fit(whole, tokenizer)
-    sync = os.fsync
 
     def full(file):
         nonlocal left
         left -= 1
         if left <= 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        sync(file)
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FileError, match="No space left on device") as error:
-        fit(run, tokenizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(FileError, match="No space left on device") as error:
+            fit(run, tokenizer)
     assert "\n" not in str(error.value)
-    monkeypatch.undo()
     assert not list((run / "checkpoints").glob(".*"))
     if (last := checkpoint.latest(run)) is not None:
         checkpoint.verify(last)
@@ -195,9 +197,10 @@ def test_a_stop_around_the_end_of_an_epoch_loses_no_row(tmp_path, tokenizer, sto
     data = [lines[:size]]
     if kind == "blend":
         data = {"a": Corpus([lines[: size // 2]], 0.5), "b": Corpus([lines[size:]], 0.5)}
-    settings = {"steps": 14, "accumulate": 2, "held_out": 0.0, "checkpoint_every": 1}
+    settings = {"steps": 14, "accumulate": 2, "held_out": 0.0, "checkpoint_every": 0}
     fit(tmp_path / "whole", tokenizer, data=data, **settings)
-    fit(tmp_path / "cut", tokenizer, data=data, stop=stop + 1, **settings)
+    saves = {**settings, "checkpoint_every": stop}
+    fit(tmp_path / "cut", tokenizer, data=data, stop=stop + 1, **saves)
     assert checkpoint.latest(tmp_path / "cut").name == f"step-{stop:08d}"
     fit(tmp_path / "cut", tokenizer, data=data, resume=True, **settings)
     assert runs.left(tmp_path / "cut") == runs.left(tmp_path / "whole")
