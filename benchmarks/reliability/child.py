@@ -4,7 +4,8 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 import polyhead as ph
 from polyhead.cli.main import main
+from polyhead.train import loop
 from polyhead.train.objectives import Loss, causal_lm
 
 TEXT = "the cat sat on a mat and saw that it was flat. " * 60
@@ -35,12 +37,15 @@ def train(told: dict[str, Any]) -> None:
     """A run from its newest checkpoint, or its beginning. SystemExit 143 where it is terminated.
 
     told: `config` beside CONFIG; `objective`; `die_at`, the touch of the disk that kills it;
-    `count`, a file for the number of touches; `spoilt`, steps to be left out, counted from here.
+    `count`, a file for the number of touches; `ready`, one that is made before the first step;
+    `spoilt`, steps to be left out, counted from here.
     """
     config = ph.TrainConfig(**{**CONFIG, **told["config"]})
     touches = watch(Path(config.out).resolve(), told.get("die_at", 0))
     trainer, data = TRAINERS[told.get("objective", "causal-lm")](config)
     trainer.callbacks = [draw]
+    if "ready" in told:
+        loop.signals = telling(Path(told["ready"]))
     if "spoilt" in told:
         trainer.objective = spoilt(trainer.model, set(told["spoilt"]), config.accumulate)
     trainer.fit(data, resume=True)
@@ -55,6 +60,19 @@ def command(words: list[str], said: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     sys.exit(main(words))
+
+
+def telling(ready: Path) -> Any:
+    """`signals` of the loop, which makes a file once it listens."""
+    listen = loop.signals
+
+    @contextmanager
+    def told() -> Generator[list[int]]:
+        with listen() as received:
+            ready.touch()
+            yield received
+
+    return told
 
 
 def draw(trainer: Any, record: dict[str, Any]) -> None:

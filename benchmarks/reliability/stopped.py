@@ -10,8 +10,6 @@ from typing import Any
 
 from benchmarks.reliability.runs import Left, Progress, Run, inside_a_write, left, training
 
-Stop = Callable[[Run, float], bool]
-
 
 class Campaign:
     """Starts a run, stops it, starts it again, until it was stopped `rounds` times; then compares.
@@ -56,10 +54,14 @@ class Campaign:
     def _one(self, out: Path, moments: Callable[[], dict[str, Any]], number: int) -> bool:
         """One process of a run; whether it reached the end."""
         told = moments() if self.stopped < self.rounds else {}
-        after = told.pop("after", None)
+        after, ready = told.pop("after", None), Path(told.get("ready", out))
+        if "ready" in told:
+            ready.unlink(missing_ok=True)
         run = self._start(out, **told)
         sent = time.perf_counter()
         if after is not None:
+            while "ready" in told and run.processes[0].is_alive() and not ready.exists():
+                run.processes[0].join(0.005)
             run.processes[0].join(after)
             sent = time.perf_counter()
             run.send(number)
@@ -97,10 +99,10 @@ def terminated(folder: Path, rounds: int, **config: Any) -> dict[str, Any]:
     """SIGTERM at random moments: a checkpoint within 10 s, exit code 143."""
     campaign = Campaign(folder, 1, "terminate", rounds, **config)
     draw = random.Random(0)
+    # Counted from where there is a step to save.
+    ready = str(folder / "ready")
     found = campaign.go(
-        # Not while Python starts: before the first step there is nothing to save.
-        lambda: {"after": draw.uniform(0.2, 0.6) * campaign.length},
-        signal.SIGTERM,
+        lambda: {"after": draw.uniform(0, 0.4) * campaign.length, "ready": ready}, signal.SIGTERM
     )
     found["ok"] = found["ok"] and max(campaign.waits) < 10 and campaign.codes <= {143}
     return found

@@ -69,7 +69,7 @@ def test_a_sigkill_inside_a_write_costs_nothing(tmp_path):
 
 
 def test_a_terminated_run_saves_and_goes_on(tmp_path):
-    found = stopped.terminated(tmp_path, 1, steps=60)
+    found = stopped.terminated(tmp_path, 1, steps=30)
     assert found["ok"], found
     assert found["exit_codes"] == [143]
 

@@ -111,8 +111,7 @@ class Masters:
         """Clip, update, and clear the gradients; the norm before clipping.
 
         limit: the largest norm allowed, of the norm found; `config.clip` holds besides. A norm that
-        is not finite raises NotFiniteError, a moment that is not PolyheadError; both leave every
-        weight as it is.
+        is not finite raises NotFiniteError and leaves every weight as it is.
         """
         grads = [m.grad for m in self.masters if m.grad is not None]
         norm = gathered(get_total_norm(grads))
@@ -120,7 +119,6 @@ class Masters:
         if not math.isfinite(value):
             self.discard()
             raise NotFiniteError(f"the gradient's norm is {value}: lower lr, or check the data")
-        self._check_moments()
         largest = min(self.clip or math.inf, math.inf if limit is None else limit(value))
         if largest < math.inf:
             clip_grads_with_norm_(self.masters, largest, norm)
@@ -134,26 +132,23 @@ class Masters:
         self._round()
         return value
 
-    def _check_moments(self) -> None:
+    def moments_are_finite(self) -> bool:
+        """Whether moments and averages, of this rank's part, are numbers: a look at each step."""
         states = [state for mover in self.movers for state in mover.state.values()]
         moments = [value for state in states for value in state.values() if value.ndim]
         moments = [local(value) for value in (*moments, *self.averages)]
-        # One quick pass; where squares alone overflowed, the exact one finds nothing.
-        if moments and not math.isfinite(float(get_total_norm(moments))):
-            self.discard()
-            self.require_finite("no step can be made")
+        # One quick pass; where squares alone overflowed, the exact one decides.
+        quick = not moments or math.isfinite(float(get_total_norm(moments)))
+        return quick or all(bool(moment.isfinite().all()) for moment in moments)
 
-    def require_finite(self, what: str) -> None:
-        """PolyheadError, which begins with `what`, where a weight, a moment or an average is not
-        finite: no later step mends that, and it is not to be saved."""
-        held = {"weight": zip(self.names, self.params, strict=True), "state": self._local()}
-        for kind, tensors in held.items():
-            for name, tensor in tensors:
-                if not bool(local(tensor.detach()).isfinite().all()):
-                    raise PolyheadError(
-                        f"{what}: the {kind} {name} is no longer finite, and no step mends that: "
-                        "resume from the last checkpoint, with a lower lr where it comes back"
-                    )
+    def not_finite(self) -> str | None:
+        """A weight, a moment or an average, of this rank's part, that is no longer finite: no step
+        mends that, and it is not to be saved."""
+        weights = zip(self.names, self.params, strict=True)
+        for name, tensor in (*weights, *self._local()):
+            if not bool(local(tensor.detach()).isfinite().all()):
+                return name
+        return None
 
     def _round(self) -> None:
         """Write the masters to the model's own weights."""

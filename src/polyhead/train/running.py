@@ -115,7 +115,7 @@ class Running:
             raise PolyheadError(self._smaller()) from None
         except NotFiniteError as error:
             self._record({"step": step + 1, "skipped": str(error)})
-            self.optimizer.require_finite(f"step {step + 1}: {error}")
+            self._require_finite(f"step {step + 1}: {error}")
             self.guard.skip(step + 1, str(error))
             return None
         for name, value in nll.items():
@@ -127,6 +127,16 @@ class Running:
         loss = nll.get("loss", math.nan) / counted
         self.view.step(step + 1, loss, self._bits(loss), self._speed())
         return loss
+
+    def _require_finite(self, what: str) -> None:
+        """PolyheadError, which begins with `what`, where a weight or a moment is no number."""
+        name = self.optimizer.not_finite()
+        (broken,) = self.ranks.sum([name is not None])
+        if broken:
+            raise PolyheadError(
+                f"{what}: {name or 'what another process holds'} is no longer finite, and no step "
+                "mends that: resume from the last checkpoint, with a lower lr where it comes back"
+            )
 
     def _smaller(self) -> str:
         """What to do where a batch does not fit into memory: the largest that does, found here."""
@@ -225,7 +235,7 @@ class Running:
         self._record({"step": done, "sample": text})
 
     def _save(self, done: int, valid: float | None, score: float | None) -> Path:
-        self.optimizer.require_finite(f"step {done} is not saved")
+        self._require_finite(f"step {done} is not saved")
         if self.log is not None:
             self.log.sync()
         self.progress = replace(

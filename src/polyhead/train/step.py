@@ -50,8 +50,8 @@ def train_step(
     Every gradient is divided by the tokens of the whole step, so 4 batches of 2 rows make the step
     of one batch of 8. limit: as in `Masters.step`. ranks: those that share the step, each with
     batches of its own; sums are of all of them. seeds: what the dropout of each batch is drawn
-    from; without them the generator goes on. A loss or a gradient that is not finite raises
-    NotFiniteError and changes no weight.
+    from; without them the generator goes on. A loss, a gradient or a moment that is not finite
+    raises NotFiniteError and changes no weight.
     """
     (tokens,) = ranks.sum([sum(batch.tokens() for batch in batches)])
     if tokens == 0:
@@ -70,7 +70,11 @@ def train_step(
         if not math.isfinite(worst) and ranks.world == 1:
             break
         optimizer.collect()
-    *parts, worst = ranks.sum([*sums.values(), worst])
+    broken = not optimizer.moments_are_finite()
+    *parts, worst, broken = ranks.sum([*sums.values(), worst, broken])
+    if broken:
+        optimizer.discard()
+        raise NotFiniteError("a moment of the optimizer is no number")
     if not math.isfinite(worst):
         optimizer.discard()
         raise NotFiniteError(f"the loss is {worst}: lower lr, raise warmup, or check the data")
