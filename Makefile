@@ -8,7 +8,8 @@ NAME ?= digits
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: .venv bench-encoders bench-train clean demo format help lint recipe test types
+.PHONY: .venv bench-encoders bench-train clean demo format help lint recipe reliability
+.PHONY: soak-train test types
 
 .venv: $(STAMP) ## The virtual environment with everything in it
 
@@ -41,6 +42,12 @@ bench-train: $(STAMP) ## Training speed beside the ceiling of this machine
 
 bench-encoders: $(STAMP) ## Encoders beside sentence-transformers and transformers
 	@$(BIN)/python -m benchmarks.encoders $(ARGS)
+
+reliability: $(STAMP) ## Training that is killed, filled up and reshaped: make reliability ARGS=kill
+	@$(BIN)/python -m benchmarks.reliability $(ARGS)
+
+soak-train: $(STAMP) ## The same for hours: the long tier of docs/reliability.md
+	@$(BIN)/python -m benchmarks.reliability --long --json $(ARGS)
 
 recipe: $(STAMP) ## Learn something small and honest: make recipe NAME=digits
 	@$(BIN)/python -m recipes.$(NAME) $(ARGS)

@@ -1,9 +1,5 @@
 import json
 import random
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -25,34 +21,6 @@ SETTINGS = {
     "checkpoint_every": 5, "validate_every": 4, "validate_batches": 2,
 }  # fmt: skip
 DROPOUT = {"dropout": 0.1, "embedding_dropout": 0.1}
-
-# A run in a process of its own that kills itself at the n-th touch of the disk by checkpoints.
-CHILD = """
-import os, pathlib, signal, sys
-import torch
-torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
-from train_helpers import begin
-from polyhead.files import disk
-from polyhead.train import checkpoint
-left = int(sys.argv[1])
-def deadly(function):
-    def act(*args, **named):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **named)
-    return act
-for home, name in (
-    (checkpoint, "write_checkpoint"), (checkpoint, "_sync_files"), (checkpoint, "_hashes"),
-    (checkpoint, "verify"), (checkpoint, "_prune"), (checkpoint.shutil, "rmtree"),
-    (pathlib.Path, "rename"), (os, "fsync"), (disk, "sync_directory"),
-):
-    setattr(home, name, deadly(getattr(home, name)))
-begin({out!r}, {dtype!r}, resume=True)
-print(-left)
-"""
 
 
 def begin(out, tokenizer, *, resume=False, texts=None, callbacks=(), model=None, **settings):
@@ -83,10 +51,6 @@ def assert_same(one, other):
         assert torch.equal(tensor, other[0][name]), name
     assert one[1] == other[1]
     assert one[2] == other[2]
-
-
-# A checkpoint takes some 34 touches: in the second, the second again, the third.
-KILLS = (50, 20, 45)
 
 
 class Stop(Exception):  # noqa: N818
@@ -133,46 +97,6 @@ def test_random_states_are_taken_up(tmp_path, tokenizer):
     again = torch.rand(3), random.random(), np.random.rand()
     assert torch.equal(drawn[0], again[0])
     assert drawn[1:] == again[1:]
-
-
-def test_a_sigkill_inside_a_write_costs_nothing(tmp_path, tokenizer):
-    """Killed again and again, at every kind of moment, the run still ends as if never disturbed."""
-    helpers = tmp_path / "helpers"
-    helpers.mkdir()
-    tokenizer.save(helpers / "tokenizer")
-    lines = f"""
-        import polyhead as ph
-        from polyhead.text.tokenizer import Tokenizer
-        from polyhead.train.config import TrainConfig
-        from polyhead.train.loop import Trainer
-
-        def begin(out, dtype, resume):
-            tokenizer = Tokenizer.load({str(helpers / "tokenizer")!r})
-            model = ph.build("gpt2", seed=0, vocab_size=tokenizer.vocab_size, d_model=16,
-                             num_layers=2, num_heads=2, max_seq_len=64, **{DROPOUT})
-            config = TrainConfig(out=out, dtype=dtype, **{SETTINGS})
-            Trainer(model, tokenizer, config, quiet=True).fit([{text(60)!r}], resume=resume)
-    """
-    (helpers / "train_helpers.py").write_text(textwrap.dedent(lines))
-
-    def child(out: Path, kill_at: int) -> int:
-        code = CHILD.format(tests=str(helpers), out=str(out), dtype="bfloat16")
-        done = subprocess.run(
-            [sys.executable, "-c", code, str(kill_at)], capture_output=True, text=True
-        )
-        assert done.returncode == (-signal.SIGKILL if kill_at else 0), done.stderr
-        return 0 if kill_at else int(done.stdout)
-
-    assert child(tmp_path / "whole", 0) > 2 * max(KILLS), "checkpoints touch the disk less often"
-    killed = tmp_path / "killed"
-    for at in KILLS:
-        child(killed, at)
-    assert checkpoint.latest(killed) is not None
-    child(killed, 0)
-    whole, cut = final_state(tmp_path / "whole"), final_state(killed)
-    whole[1]["rng"], cut[1]["rng"] = None, None
-    assert_same(whole, cut)
-    assert not list((killed / "checkpoints").glob(".*"))
 
 
 def test_what_a_killed_writer_left_is_ignored_and_removed(tmp_path, tokenizer):

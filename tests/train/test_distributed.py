@@ -158,6 +158,9 @@ def test_parts_of_matrices_are_not_pruned():
 
 def test_batches_that_cannot_be_shared_are_refused():
     assert list(Ranks(1, 2).share(range(8, 12))) == [9, 11]
-    with pytest.raises(ConfigError, match=r"3 processes share the 4 batches.*multiple of 3"):
+    with pytest.raises(
+        ConfigError,
+        match=r"3 processes cannot share the 4 batches.*start 1 or 2 or 4.*multiple of 3",
+    ):
         Ranks(0, 3).share(range(4))
     assert Ranks().sum([1.5, 2.0]) == [1.5, 2.0]

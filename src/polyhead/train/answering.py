@@ -154,8 +154,8 @@ def _check_room(table: Table, inputs: TextInputs, stride: int) -> None:
         context = tokenizer.encode(table.columns["context"][row], add_special_tokens=False)
         if len(context) > room:
             raise DataError(
-                f"{table.name}: row {row}: the question has {len(ids)} tokens and leaves "
-                f"{max(0, room)} of {size} to its context, whose windows share {stride}: "
+                f"{table.name}: row {table.number(row)}: the question has {len(ids)} tokens and "
+                f"leaves {max(0, room)} of {size} to its context, whose windows share {stride}: "
                 "shorten it, raise context, or lower the option stride"
             )
 
@@ -163,7 +163,7 @@ def _check_room(table: Table, inputs: TextInputs, stride: int) -> None:
 def _answers(table: Table, row: int) -> list[tuple[str, int]]:
     """The right answers of a row, each where it stands in the context."""
     here = table[row]
-    where = f"{table.name}: row {row}"
+    where = f"{table.name}: row {table.number(row)}"
     both = here.get("answers")
     if isinstance(both, Mapping):
         pairs = list(zip(both.get("text", ()), both.get("answer_start", ()), strict=False))

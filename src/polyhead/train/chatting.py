@@ -73,7 +73,7 @@ def conversations(
     if part is None:
         return None
     room = room_of(model, config)
-    rows = [_row(part[at], at, table.name, tokenizer, raw) for at in range(len(part))]
+    rows = [_row(part[at], part.number(at), part.name, tokenizer, raw) for at in range(len(part))]
     kept = cut(rows, room)
     if not kept:
         raise DataError(f"{table.name}: no answer begins within context = {room} tokens: raise it")

@@ -81,7 +81,8 @@ def save(
             with nullcontext() if parallel is None else parallel.whole():
                 if ranks.is_first:
                     shutil.rmtree(temp, ignore_errors=True)
-                    temp.mkdir(parents=True)
+                    folder.mkdir(exist_ok=True)  # a run that was removed is not made again
+                    temp.mkdir()
                     _save_model(temp, model, state)
         if ranks.is_first:
             tokenizer.save(temp)
@@ -132,7 +133,7 @@ def latest(run: Path) -> Path | None:
     """The newest checkpoint of a run, None where there is none."""
     folder = run / "checkpoints"
     with contextlib.suppress(OSError):
-        named = folder / (folder / "latest").read_text().strip()
+        named = folder / Path((folder / "latest").read_text().strip()).name
         if (named / _MANIFEST).exists():
             return named
     found = _all(folder)
@@ -162,10 +163,16 @@ def clean(run: Path) -> None:
 def verify(checkpoint: Path) -> None:
     """FileError unless every file is as the manifest says."""
     try:
-        files = json.loads((checkpoint / _MANIFEST).read_text())["files"]
+        manifest = json.loads((checkpoint / _MANIFEST).read_text())
+        version, files = int(manifest["format"]), dict(manifest["files"])
         found = _hashes(checkpoint)
     except (OSError, ValueError, KeyError, TypeError):
         raise FileError(f"{checkpoint}: no checkpoint (its manifest cannot be read)") from None
+    if version > _FORMAT:
+        raise FileError(
+            f"{checkpoint}: has format {version}, and this polyhead reads up to {_FORMAT}: use the "
+            "one that wrote it, or a newer one"
+        )
     for name, entry in files.items():
         if found.get(name) != entry:
             fault = "was altered" if name in found else "is missing"
@@ -189,7 +196,10 @@ def restore(
     old = TrainConfig.from_dict(state["config"], str(checkpoint))
     _check_config(checkpoint, old, config, state["step"])
     if state["corpus"] != corpus:
-        raise ConfigError(f"{checkpoint} was trained on another corpus or tokenizer: use that one")
+        raise ConfigError(
+            f"{checkpoint} was trained on another corpus or tokenizer, or with other options of "
+            "its objective: give it what it had (run.json), unchanged, or start a new run"
+        )
     optimizer.load(tensors)
     rest = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
     with torch.no_grad():
@@ -290,7 +300,8 @@ def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: in
         if name not in FREE_ON_RESUME and was[name] != now[name]:
             raise ConfigError(
                 f"{checkpoint} was trained with {name} = {was[name]}, not {now[name]}: "
-                "resume with its settings (config.toml), or start a new run"
+                "resume with its settings (config.toml), of which steps, device, parallel and what "
+                "is looked at and kept may change, or start a new run"
             )
     if step > new.steps:
         raise ConfigError(f"{checkpoint} has {step} steps behind it, more than {new.steps} in all")

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, FileError
 from polyhead.files.toml import read_toml
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -207,8 +207,12 @@ class TrainConfig:
         given = {name: value for name, value in self.to_dict().items() if value is not None}
         text = "".join(f"{name} = {_toml(value)}\n" for name, value in given.items())
         temp = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-        temp.write_text(text, encoding="utf-8")
-        temp.replace(path)
+        try:
+            temp.write_text(text, encoding="utf-8")
+            temp.replace(path)
+        except OSError as error:
+            temp.unlink(missing_ok=True)
+            raise FileError(f"{path} cannot be written ({error.strerror}): make room") from None
 
 
 FINE_TUNING: dict[str, Any] = {

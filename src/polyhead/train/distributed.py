@@ -38,9 +38,11 @@ class Ranks:
     def share(self, parts: range) -> range:
         """Of a step's batches those of this rank. ConfigError unless all ranks get as many."""
         if len(parts) % self.world:
+            some = [str(n) for n in range(1, len(parts) + 1) if len(parts) % n == 0]
             raise ConfigError(
-                f"{self.world} processes share the {len(parts)} batches of a step (accumulate): "
-                f"set accumulate to a multiple of {self.world}, and batch_size lower"
+                f"{self.world} processes cannot share the {len(parts)} batches of a step "
+                f"(accumulate): start {' or '.join(some)}, or begin a run whose accumulate is a "
+                f"multiple of {self.world}, with a lower batch_size"
             )
         return parts[self.rank :: self.world]
 

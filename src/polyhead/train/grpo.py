@@ -134,11 +134,11 @@ def prompted(
     room = room_of(model, config) - max_new_tokens
     rows: list[tuple[list[int], Mapping[str, Any]]] = []
     for at in range(len(part)):
-        ids = _encoded(part[at], at, table.name, tokenizer, raw)
+        ids = _encoded(part[at], part.number(at), part.name, tokenizer, raw)
         if len(ids) > room:
             raise DataError(
-                f"{table.name}: the prompt of row {at} has {len(ids)} tokens, and context leaves "
-                f"{room} beside max_new_tokens = {max_new_tokens}: raise context"
+                f"{table.name}: the prompt of row {part.number(at)} has {len(ids)} tokens, and "
+                f"context leaves {room} beside max_new_tokens = {max_new_tokens}: raise context"
             )
         rows.append((ids, part[at]))
     asked = reward if isinstance(reward, str) else getattr(reward, "__qualname__", "function")

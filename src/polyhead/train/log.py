@@ -1,16 +1,21 @@
 """What a run tells: `log.jsonl` in its directory, and a view on standard error."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+
+# Here, as it draws from `random` when it is imported: a resumed run would lose its place there.
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
 from polyhead.errors import FileError
 from polyhead.files.disk import atomic_file
@@ -26,26 +31,45 @@ class Log:
         self.path = path
         if path.exists():
             _truncate(path, step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = _opened(path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a line. FileError, at once, where the disk takes no more."""
-        try:
+        """Append a line. FileError, at once, where the disk takes no more or has gone."""
+        with self._told():
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
-        except OSError as error:
-            raise FileError(
-                f"{self._file.name} cannot be written ({error.strerror}): make room, and resume"
-            ) from None
+            # A file that was removed takes lines as before; nobody will read them.
+            if not os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path)):
+                raise FileNotFoundError(errno.ENOENT, "another file is in its place")
 
     def sync(self) -> None:
         """Flush to disk, so that no checkpoint is ahead of its log."""
-        os.fsync(self._file.fileno())
+        with self._told():
+            os.fsync(self._file.fileno())
+
+    @contextlib.contextmanager
+    def _told(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            what = "put its disk back" if error.errno == errno.ENOENT else "make room"
+            raise FileError(
+                f"{self._file.name} cannot be written ({error.strerror}): {what}, and resume"
+            ) from None
 
     def close(self) -> None:
         """Close the file; what it did not take was told when it was written."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be written ({error.strerror}): check its permissions"
+        ) from None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -98,9 +122,6 @@ class View:
     """Progress on standard error: a live bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int, step: int, *, quiet: bool = False) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
         self.steps, self.first, self.began = steps, step, time.monotonic()
         self.console = Console(stderr=True, quiet=quiet, highlight=False)
         self.live = self.console.is_terminal and not quiet

@@ -2,12 +2,14 @@
 
 import inspect
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from polyhead.adapt.adapters import in_use
@@ -121,6 +123,7 @@ class Trainer:
         Raises Interrupted on SIGINT and SIGTERM; PolyheadError when the loss is no longer finite.
         """
         ranks, name = joined(self.config.device)
+        ranks.share(range(self.config.accumulate))
         if ranks.is_first:
             rundir.claim(self.run, resume=resume, force=force)
         device = self._device(name)
@@ -131,7 +134,7 @@ class Trainer:
         self._count_epochs(len(train))
         last = checkpoint.latest(self.run) if resume else None
         itself = self._follow_itself(last) if self.teacher == SELF else None
-        torch.manual_seed(self.config.seed + ranks.rank)
+        _seed(self.config.seed + ranks.rank)
         parallel = Parallel(self.model, self.objective, self.config, ranks)
         optimizer = Masters(self.model, self.config)
         parallel.connect()
@@ -294,6 +297,13 @@ class Trainer:
             a_step = self.config.batch_size * self.config.accumulate
             steps = max(1, math.ceil(self.config.epochs * rows / a_step))
             self.config = replace(self.config, steps=steps, epochs=None)
+
+
+def _seed(seed: int) -> None:
+    """Every generator that a reward, a callback or a step may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def _kind(objective: str | ObjectiveKind | Objective) -> ObjectiveKind:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW, Optimizer
 
 from polyhead.compress.formats import PackedWeight
@@ -14,7 +15,7 @@ from polyhead.errors import ConfigError, PolyheadError
 from polyhead.models.blocks import in_blocks
 from polyhead.train.config import TrainConfig
 from polyhead.train.depth import depths, num_blocks
-from polyhead.train.distributed import gathered, shard_like
+from polyhead.train.distributed import gathered, local, shard_like
 from polyhead.train.muon import Muon
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
@@ -119,14 +120,14 @@ class Masters:
             if master.grad is not None:
                 master.grad.masked_fill_(goes, 0.0)
         grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = gathered(torch.nn.utils.get_total_norm(grads))
+        norm = gathered(get_total_norm(grads))
         value = float(norm)
         if not math.isfinite(value):
             self.discard()
             raise NotFiniteError(f"the gradient's norm is {value}: lower lr, or check the data")
         largest = min(self.clip or math.inf, math.inf if limit is None else limit(value))
         if largest < math.inf:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, largest, norm)
+            clip_grads_with_norm_(self.masters, largest, norm)
         for mover in self.movers:
             for group in mover.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -159,6 +160,24 @@ class Masters:
         named = zip(self.names, self.masters, strict=True) if self.pruned else ()
         return [(master, self.pruned[name]) for name, master in named if name in self.pruned]
 
+    def moments_are_finite(self) -> bool:
+        """Whether moments and averages, of this rank's part, are numbers: a look at each step."""
+        states = [state for mover in self.movers for state in mover.state.values()]
+        moments = [value for state in states for value in state.values() if value.ndim]
+        moments = [local(value) for value in (*moments, *self.averages)]
+        # One quick pass; where squares alone overflowed, the exact one decides.
+        quick = not moments or math.isfinite(float(get_total_norm(moments)))
+        return quick or all(bool(moment.isfinite().all()) for moment in moments)
+
+    def not_finite(self) -> str | None:
+        """A weight, a moment or an average, of this rank's part, that is no longer finite: no step
+        mends that, and it is not to be saved."""
+        weights = zip(self.names, self.params, strict=True)
+        for name, tensor in (*weights, *self._local()):
+            if not bool(local(tensor.detach()).isfinite().all()):
+                return name
+        return None
+
     def _round(self) -> None:
         """Write the masters to the model's own weights."""
         if self.separate:
@@ -187,15 +206,18 @@ class Masters:
 
     def state(self) -> dict[str, Tensor]:
         """Masters, moments, step counts, averages and what is pruned, by parameter name."""
-        state: dict[str, Tensor] = {}
+        state = {name: gathered(value) for name, value in self._local()}
+        return state | {f"pruned.{name}": goes for name, goes in self.pruned.items()}
+
+    def _local(self) -> Iterator[tuple[str, Tensor]]:
+        """What `state` gives, not gathered, but for what is pruned."""
         for name, master in zip(self.names, self.masters, strict=True):
-            state[f"master.{name}"] = gathered(master.detach())
+            yield f"master.{name}", master.detach()
             for mover in self.movers:
                 for key, value in mover.state.get(master, {}).items():
-                    state[f"{key}.{name}"] = gathered(value)
+                    yield f"{key}.{name}", value
         for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
-            state[f"average.{name}"] = gathered(average)
-        return state | {f"pruned.{name}": goes for name, goes in self.pruned.items()}
+            yield f"average.{name}", average
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave; the model's weights follow the masters."""

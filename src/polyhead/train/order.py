@@ -11,6 +11,11 @@ def mix(x: np.ndarray | np.uint64) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def part_seed(seed: int, part: int) -> int:
+    """What the part-th batch of a run draws from, whichever process it falls to."""
+    return int(mix(np.uint64(part) + mix(np.uint64(seed) + np.uint64(5)))[0])
+
+
 def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     """A keyed permutation of range(size) at `index`: a Feistel network, walked until inside."""
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))

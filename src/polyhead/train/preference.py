@@ -106,7 +106,7 @@ def compared_answers(
     room = room_of(model, config)
     rows: list[tuple[int, Spoken, Spoken]] = []
     for at in range(len(part)):
-        row, where = part[at], f"{table.name}: row {at}"
+        row, where = part[at], f"{part.name}: row {part.number(at)}"
         sides = [answered(tokenizer, row, side, where, raw) for side in ("chosen", "rejected")]
         if np.array_equal(sides[0].ids, sides[1].ids):
             raise DataError(f"{where} has the same answer twice: there is nothing to prefer")

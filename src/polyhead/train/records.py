@@ -28,12 +28,14 @@ class Table:
     """Columns by the name of their role, all of one length.
 
     `table[3]` is a row, `table.take([3, 1])` a table. digest: of the bytes or values it was made
-    from, and of the roles. name: what errors call it.
+    from, and of the roles. name: what errors call it. numbers: where its rows stood in the whole
+    table, when it is a part of one.
     """
 
     columns: Mapping[str, Sequence[Any]]
     digest: str
     name: str
+    numbers: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -45,7 +47,11 @@ class Table:
         """The same columns of some rows."""
         rows = list(rows)
         columns = {n: [values[row] for row in rows] for n, values in self.columns.items()}
-        return Table(columns, self.digest, self.name)
+        return Table(columns, self.digest, self.name, [self.number(row) for row in rows])
+
+    def number(self, row: int) -> int:
+        """Where a row stands in the whole table, from 0."""
+        return row if self.numbers is None else self.numbers[row]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from polyhead.train.evaluate import score_dataset, score_tokens
 from polyhead.train.guards import Guard
 from polyhead.train.log import Log, View, peak_memory
 from polyhead.train.optim import Masters, NotFiniteError, learning_rate
+from polyhead.train.order import part_seed
 from polyhead.train.pruning import Pruner
 from polyhead.train.step import Interrupted, train_step
 
@@ -110,6 +111,7 @@ class Running:
                 self.model, self.optimizer, self.parallel,
                 [batch.to(self.device) for batch in batches], learning_rate(step, self.config),
                 self.guard.limit, self.ranks,
+                [part_seed(self.config.seed, part) for part in parts],
             )  # fmt: skip
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -118,6 +120,7 @@ class Running:
             raise PolyheadError(self._smaller()) from None
         except NotFiniteError as error:
             self._record({"step": step + 1, "skipped": str(error)})
+            self._require_finite(f"step {step + 1}: {error}")
             self.guard.skip(step + 1, str(error))
             return None
         for name, value in nll.items():
@@ -129,6 +132,16 @@ class Running:
         loss = nll.get("loss", math.nan) / counted
         self.view.step(step + 1, loss, self._bits(loss), self._speed())
         return loss
+
+    def _require_finite(self, what: str) -> None:
+        """PolyheadError, which begins with `what`, where a weight or a moment is no number."""
+        name = self.optimizer.not_finite()
+        (broken,) = self.ranks.sum([name is not None])
+        if broken:
+            raise PolyheadError(
+                f"{what}: {name or 'what another process holds'} is no longer finite, and no step "
+                "mends that: resume from the last checkpoint, with a lower lr where it comes back"
+            )
 
     def _smaller(self) -> str:
         """What to do where a batch does not fit into memory: the largest that does, found here."""
@@ -229,6 +242,7 @@ class Running:
         self._record({"step": done, "sample": text})
 
     def _save(self, done: int, valid: float | None, score: float | None) -> Path:
+        self._require_finite(f"step {done} is not saved")
         if self.log is not None:
             self.log.sync()
         self.progress = replace(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from polyhead.errors import DataError
@@ -42,20 +43,24 @@ def train_step(
     lr: float,
     limit: Callable[[float], float] | None = None,
     ranks: Ranks = ALONE,
+    seeds: Sequence[int] | None = None,
 ) -> tuple[dict[str, float], float, int]:
     """One optimizer step over batches: sums of the loss's parts, the gradient's norm, tokens.
 
     Every gradient is divided by the tokens of the whole step, so 4 batches of 2 rows make the step
     of one batch of 8. limit: as in `Masters.step`. ranks: those that share the step, each with
-    batches of its own; sums are of all of them. A loss or a gradient that is not finite raises
-    NotFiniteError and changes no weight.
+    batches of its own; sums are of all of them. seeds: what the dropout of each batch is drawn
+    from; without them the generator goes on. A loss, a gradient or a moment that is not finite
+    raises NotFiniteError and changes no weight.
     """
     (tokens,) = ranks.sum([sum(batch.tokens() for batch in batches)])
     if tokens == 0:
         raise DataError("no label of this step counts: every one is masked")
     sums: dict[str, float] = {}
     worst = 0.0
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if seeds is not None:
+            torch.manual_seed(seeds[number])
         loss = objective(model, batch)
         (loss.total / tokens).backward()
         for name, part in (loss.parts or {"loss": loss.total.detach()}).items():
@@ -65,7 +70,11 @@ def train_step(
         if not math.isfinite(worst) and ranks.world == 1:
             break
         optimizer.collect()
-    *parts, worst = ranks.sum([*sums.values(), worst])
+    broken = not optimizer.moments_are_finite()
+    *parts, worst, broken = ranks.sum([*sums.values(), worst, broken])
+    if broken:
+        optimizer.discard()
+        raise NotFiniteError("a moment of the optimizer is no number")
     if not math.isfinite(worst):
         optimizer.discard()
         raise NotFiniteError(f"the loss is {worst}: lower lr, raise warmup, or check the data")

@@ -220,15 +220,15 @@ def tagged_words(
     part = part_of(table, config, split)
     if part is None:
         return None
-    tokens = [
-        _split(value, "tokens", part.name, n) for n, value in enumerate(part.columns["tokens"])
-    ]
-    tags = [_split(value, "tags", part.name, n) for n, value in enumerate(part.columns["tags"])]
+    tokens, tags = (
+        [_split(v, role, part.name, part.number(n)) for n, v in enumerate(part.columns[role])]
+        for role in ("tokens", "tags")
+    )
     for row, (some, theirs) in enumerate(zip(tokens, tags, strict=True)):
         if len(some) != len(theirs):
             raise DataError(
-                f"{part.name}: row {row} has {len(some)} tokens and {len(theirs)} tags: give one "
-                "for each"
+                f"{part.name}: row {part.number(row)} has {len(some)} tokens and {len(theirs)} "
+                "tags: give one for each"
             )
     flat = numbered([tag for row in tags for tag in row], names, SINGLE, part.name)
     labels = torch.split(flat, [len(row) for row in tags])

@@ -1,0 +1,1 @@
+"""Training that is killed, stopped, filled up, reshaped and repeated, and what it left."""
