@@ -251,7 +251,7 @@ def _rows(texts: Texts) -> Iterator[str]:
     for number, row in enumerate(rows):
         if isinstance(row, str):
             yield row
-        elif isinstance(row, Mapping):
+        elif isinstance(row, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
             yield text_of(row, texts.column, f"row {number} of {texts.name}")
         else:
             kind = type(row).__name__
