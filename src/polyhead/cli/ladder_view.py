@@ -95,7 +95,7 @@ def rows_of(state: Mapping[str, Any]) -> list[list[str]]:
         "rung",
         "bits per byte",
         "parameters",
-        "a token",
+        "weights a token",
         "tokens",
         "passes",
         "FLOPs",
