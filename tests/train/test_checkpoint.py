@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
 from train_helpers import begin
 from polyhead.files import disk
-from polyhead.train import checkpoint
+from polyhead.train import checkpoint, manifest
 left = int(sys.argv[1])
 def deadly(function):
     def act(*args, **named):
@@ -45,7 +45,7 @@ def deadly(function):
         return function(*args, **named)
     return act
 for home, name in (
-    (checkpoint, "write_checkpoint"), (checkpoint, "_sync_files"), (checkpoint, "_hashes"),
+    (checkpoint, "write_checkpoint"), (checkpoint, "sync_files"), (manifest, "hashes"),
     (checkpoint, "verify"), (checkpoint, "_prune"), (checkpoint.shutil, "rmtree"),
     (pathlib.Path, "rename"), (os, "fsync"), (disk, "sync_directory"),
 ):
@@ -205,7 +205,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, tokenizer, monkeypatch):
 def test_older_checkpoints_stay_when_the_new_one_cannot_be_read_back(
     tmp_path, tokenizer, monkeypatch
 ):
-    def damaged(folder):
+    def damaged(folder, ranks):
         raise FileError("damaged")
 
     begin(tmp_path, tokenizer, steps=10, schedule="constant", keep=1)
@@ -217,7 +217,7 @@ def test_older_checkpoints_stay_when_the_new_one_cannot_be_read_back(
 
 
 def RESTORE_UNVERIFIED(*args):  # noqa: N802
-    return checkpoint.Progress(10, TrainConfig(), args[-1])
+    return checkpoint.Progress(10, TrainConfig(), args[4])
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, token
     def full(*args, **named):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync_files", full)
+    monkeypatch.setattr(checkpoint, "sync_files", full)
     with pytest.raises(FileError, match="No space left"):
         begin(tmp_path, tokenizer)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -15,7 +15,7 @@ import torch
 from polyhead.errors import ConfigError
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.train import checkpoint
-from polyhead.train.distributed import Ranks
+from polyhead.train.ranks import Ranks
 from polyhead.train.log import read_log
 
 # A run of its own in every process; what it is told stands in one line of JSON.

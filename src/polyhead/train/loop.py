@@ -14,20 +14,22 @@ from polyhead.adapt.adapters import in_use
 from polyhead.adapt.base import base_digest
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel, require_causal
-from polyhead.train import adversarial, checkpoint, registry, rundir
+from polyhead.train import adversarial, checkpoint, random_state, registry, rundir
 from polyhead.train.allocator import keep_freed_memory
 from polyhead.train.blend import is_blend
+from polyhead.train.compiled import compiling
 from polyhead.train.config import TrainConfig
 from polyhead.train.corpus import Source, kept
 from polyhead.train.data import Dataset
 from polyhead.train.distill import distilled
-from polyhead.train.distributed import Parallel, joined
+from polyhead.train.distributed import Parallel
 from polyhead.train.evaluate import score_dataset, score_texts
 from polyhead.train.log import Log, View, tell_tokenising
 from polyhead.train.multitask import opened
 from polyhead.train.objectives import Objective
 from polyhead.train.optim import Masters
 from polyhead.train.preference import Compared
+from polyhead.train.ranks import joined
 from polyhead.train.recompute import recomputing
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 from polyhead.train.registry import ObjectiveKind
@@ -114,27 +116,25 @@ class Trainer:
         force: begin anew where a run already is; that goes once the new one is ready to start.
         Raises Interrupted on SIGINT and SIGTERM; PolyheadError when the loss is no longer finite.
         """
-        ranks, name = joined(self.config.device)
-        if ranks.is_first:
-            rundir.claim(self.run, resume=resume, force=force)
+        ranks, name = joined(self.config.device, self.config.tensor)
+        ranks.share(range(self.config.accumulate))
+        ranks.first(lambda: rundir.claim(self.run, resume=resume, force=force))
         device = self._device(name)
-        self.model.to(device)
         if device.type == "cpu":
             keep_freed_memory()
         train, held = ranks.in_turn(lambda: self._datasets(texts, valid))
         self._count_epochs(len(train))
-        torch.manual_seed(self.config.seed + ranks.rank)
-        parallel = Parallel(self.model, self.objective, self.config, ranks)
+        random_state.seed(self.config.seed, ranks)
+        parallel = Parallel(self.model, self.objective, self.config, ranks, device)
         optimizer = Masters(self.model, self.config)
         parallel.connect()
         digest = self._seal(train.digest)
         progress = checkpoint.Progress(0, self.config, digest)
         last = checkpoint.latest(self.run) if resume else None
         if last is not None:
-            found = checkpoint.restore(last, self.model, optimizer, self.config, digest)
+            found = checkpoint.restore(last, self.model, optimizer, self.config, digest, parallel)
             progress = replace(found, config=self.config)
-        log = self._begin(progress.step, resume) if ranks.is_first else None
-        ranks.wait()
+        log = ranks.first(lambda: self._begin(progress.step, resume))
         for split, dataset in (("train", train), ("valid", held)):
             if isinstance(dataset, Compared):
                 with parallel.whole():
@@ -142,8 +142,9 @@ class Trainer:
         view = View(self.config.steps, progress.step, quiet=self.quiet or not ranks.is_first)
         self.model.train()
         try:
+            compiled = compiling(self.model, self.config.compile, device)
             again = recomputing(self.model, self.config.recompute)
-            with again, view, signals() as received:
+            with compiled, again, view, signals() as received:
                 run = Running(self, train, held, optimizer, parallel, progress, log, view, device)
                 return run.go(received, last)
         finally:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from polyhead.compress.formats import PackedWeight
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.train.config import TrainConfig
 from polyhead.train.depth import depths, in_blocks, num_blocks
-from polyhead.train.distributed import gathered, shard_like
+from polyhead.train.distributed import gathered, local, shard_like
 from polyhead.train.muon import Muon
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
@@ -69,14 +70,14 @@ class Masters:
     def _movers(self, model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         """AdamW, and Muon for the matrices of blocks where it is asked for."""
         matrices = in_blocks(model) if config.optimizer == "muon" else set[str]()
-        groups: dict[tuple[bool, float, float], list[Tensor]] = {}
+        groups: dict[tuple[bool, float, float, Any], list[Tensor]] = {}
         for (name, factor, decay), master in zip(
             settings_of(model, self.names, config), self.masters, strict=True
         ):
-            groups.setdefault((name in matrices, factor, decay), []).append(master)
+            groups.setdefault((name in matrices, factor, decay, _mesh(master)), []).append(master)
         rows = [
             (by_muon, {"params": some, "weight_decay": decay, "factor": factor})
-            for (by_muon, factor, decay), some in groups.items()
+            for (by_muon, factor, decay, _), some in groups.items()
         ]
         movers: list[Optimizer] = []
         if others := [row for by_muon, row in rows if not by_muon]:
@@ -112,15 +113,23 @@ class Masters:
         limit: the largest norm allowed, of the norm found; `config.clip` holds besides. A norm that
         is not finite raises NotFiniteError and leaves every weight as it is.
         """
-        grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = gathered(torch.nn.utils.get_total_norm(grads))
+        alike: dict[Any, list[Tensor]] = {}
+        for master in self.masters:
+            if master.grad is not None:
+                alike.setdefault(_mesh(master), []).append(master)
+        norms = [
+            gathered(torch.nn.utils.get_total_norm([m.grad for m in some if m.grad is not None]))
+            for some in alike.values()
+        ]
+        norm = torch.nn.utils.get_total_norm(norms) if len(norms) > 1 else norms[0]
         value = float(norm)
         if not math.isfinite(value):
             self.discard()
             raise NotFiniteError(f"the gradient's norm is {value}: lower lr, or check the data")
         largest = min(self.clip or math.inf, math.inf if limit is None else limit(value))
         if largest < math.inf:
-            torch.nn.utils.clip_grads_with_norm_(self.masters, largest, norm)
+            for some in alike.values():
+                torch.nn.utils.clip_grads_with_norm_(some, largest, norm)
         for mover in self.movers:
             for group in mover.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -158,16 +167,29 @@ class Masters:
             self._round()
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments, step counts and averages by parameter name."""
+        """Masters, moments, step counts and averages by parameter name; this rank's parts."""
         state: dict[str, Tensor] = {}
         for name, master in zip(self.names, self.masters, strict=True):
-            state[f"master.{name}"] = gathered(master.detach())
+            state[f"master.{name}"] = master.detach()
             for mover in self.movers:
                 for key, value in mover.state.get(master, {}).items():
-                    state[f"{key}.{name}"] = gathered(value)
+                    state[f"{key}.{name}"] = value
         for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
-            state[f"average.{name}"] = gathered(average)
+            state[f"average.{name}"] = average
         return state
+
+    def blank(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Room for what `state` would give of a run that has the tensors of `shapes`."""
+        found: dict[str, Tensor] = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            for key in ("master", "average", *MOMENTS):
+                # Counts of steps are numbers; all else has its weight's shape.
+                if (shape := shapes.get(f"{key}.{name}")) is not None:
+                    like = master.detach()
+                    found[f"{key}.{name}"] = (
+                        torch.empty_like(like) if shape else local(like).new_empty(())
+                    )
+        return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave; the model's weights follow the masters."""
@@ -182,13 +204,18 @@ class Masters:
                 master.copy_(shard_like(state[f"master.{name}"], master))
                 # AdamW keeps its step count on the CPU or beside the weights, as it made it.
                 owners[id(master)].state[master] = {
-                    key: shard_like(state[f"{key}.{name}"].clone(), master)
+                    key: shard_like(state[f"{key}.{name}"], master).clone()
                     for key in MOMENTS
                     if f"{key}.{name}" in state
                 }
             for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
                 average.copy_(shard_like(state[f"average.{name}"], average))
             self._round()
+
+
+def _mesh(tensor: Tensor) -> Any:
+    """The ranks that a tensor is dealt out to: torch's operators on lists take one kind at once."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
