@@ -69,6 +69,8 @@ class Progress:
     passed: int = 0
     """Steps' worth of data that a rewind passed by."""
     guard: Mapping[str, Any] | None = None
+    saved_by: tuple[int, ...] | None = None
+    """How many ranks wrote it, and how many of them held layers together."""
 
 
 def save(
@@ -236,13 +238,12 @@ def restore(
     into = {**optimizer.blank(shapes), **rest}
     ranks.together(lambda: read_parts(trainer, into))
     optimizer.load(into)
-    were = tuple(state["ranks"])
-    alike = were == (ranks.world, ranks.tensor)
+    saved_by = tuple(state["ranks"])
+    alike = saved_by == (ranks.world, ranks.tensor)
     random_state.take_up(trainer, ranks, config.seed, state["step"], alike)
-    score = state.get("score")
     return Progress(
-        state["step"], old, corpus, state["valid_loss"], score, state["sums"],
-        state.get("passed", 0), state.get("guard"),
+        state["step"], old, corpus, state["valid_loss"], state.get("score"), state["sums"],
+        state.get("passed", 0), state.get("guard"), saved_by,
     )  # fmt: skip
 
 
@@ -316,7 +317,8 @@ def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: in
         if name not in FREE_ON_RESUME and was[name] != now[name]:
             raise ConfigError(
                 f"{checkpoint} was trained with {name} = {was[name]}, not {now[name]}: "
-                "resume with its settings (config.toml), or start a new run"
+                "resume with its settings (config.toml), of which the length, the processes and "
+                "what is looked at, logged and kept may differ, or start a new run"
             )
     if step > new.steps:
         raise ConfigError(f"{checkpoint} has {step} steps behind it, more than {new.steps} in all")

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,34 +11,37 @@ import torch
 from torch import nn
 
 from polyhead.errors import ConfigError
+from polyhead.nn.moe import MixtureOfExperts
 from polyhead.train.depth import blocks_of
+from polyhead.train.recompute import Forward, run_by
 
 
 @contextmanager
 def compiling(model: nn.Module, on: bool, device: torch.device) -> Generator[None]:
     """While this is entered, blocks that train run compiled; blocks that are alike share what was
-    compiled. Names, weights and hooks are as they were; validation and samples run as written.
+    compiled. Names, weights and hooks are as they were; validation and samples run as written, and
+    so do mixtures of experts, whose shapes are in the data.
 
     Losses are those of the blocks as written up to rounding; what dropout draws is another.
     Errors: ConfigError where nothing is there to compile with.
     """
-    blocks = [model.get_submodule(name) for name in blocks_of(model)] if on else []
-    if on:
-        _check_compiler(device)
-    for block in blocks:
-        block.forward = _compiled(block.forward, block)
-    try:
+    if not on:
         yield
-    finally:
-        for block in blocks:
-            del block.forward
+        return
+    _check_compiler(device)
+    blocks = [model.get_submodule(name) for name in blocks_of(model)]
+    experts = [
+        part for block in blocks for part in block.modules() if isinstance(part, MixtureOfExperts)
+    ]
+    with run_by(experts, lambda forward, _: torch.compiler.disable(forward)), run_by(blocks, _fast):
+        yield
 
 
-def _compiled(forward: Callable[..., Any], block: nn.Module) -> Callable[..., Any]:
-    fast = torch.compile(forward)
+def _fast(forward: Forward, block: nn.Module) -> Forward:
+    compiled = torch.compile(forward)
 
     def run(*given: Any, **named: Any) -> Any:
-        return (fast if block.training else forward)(*given, **named)
+        return (compiled if block.training else forward)(*given, **named)
 
     return run
 

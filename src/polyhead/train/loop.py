@@ -29,7 +29,7 @@ from polyhead.train.multitask import opened
 from polyhead.train.objectives import Objective
 from polyhead.train.optim import Masters
 from polyhead.train.preference import Compared
-from polyhead.train.ranks import joined
+from polyhead.train.ranks import Ranks, joined
 from polyhead.train.recompute import recomputing
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 from polyhead.train.registry import ObjectiveKind
@@ -140,6 +140,8 @@ class Trainer:
                 with parallel.whole():
                     dataset.refer(self.model, self.run, split, ranks, anew=last is None)
         view = View(self.config.steps, progress.step, quiet=self.quiet or not ranks.is_first)
+        if progress.saved_by not in (None, (ranks.world, ranks.tensor)):
+            view.say(_other_ranks(progress, ranks))
         self.model.train()
         try:
             compiled = compiling(self.model, self.config.compile, device)
@@ -273,6 +275,15 @@ class Trainer:
             a_step = self.config.batch_size * self.config.accumulate
             steps = max(1, math.ceil(self.config.epochs * rows / a_step))
             self.config = replace(self.config, steps=steps, epochs=None)
+
+
+def _other_ranks(progress: checkpoint.Progress, ranks: Ranks) -> str:
+    """What is to be said of a run that goes on with other processes."""
+    there, here = (
+        f"{world} processes" + (f" in groups of {tensor}" if tensor > 1 else "")
+        for world, tensor in (progress.saved_by or (1, 1), (ranks.world, ranks.tensor))
+    )
+    return f"saved by {there}, goes on with {here}: the same steps; dropout, if any, draws anew"
 
 
 def _kind(objective: str | ObjectiveKind | Objective) -> ObjectiveKind:
