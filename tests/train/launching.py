@@ -9,13 +9,17 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import pytest
 import torch
 
 import polyhead as ph
+from polyhead.errors import PolyheadError
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.text.tokenizer import Tokenizer
 from polyhead.train import checkpoint
@@ -60,9 +64,8 @@ def run(told: Told) -> ph.Trainer:
     return trainer
 
 
-def launch(world: int, jobs: Sequence[Told], work: str = "launching:run_all") -> list[str]:
-    """Let `world` processes do all jobs, each by `work` (a module of this folder: a function); what
-    each wrote to standard error."""
+def launch(world: int, jobs: Sequence[Told], work: str = "launching:run_all") -> None:
+    """Let `world` processes do all jobs by `work`, a module of this folder and a function of it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -82,24 +85,38 @@ def launch(world: int, jobs: Sequence[Told], work: str = "launching:run_all") ->
         )
         for rank in range(world)
     ]  # fmt: skip
-    told: list[str] = []
     try:
         for child in children:
             _, errors = child.communicate(timeout=250)
             assert child.returncode == 0, errors[-3000:]
-            told.append(errors)
     finally:
         for child in children:
             child.kill()
-    return told
 
 
 def run_all() -> None:
-    """What a child does."""
+    """What a child does: jobs one after the other, also those that end with a line on all ranks."""
     torch.set_num_threads(1)
     for job in json.loads(sys.argv[1]):
-        run(job)
+        with full_disk() if os.environ["RANK"] == job.get("full") else nullcontext():
+            if "raises" not in job:
+                run(job)
+                continue
+            with pytest.raises(PolyheadError, match=job["raises"]) as error:
+                run(job)
+            assert "\n" not in str(error.value)
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def full_disk() -> Generator[None]:
+    """DCP finds no room."""
+
+    def full(*args: Any, **named: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with patch("torch.distributed.checkpoint.filesystem.FileSystem.create_stream", full):
+        yield
 
 
 def losses(out: Path) -> list[float]:

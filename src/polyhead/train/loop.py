@@ -280,7 +280,7 @@ class Trainer:
 def _other_ranks(progress: checkpoint.Progress, ranks: Ranks) -> str:
     """What is to be said of a run that goes on with other processes."""
     there, here = (
-        f"{world} processes" + (f" in groups of {tensor}" if tensor > 1 else "")
+        f"{world} process{'es' * (world > 1)}" + (f" in groups of {tensor}" if tensor > 1 else "")
         for world, tensor in (progress.saved_by or (1, 1), (ranks.world, ranks.tensor))
     )
     return f"saved by {there}, goes on with {here}: the same steps; dropout, if any, draws anew"

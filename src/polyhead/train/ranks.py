@@ -114,9 +114,10 @@ def joined(device: str | None, tensor: int = 1) -> tuple[Ranks, str | None]:
     is_there = dist.is_available() and dist.is_initialized()
     world = dist.get_world_size() if is_there else int(os.environ.get("WORLD_SIZE", "1"))
     if world % tensor:
+        there = "is 1 process" if world == 1 else f"are {world} processes"
         raise ConfigError(
-            f"tensor is {tensor}, and there are {world} processes: start a multiple of {tensor}, "
-            f"as by torchrun --nproc-per-node {tensor}"
+            f"tensor is {tensor}, and there {there}: start a multiple of {tensor}, as torchrun "
+            f"--nproc-per-node {tensor} does"
         )
     if world == 1:
         return Ranks(), device
