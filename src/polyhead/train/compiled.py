@@ -30,11 +30,13 @@ def compiling(model: nn.Module, on: bool, device: torch.device) -> Generator[Non
         return
     _check_compiler(device)
     blocks = [model.get_submodule(name) for name in blocks_of(model)]
-    experts = [
-        part for block in blocks for part in block.modules() if isinstance(part, MixtureOfExperts)
-    ]
-    with run_by(experts, lambda forward, _: torch.compiler.disable(forward)), run_by(blocks, _fast):
+    experts = [part for part in model.modules() if isinstance(part, MixtureOfExperts)]
+    with run_by(experts, _as_written), run_by(blocks, _fast):
         yield
+
+
+def _as_written(forward: Forward, part: nn.Module) -> Forward:
+    return torch.compiler.disable(forward)
 
 
 def _fast(forward: Forward, block: nn.Module) -> Forward:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polyhead.compress.formats import PackedWeight
 from polyhead.errors import ConfigError
 from polyhead.train.config import TrainConfig
 from polyhead.train.depth import blocks_of
@@ -73,6 +74,8 @@ class Parallel:
 
         if config.optimizer != "adamw":
             raise ConfigError("fsdp keeps parts of matrices, which Muon needs whole: use adamw")
+        if any(isinstance(part, PackedWeight) for part in model.modules()):
+            raise ConfigError("fsdp cannot share weights that are kept in few bits: use ddp")
         sizes = (self.ranks.groups, self.ranks.tensor)
         mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("data", "tensor"))
         if self.ranks.tensor > 1:

@@ -148,11 +148,9 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     if not rows:
         raise ConfigError("tensor parallelism finds nothing to split in this model: use fsdp")
     parallelize_module(model, mesh, {name: row.style() for name, row in rows.items()})
-    for part in model.modules():
-        if hasattr(part, "make_caches") and not hasattr(
-            getattr(part, "language", None), "make_caches"
-        ):
-            _fewer_heads(part, mesh.size())
+    makers = [part for part in model.modules() if hasattr(part, "make_caches")]
+    if makers:  # the innermost, which the others ask
+        _fewer_heads(makers[-1], mesh.size())
 
 
 def _planned(model: nn.Module) -> Iterator[tuple[str, Row]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from polyhead.files.disk import atomic_file
 from polyhead.train.ranks import Ranks
 
 
@@ -27,7 +28,8 @@ def keep(folder: Path, ranks: Ranks) -> None:
         "python": random.getstate(),
         "numpy": [kind, np.asarray(keys).tolist(), *rest],
     }
-    _file(folder, ranks).write_text(json.dumps(state))
+    with atomic_file(_file(folder, ranks)) as file:  # flushed by the machine that wrote it
+        file.write(json.dumps(state).encode())
 
 
 def take_up(folder: Path, ranks: Ranks, number: int, step: int, alike: bool) -> None:

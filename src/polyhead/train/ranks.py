@@ -70,20 +70,15 @@ class Ranks:
         """
         if self.world == 1:
             return [work()]
-        from torch.distributed.checkpoint import CheckpointException
-
         answer, error = None, None
         try:
             answer = work()
-        except CheckpointException as several:  # all ranks have it already
-            rank, (cause, _) = next(iter(several.failures.items()))
-            error = FileError(f"rank {rank}: {_line(cause)}; check space and permissions")
         except OSError as cause:
-            error = FileError(f"rank {self.rank}: {_line(cause)}; check space and permissions")
+            error = FileError(f"rank {self.rank}: {line(cause)}; check space and permissions")
         except Exception as cause:
             error = cause
         told: list[tuple[T, str | None]] = [None] * self.world  # pyright: ignore[reportAssignmentType]
-        dist.all_gather_object(told, (answer, None if error is None else _line(error)))
+        dist.all_gather_object(told, (answer, None if error is None else line(error)))
         if error is not None:
             raise error from None
         for rank, (_, fault) in enumerate(told):
@@ -132,7 +127,7 @@ def joined(device: str | None, tensor: int = 1) -> tuple[Ranks, str | None]:
     return Ranks(dist.get_rank(), world, tensor), device or "cpu"
 
 
-def _line(error: BaseException) -> str:
+def line(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "

@@ -16,6 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from polyhead.errors import FileError
+from polyhead.train.ranks import line
+
 _ALIGNED = 64
 
 
@@ -23,10 +26,9 @@ def write_parts(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write this rank's parts of tensors, and its share of what all hold alike; all ranks come."""
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(
-        dict(tensors),
-        storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True),
-    )
+    with _one_line():
+        writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer)
 
 
 def read_parts(folder: Path, into: Mapping[str, Tensor], *, alone: bool = False) -> None:
@@ -37,7 +39,7 @@ def read_parts(folder: Path, into: Mapping[str, Tensor], *, alone: bool = False)
     import torch.distributed.checkpoint as dcp
 
     alone = alone or not dist.is_initialized()
-    with warnings.catch_warnings():
+    with _one_line(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single")
         reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(dict(into), storage_reader=reader, no_dist=alone)
@@ -50,6 +52,19 @@ def shapes_of(folder: Path) -> dict[str, torch.Size]:
 
     found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: row.size for name, row in found.items() if isinstance(row, TensorStorageMetadata)}
+
+
+@contextmanager
+def _one_line() -> Generator[None]:
+    """What DCP tells all ranks of one's failure, as a FileError."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as several:
+        rank, (cause, _) = next(iter(several.failures.items()))
+        where = f"rank {rank}: " if dist.is_initialized() else ""
+        raise FileError(f"{where}{line(cause)}; check space and permissions") from None
 
 
 @contextmanager
