@@ -70,9 +70,8 @@ def launch(world: int, jobs: Sequence[Told], work: str = "launching:run_all") ->
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     module, _, function = work.partition(":")
-    code = f"import {module}; {module}.{function}()"
-    here = Path(__file__).parent
-    paths = [str(here), *sys.path]
+    code = f"from tests.train.{module} import {function}; {function}()"
+    paths = [str(Path(__file__).parents[2]), *sys.path]
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     environment = {
         **os.environ, **place, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",

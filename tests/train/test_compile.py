@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from launching import LLAMA, losses, run, tensors
+from tests.train.launching import LLAMA, losses, run, tensors
 
 from polyhead.errors import ConfigError
 
@@ -13,13 +13,13 @@ MOE = {"family": "mixtral", "sizes": {**LLAMA["sizes"], "num_experts": 4}}
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="nothing here compiles C++")
 @pytest.mark.parametrize(("job", "settings"), [(LLAMA, {"recompute": "half"}), (MOE, {})])
-def test_compiled_blocks_make_the_same_run_and_compile_once(tmp_path, monkeypatch, job, settings):
-    # Steps, blocks that are alike, accumulated batches and what follows a validation share it.
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+def test_compiled_blocks_make_the_same_run_and_compile_once(tmp_path, job, settings):
     torch._dynamo.reset()
     for name in ("written", "compiled"):
         config = {**settings, "compile": name == "compiled", "out": str(tmp_path / name)}
-        trainer = run({**job, "config": config})
+        # Steps, blocks that are alike, accumulated batches and what follows a validation share it.
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            trainer = run({**job, "config": config})
         assert all("forward" not in vars(part) for part in trainer.model.modules())
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "written"), abs=1e-5)
     written, compiled = tensors(tmp_path / "written"), tensors(tmp_path / "compiled")

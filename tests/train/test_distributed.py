@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import LLAMA, SIZES, assert_near, launch, losses, run, run_all, state
+from tests.train.launching import LLAMA, SIZES, assert_near, launch, losses, run, run_all, state
 
 import polyhead as ph
 from polyhead.errors import ConfigError

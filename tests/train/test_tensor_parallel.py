@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launching import LLAMA, SIZES, assert_near, launch, run, run_all
+from tests.train.launching import LLAMA, SIZES, assert_near, launch, run, run_all
 
 import polyhead as ph
 from polyhead.errors import ConfigError
