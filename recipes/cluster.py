@@ -12,6 +12,7 @@ import json
 import shutil
 import sys
 import time
+from collections import ChainMap
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from recipes.common import arguments, tell
 from recipes.sources import corpus, tokenizer
 
 import polyhead as ph
+from polyhead.train.log import read_log
 
 SIZES: dict[str, Any] = dict(d_model=128, d_ff=352, num_layers=4, num_heads=4, num_kv_heads=2)
 FAILURES = 3  # starts after the first, before the run is given up
@@ -26,16 +28,13 @@ FAILURES = 3  # starts after the first, before the run is given up
 
 def train(told: dict[str, Any]) -> None:
     """What every worker does: the loop, in the process group that Ray has made."""
-    from ray import train as ray_train
     from ray.train.torch import get_device
 
     words = ph.Tokenizer.load(f"{told['data']}/tokenizer")
     model = ph.build("llama", seed=0, vocab_size=words.vocab_size, **SIZES)
     config = ph.TrainConfig(**told["config"], device=str(get_device()))
-    trainer = ph.Trainer(model, words, config)
-    figures = trainer.fit(f"{told['data']}/train.jsonl", f"{told['data']}/held.jsonl", resume=True)
-    # Ray hands on what the first worker says; the run directory has the whole log.
-    ray_train.report({name: value for name, value in figures.items() if name != "best"})
+    texts, held = (f"{told['data']}/{name}.jsonl" for name in ("train", "held"))
+    ph.Trainer(model, words, config).fit(texts, held, resume=True)
 
 
 def main() -> None:
@@ -68,7 +67,8 @@ def main() -> None:
             failure_config=FailureConfig(max_failures=FAILURES),
         ),
     )  # fmt: skip
-    figures = trainer.fit().metrics or {}
+    trainer.fit()
+    figures = dict(ChainMap(*reversed(read_log(out / "log.jsonl"))))
     kept = ("step", "loss", "valid_loss", "valid_bits_per_byte", "tokens_per_second")
     tell("cluster", began, workers=given.workers, **{name: figures[name] for name in kept})
 

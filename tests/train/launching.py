@@ -45,8 +45,9 @@ def run(told: Told) -> ph.Trainer:
     kind = "wordpiece" if told["objective"] == "replaced-token" else "chars"
     tokenizer = Tokenizer.train([text] * 3, kind=kind)
     model = ph.build(
-        told["family"], seed=told.get("seed", 0), vocab_size=tokenizer.vocab_size, **told["sizes"]
-    )
+        told["family"], seed=told.get("seed", 0), head=told.get("head"),
+        vocab_size=tokenizer.vocab_size, **told["sizes"],
+    )  # fmt: skip
     if told.get("lora"):
         torch.manual_seed(0)
         ph.add_adapter(model, ph.LoraConfig(rank=2, targets="all-linear"))

@@ -28,7 +28,7 @@ CASES = {
     ),
     "fsdp-lora": ({**LLAMA, "lora": True}, {"parallel": "fsdp"}, 1e-5),
     "fsdp-replaced-token": (
-        {"family": "deberta-v2", "objective": "replaced-token",
+        {"family": "deberta-v2", "head": "rtd", "objective": "replaced-token",
          "sizes": {"d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2,
                    "dropout": 0.0, "attention_dropout": 0.0}},
         {"parallel": "fsdp", "batch_size": 4, "accumulate": 2}, 2e-4,
