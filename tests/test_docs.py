@@ -3,9 +3,11 @@
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from tests.tasks.test_images import clip, pictures, vision
 from tests.tasks.test_translate import make as translator
 from tests.tasks.tiny import make
@@ -42,7 +44,8 @@ def test_python(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if note.startswith("needs: "):
-        needed = {"weights": "smollm2", "minilm": "minilm", "tiny": "tiny"}[note[7:]]
+        fixtures = {"weights": "smollm2", "minilm": "minilm", "tiny": "tiny", "ranks": "torchrun"}
+        needed = fixtures[note[7:]]
         there = request.getfixturevalue(needed)
         if needed == "tiny":
             monkeypatch.chdir(there)
@@ -89,6 +92,16 @@ def _toml(holding: str) -> str:
         body for _, fence, body in BLOCK.findall(page) if fence == "toml" and holding in body
     ]
     return found
+
+
+@pytest.fixture
+def torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torchrun tells one process of one."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, tokenizer, monkeypatch):
 def test_older_checkpoints_stay_when_the_new_one_cannot_be_read_back(
     tmp_path, tokenizer, monkeypatch
 ):
-    def damaged(folder):
+    def damaged(folder, ranks):
         raise FileError("damaged")
 
     begin(tmp_path, tokenizer, steps=10, schedule="constant", keep=1)
@@ -141,7 +141,7 @@ def test_older_checkpoints_stay_when_the_new_one_cannot_be_read_back(
 
 
 def RESTORE_UNVERIFIED(*args):  # noqa: N802
-    return checkpoint.Progress(10, TrainConfig(), args[-1])
+    return checkpoint.Progress(10, TrainConfig(), args[4])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tmp_path, token
     def full(*args, **named):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync_files", full)
+    monkeypatch.setattr(checkpoint, "sync_files", full)
     with pytest.raises(FileError, match="No space left"):
         begin(tmp_path, tokenizer)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -1,123 +1,29 @@
 """Several processes on one machine make the run of one."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
+from tests.train.launching import LLAMA, SIZES, assert_near, launch, losses, run, run_all, state
 
+import polyhead as ph
 from polyhead.errors import ConfigError
-from polyhead.files.safetensors import open_checkpoint
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
-from polyhead.train.distributed import Parallel, Ranks
-from polyhead.train.log import read_log
+from polyhead.train.distributed import Parallel
 from polyhead.train.objectives import causal_lm
+from polyhead.train.ranks import Ranks, joined
+from polyhead.train.shards import read_parts, shapes_of, write_parts
 
 from .conftest import tiny
-
-# A run of its own in every process; what it is told stands in one line of JSON.
-CHILD = """
-import json, sys
-sys.path.insert(0, {tests!r})
-import torch
-torch.set_num_threads(1)
-import polyhead as ph
-from polyhead.text.tokenizer import Tokenizer
-told = json.loads(sys.argv[1])
-WORDS = "the cat sat on a mat and saw that it was flat".split()
-draw = torch.Generator().manual_seed(0)
-rows = torch.randint(len(WORDS), (60, 6), generator=draw).tolist()
-text = "".join(" ".join(WORDS[i] for i in row) + ".\\n" for row in rows)
-tokenizer = Tokenizer.train([text], kind="chars")
-model = ph.build(told["family"], seed=told.get("seed", 0), vocab_size=tokenizer.vocab_size,
-                 **told["sizes"])
-if told.get("lora"):
-    torch.manual_seed(0)
-    ph.add_adapter(model, ph.LoraConfig(rank=2, targets="all-linear"))
-config = ph.TrainConfig(**told["config"])
-options = told.get("options", {{}})
-trainer = ph.Trainer(model, tokenizer, config, objective=told["objective"], options=options,
-                     teacher=told.get("teacher"), quiet=True)
-data = [text]
-if told["objective"] == "dpo":
-    data = [{{"prompt": f"the {{a}}", "chosen": "sat on", "rejected": f"saw {{a}}"}} for a in WORDS]
-    data = data * 3
-trainer.fit(data, resume=told.get("resume", False))
-if told["objective"] == "causal-lm":
-    assert not torch.isnan(model(torch.tensor([[1, 2, 3]]))).any()
-"""
-CONFIG = dict(
-    steps=8, batch_size=2, accumulate=4, context=16, warmup=2, log_every=1, checkpoint_every=4,
-    validate_every=4, validate_batches=2, lr=5e-3, schedule="constant", device="cpu",
-)  # fmt: skip
-SIZES = dict(d_model=16, num_layers=2, num_heads=2, max_seq_len=64)
-
-
-def launch(tmp_path: Path, world: int, **told) -> None:
-    told = {"family": "gpt2", "sizes": SIZES, "objective": "causal-lm", **told}
-    told["config"] = {**CONFIG, **told["config"]}
-    source = textwrap.dedent(CHILD).format(tests=str(Path(__file__).parent))
-    if world == 1:  # here, as starting a process is what takes the time
-        with patch.object(sys, "argv", ["child", json.dumps(told)]):
-            exec(source, {})
-        return
-    script = tmp_path / "child.py"
-    script.write_text(source)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **place}
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(script), json.dumps(told)], stderr=subprocess.PIPE, text=True,
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        for child in running:
-            _, errors = child.communicate(timeout=400)
-            assert child.returncode == 0, errors[-3000:]
-    finally:
-        for child in running:
-            child.kill()
-
-
-def losses(out: Path) -> list[float]:
-    return [line["loss"] for line in read_log(out / "log.jsonl") if "loss" in line]
-
-
-def tensors(out: Path) -> dict[str, torch.Tensor]:
-    last = checkpoint.latest(out)
-    assert last is not None
-    found = {f"trainer.{n}": t for n, t in open_checkpoint(last / "trainer").items()}
-    return {**found, **dict(open_checkpoint(last).items())} if list(last.glob("model*")) else found
-
-
-def assert_near(one: Path, other: Path, limit: float = 1e-5) -> None:
-    assert len(losses(one)) == len(losses(other)) == 8
-    for a, b in zip(losses(one), losses(other), strict=True):
-        assert a == pytest.approx(b, abs=limit)
-    ours, theirs = tensors(one), tensors(other)
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        if "rng" not in name:
-            assert torch.allclose(tensor, theirs[name], atol=10 * limit), name
-
 
 CASES = {
     "ddp": ({}, {"parallel": "ddp"}, 1e-5),
     "fsdp": ({}, {"parallel": "fsdp"}, 1e-5),
     "fsdp-tied-llama": (
-        {"family": "llama", "sizes": {**SIZES, "d_ff": 24, "tie_embeddings": True}},
+        {**LLAMA, "sizes": {**LLAMA["sizes"], "tie_embeddings": True}},
         {"parallel": "fsdp", "recompute": "blocks", "ema": 0.9}, 1e-5,
     ),
     "ddp-muon-bfloat16": ({}, {"optimizer": "muon", "dtype": "bfloat16", "ema": 0.9}, 2e-2),
@@ -125,42 +31,154 @@ CASES = {
         {"teacher": "self"}, {"prune": 0.5, "prune_every": 2, "ema": 0.9}, 1e-5,
     ),
     "ddp-lora-dpo": (
-        {"family": "llama", "sizes": {**SIZES, "d_ff": 24}, "lora": True, "objective": "dpo"},
+        {**LLAMA, "lora": True, "objective": "dpo"},
         {"parallel": "ddp", "context": 40, "held_out": 0.2, "validate_every": 1}, 1e-5,
+    ),
+    "fsdp-lora": ({**LLAMA, "lora": True}, {"parallel": "fsdp"}, 1e-5),
+    "fsdp-replaced-token": (
+        {"family": "deberta-v2", "head": "rtd", "objective": "replaced-token",
+         "sizes": {"d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2,
+                   "dropout": 0.0, "attention_dropout": 0.0}},
+        {"parallel": "fsdp", "batch_size": 4, "accumulate": 2}, 2e-4,
     ),
 }  # fmt: skip
 
 
+DROPOUT = {"sizes": {**SIZES, "dropout": 0.2}, "config": {"parallel": "fsdp"}}
+
+
+def told(folder: Path, name: str, **more):
+    job, settings, _ = CASES[name]
+    return {**job, "config": {**settings, "out": str(folder / name), **more}}
+
+
+def dropping(folder: Path, name: str, **more):
+    settings = {**DROPOUT["config"], "out": str(folder / name), **more}
+    return {**DROPOUT, "config": settings, "resume": True}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks left their runs."""
+    folder = tmp_path_factory.mktemp("two")
+    again = {**told(folder, "ddp"), "raises": "already holds a run"}
+    full = {**told(folder, "fsdp", out=str(folder / "full")), "full": "1"}
+    launch(2, [
+        *(told(folder, name) for name in CASES),
+        told(folder, "fsdp", steps=3, out=str(folder / "cut")),
+        dropping(folder, "dropout"),
+        dropping(folder, "dropout-cut", steps=4), dropping(folder, "dropout-cut"),
+        again, {**full, "raises": "rank 1: No space left on device"},
+    ])  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(two: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where four ranks wrote again what two had saved, and went on with what one had."""
+    run(told(two, "fsdp", steps=5, out=str(two / "cut")) | {"resume": True, "seed": 1})
+    folder = tmp_path_factory.mktemp("four")
+    job = told(two, "fsdp", out=str(two / "cut")) | {"resume": True, "seed": 2}
+    again = {"from": str(checkpoint.latest(two / "fsdp")), "to": str(folder)}
+    launch(4, [job, again], "test_distributed:go_on_and_copy")
+    return folder
+
+
+def go_on_and_copy() -> None:
+    """What each of the four does."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    *jobs, last = json.loads(sys.argv[1])
+    sys.argv[1] = json.dumps(jobs)
+    torch.distributed.init_process_group("gloo")
+    run_all(leaves=False)
+    mesh, parts = init_device_mesh("cpu", (4,)), {}
+    for name, shape in shapes_of(Path(last["from"]) / "trainer").items():
+        parts[name] = torch.empty(shape)
+        if shape:
+            parts[name] = distribute_tensor(parts[name], mesh, [Shard(0)])
+    read_parts(Path(last["from"]) / "trainer", parts)
+    write_parts(Path(last["to"]), parts)
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_make_the_run_of_one(tmp_path, name):
-    told, settings, limit = CASES[name]
-    for world in (1, 2):
-        config = {**settings, "out": str(tmp_path / str(world))}
-        launch(tmp_path, world, config=config, **told)
-    assert_near(tmp_path / "1", tmp_path / "2", limit)
+def test_two_ranks_make_the_run_of_one(two, tmp_path, name):
+    run(told(tmp_path, name))
+    assert_near(tmp_path / name, two / name, CASES[name][2])
 
 
-def test_a_run_goes_on_with_any_number_of_ranks(tmp_path):
+def test_a_run_goes_on_with_any_number_of_ranks(two, four, tmp_path):
     """Saved by two, taken up by one, and that by four: the loss curve of one all along."""
-    settings = {"parallel": "fsdp"}
-    launch(tmp_path, 1, config={**settings, "out": str(tmp_path / "whole")})
-    for world, steps in ((2, 3), (1, 5), (4, 8)):
-        config = {**settings, "steps": steps, "out": str(tmp_path / "cut")}
-        launch(tmp_path, world, config=config, resume=True, seed=world - 2)
-    assert_near(tmp_path / "whole", tmp_path / "cut")
+    run(told(tmp_path, "fsdp"))
+    assert_near(tmp_path / "fsdp", two / "cut")
+
+
+def test_parts_are_the_same_bit_for_bit_whoever_wrote_them(two, four):
+    """Four ranks, of which some have nothing of the smallest tensors, read what two had written."""
+    saved = checkpoint.latest(two / "fsdp")
+    assert saved is not None
+    names = {path.name for path in (saved / "trainer").iterdir()}
+    assert sum(name.startswith("shard-") for name in names) == 2
+    assert "model.safetensors" not in names
+    assert len(list(four.glob("shard-*"))) == 4
+    once = state(saved)
+    again = {name: torch.empty_like(tensor) for name, tensor in once.items()}
+    read_parts(four, again)
+    for name, tensor in once.items():
+        assert torch.equal(tensor, again[name]), name
+
+
+def test_the_model_of_a_sharded_run_is_one_that_loads(two):
+    last = checkpoint.latest(two / "fsdp-tied-llama")
+    assert last is not None
+    model, kept = ph.load(last), state(last)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, kept[f"average.{name}"]), name
+
+
+def test_every_rank_goes_on_with_its_own_random_numbers(two):
+    assert losses(two / "dropout") == losses(two / "dropout-cut")
+    assert len(losses(two / "dropout")) == 8
+
+
+def test_one_rank_that_cannot_write_is_one_line_on_all_and_leaves_nothing(two):
+    assert not list((two / "full" / "checkpoints").iterdir())
+
+
+def test_other_ranks_than_saved_a_run_are_named(tmp_path, capsys):
+    job = told(tmp_path, "ddp", steps=4) | {"quiet": False, "resume": True}
+    run(job)
+    last = checkpoint.latest(tmp_path / "ddp")
+    said = last / "trainer" / "state.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"ranks": [6, 2]}))
+    manifest = json.loads((last / "manifest.json").read_text())
+    del manifest["files"]["trainer/state.json"]
+    (last / "manifest.json").write_text(json.dumps(manifest))
+    run(told(tmp_path, "ddp") | {"quiet": False, "resume": True})
+    told_so = "saved by 6 processes in groups of 2, goes on with 1 process: the same steps"
+    assert told_so in capsys.readouterr().err
 
 
 def test_parts_of_matrices_are_not_pruned():
     config = TrainConfig(prune=0.5, parallel="fsdp")
     with pytest.raises(ConfigError, match="pruning needs whole: use ddp"):
-        Parallel(tiny(20), causal_lm, config, Ranks(0, 2))
+        Parallel(tiny(20), causal_lm, config, Ranks(0, 2), torch.device("cpu"))
 
 
-def test_batches_that_cannot_be_shared_are_refused():
+def test_what_cannot_be_shared_is_refused():
     assert list(Ranks(1, 2).share(range(8, 12))) == [9, 11]
+    assert list(Ranks(3, 4, 2).share(range(8, 12))) == [9, 11]
     with pytest.raises(
         ConfigError,
         match=r"3 processes cannot share the 4 batches.*start 1 or 2 or 4.*multiple of 3",
     ):
         Ranks(0, 3).share(range(4))
+    with pytest.raises(
+        ConfigError, match=r"2 groups of 3 processes cannot share the 1 batches.*start 3, or"
+    ):
+        Ranks(0, 6, 3).share(range(1))
     assert Ranks().sum([1.5, 2.0]) == [1.5, 2.0]
+    with pytest.raises(ConfigError, match="tensor is 2, and there is 1 process"):
+        joined("cpu", tensor=2)

@@ -64,7 +64,8 @@ def save_adapter(
     whole = _written_whole(model, config)
     tensors |= {_PREFIX + theirs: tensor for theirs, tensor in whole.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    # Copies: memory that a file was written from is no longer FSDP's to free.
+    tensors = {key: value.contiguous().clone() for key, value in tensors.items()}
     ranks = {path: len(_delta(layer, name).a) for path, layer in layers.items()}
     told = {_BASE: base_digest(model, config.trained), _RANKS: json.dumps(ranks)}
     write_file(folder / WEIGHTS, tensors, told)

@@ -164,6 +164,7 @@ def _settings_for(objective: str, model: str, argv: Sequence[str]) -> TrainConfi
 
 def run(args: Args) -> int:
     """Train, then write the report."""
+    from polyhead.adapt.load import load
     from polyhead.cli.starting import distillation_values, teacher_named
     from polyhead.train.loop import Trainer
     from polyhead.train.registry import objective_named
@@ -191,6 +192,8 @@ def run(args: Args) -> int:
     figures = trainer.fit(data, valid, resume=args.resume, force=args.force)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one speaks
         return 0
+    if args.train.tensor > 1:  # other processes hold the rest of its layers, and have gone
+        model = load(figures["checkpoint"])
     _write_report(run_dir, args, model, inputs, figures)
     if "sparsity" in figures:
         note(f"zeros: {figures['sparsity']:.2%} of the matrices' weights")

@@ -199,7 +199,7 @@ class MultiHeadAttention(nn.Module):
             seen = seen if replaced is None else replaced
         if self.training and self.dropout:
             seen = dropout(seen, self.dropout)
-        heads = seen @ expand_heads(v, self.num_heads)
+        heads = seen @ expand_heads(v, seen.shape[1])
         if position is not None and position.has_values:
             heads = heads + position.values(seen, at, keys_at)
         return heads

@@ -3,52 +3,63 @@
     RUN/checkpoints/step-00000500/   config.json, model.safetensors, tokenizer.json …: a model
                                      directory that `polyhead.load` takes; where an adapter learns,
                                      PEFT's adapter_config.json and adapter_model.safetensors
-        trainer/model.safetensors    masters, moments, the rest of the model's state, RNG states
+        trainer/model.safetensors    masters, moments, the rest of the model's state; of a run with
+                                     sharded weights a shard-… of each rank in its place
+        trainer/random-00000.json    each rank's random numbers
         trainer/state.json           step, settings, corpus, sums of the log
         manifest.json                size and SHA-256 of every file
     RUN/checkpoints/latest           the name of the newest
 
 A checkpoint is written into `.tmp-…`, flushed to disk, given its manifest, renamed; only then does
-`latest` name it, and only when it has been read back are older ones removed.
+`latest` name it, and only when it has been read back are older ones removed. All ranks take each of
+these steps together: where one fails, all raise, and nothing has a name.
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from polyhead.adapt.adapters import adapters_of, in_use
 from polyhead.adapt.load import is_adapter
 from polyhead.adapt.peft import check_base, save_adapter
 from polyhead.errors import ConfigError, FileError
-from polyhead.files.disk import atomic_file, sync_directory
-from polyhead.files.safetensors import open_checkpoint
 from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.model import TaskModel
 from polyhead.text.directory import state_length
+from polyhead.train import random_state
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig
-from polyhead.train.distributed import Parallel, Ranks, gathered, local, shard_like
+from polyhead.train.distributed import Parallel
+from polyhead.train.manifest import (
+    ALONE,
+    FORMAT,
+    MANIFEST,
+    files_below,
+    name_checkpoint,
+    sync_files,
+    verify,
+)
 from polyhead.train.optim import Masters, learning_rate
 from polyhead.train.pruning import sparsity_at
+from polyhead.train.ranks import Ranks
+from polyhead.train.shards import on_disk, read_parts, shapes_of, write_parts
 
-_TRAINER, _MANIFEST, _FORMAT = "trainer", "manifest.json", 1
+__all__ = ["Progress", "best", "best_score", "clean", "latest", "restore", "save", "verify"]
+
+_TRAINER = "trainer"
 _NO_PART_OF_THE_MODEL = {"dtype", "torch_dtype", "transformers_version"}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: what `trainer/state.json` holds, but for the RNG states."""
+    """Where a run stands: what `trainer/state.json` holds."""
 
     step: int
     config: TrainConfig
@@ -59,6 +70,8 @@ class Progress:
     passed: int = 0
     """Steps' worth of data that a rewind passed by."""
     guard: Mapping[str, Any] | None = None
+    saved_by: tuple[int, ...] | None = None
+    """How many ranks wrote it, and how many of them held layers together."""
 
 
 def save(
@@ -67,61 +80,77 @@ def save(
 ) -> Path:  # fmt: skip
     """Write the checkpoint of `progress.step`, make it the latest, and prune the others.
 
-    Every rank has to come; the first writes whole tensors, so that any number of them can go on.
+    Every rank has to come. Errors: FileError on all of them where one cannot write.
     """
     folder = run / "checkpoints"
     final = folder / f"step-{progress.step:08d}"
+    ranks = ALONE if parallel is None else parallel.ranks
     temp = folder / f".tmp-{final.name}-{os.getpid()}"
-    ranks = Ranks() if parallel is None else parallel.ranks
-    tensors = _tensors(model, optimizer)
     try:
-        with optimizer.averaged():
-            shards = parallel is not None and parallel.is_sharded and not in_use(model)
-            state = {n: gathered(t) for n, t in model.state_dict().items()} if shards else None
-            with nullcontext() if parallel is None else parallel.whole():
-                if ranks.is_first:
-                    shutil.rmtree(temp, ignore_errors=True)
-                    folder.mkdir(exist_ok=True)  # a run that was removed is not made again
-                    temp.mkdir()
-                    _save_model(temp, model, state)
-        if ranks.is_first:
-            tokenizer.save(temp)
-            state_length(temp, model.config.max_tokens)
-            write_checkpoint(temp / _TRAINER, tensors)
-            (temp / _TRAINER / "state.json").write_text(json.dumps(_state(progress)))
-            _name(temp, final)
+        (temp, *_) = ranks.together(lambda: _begin(temp) if ranks.is_first else temp)
+        _write(temp, model, optimizer, parallel, ranks)
+        ranks.first(lambda: _describe(temp, model, tokenizer, progress, ranks))
+        names = sorted(set().union(*ranks.together(lambda: files_below(temp))))
+        mine = names[ranks.rank :: ranks.world]
+        found = ranks.together(lambda: sync_files(temp, mine))
+        files = {name: entry for some in found for name, entry in some.items()}
+        ranks.first(lambda: name_checkpoint(temp, final, files))
+        ranks.together(lambda: verify(final, ranks))
+        ranks.first(lambda: _prune(folder, progress.config.keep))
     except OSError as error:
         raise FileError(
             f"{final}: cannot be written ({error}); check space and permissions"
         ) from None
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
-    if ranks.is_first:
-        verify(final)
-        _prune(folder, progress.config.keep)
-    ranks.wait()
+        if ranks.is_first:
+            shutil.rmtree(temp, ignore_errors=True)
     return final
 
 
-def _name(temp: Path, final: Path) -> None:
-    """Give what is written its name, and `latest` that of it, each durable before the next."""
-    _sync_files(temp)
-    manifest = json.dumps({"format": _FORMAT, "files": _hashes(temp)}, indent=1)
-    with atomic_file(temp / _MANIFEST) as file:
-        file.write(manifest.encode())
-    if final.exists():  # an undone write after `latest` was turned back, or a rerun
-        shutil.rmtree(final)
-    temp.rename(final)
-    sync_directory(final.parent)
-    with atomic_file(final.parent / "latest") as file:
-        file.write(final.name.encode())
+def _begin(temp: Path) -> Path:
+    """An empty directory to write into."""
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.parent.mkdir(exist_ok=True)  # a run that was removed is not made again
+    temp.mkdir()
+    (temp / _TRAINER).mkdir()
+    return temp
 
 
-def _save_model(folder: Path, model: TaskModel, state: Mapping[str, Tensor] | None) -> None:
+def _write(
+    temp: Path, model: TaskModel, optimizer: Masters, parallel: Parallel | None, ranks: Ranks
+) -> None:
+    """The model, what the optimizer knows, and the random numbers."""
+    trainer, tensors = temp / _TRAINER, _tensors(model, optimizer)
+    ranks.together(lambda: random_state.keep(trainer, ranks))
+    if parallel is None or not parallel.is_sharded:
+        ranks.first(lambda: write_checkpoint(trainer, tensors))
+    else:
+        ranks.together(lambda: write_parts(trainer, tensors))
+        if not in_use(model):
+            ranks.first(lambda: _join(temp, model, optimizer, tensors))
+            return
+    with optimizer.averaged(), nullcontext() if parallel is None else parallel.whole():
+        ranks.first(lambda: _save_model(temp, model))
+
+
+def _join(temp: Path, model: TaskModel, optimizer: Masters, tensors: Mapping[str, Tensor]) -> None:
+    """Make the model's own files of the parts that all ranks have written.
+
+    The first rank reads those, and nothing is gathered: what a model weighs stands in a file of its
+    own for that long, and in no rank's memory. It is made at every checkpoint, as any may turn out
+    to be the best, or the last.
+    """
+    sources = _sources(model, optimizer)
+    with on_disk(temp / ".whole", {name: tensors[name] for name in sources.values()}) as whole:
+        read_parts(temp / _TRAINER, whole, alone=True)
+        model.save(temp, force=True, state={name: whole[own] for name, own in sources.items()})
+
+
+def _save_model(folder: Path, model: TaskModel) -> None:
     """The model; where an adapter learns, that alone and what the model with it is."""
     names = in_use(model)
     if not names:
-        model.save(folder, force=True, **({} if state is None else {"state": state}))
+        model.save(folder, force=True)
         return
     for name in names:
         save_adapter(model, folder, name)
@@ -129,12 +158,33 @@ def _save_model(folder: Path, model: TaskModel, state: Mapping[str, Tensor] | No
     (folder / "config.json").write_text(f"{said}\n", encoding="utf-8")
 
 
+def _describe(
+    temp: Path, model: TaskModel, tokenizer: Any, progress: Progress, ranks: Ranks
+) -> None:
+    """Tokenizer and state."""
+    tokenizer.save(temp)
+    state_length(temp, model.config.max_tokens)
+    state = {
+        "format": FORMAT,
+        "step": progress.step,
+        "config": progress.config.to_dict(),
+        "corpus": progress.corpus,
+        "valid_loss": progress.valid_loss,
+        "score": progress.score,
+        "sums": dict(progress.sums or {}),
+        "passed": progress.passed,
+        "guard": progress.guard,
+        "ranks": [ranks.world, ranks.tensor],
+    }
+    (temp / _TRAINER / "state.json").write_text(json.dumps(state))
+
+
 def latest(run: Path) -> Path | None:
     """The newest checkpoint of a run, None where there is none."""
     folder = run / "checkpoints"
     with contextlib.suppress(OSError):
         named = folder / Path((folder / "latest").read_text().strip()).name
-        if (named / _MANIFEST).exists():
+        if (named / MANIFEST).exists():
             return named
     found = _all(folder)
     return found[-1] if found else None
@@ -160,39 +210,32 @@ def clean(run: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def verify(checkpoint: Path) -> None:
-    """FileError unless every file is as the manifest says."""
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        version, files = int(manifest["format"]), dict(manifest["files"])
-        found = _hashes(checkpoint)
-    except (OSError, ValueError, KeyError, TypeError):
-        raise FileError(f"{checkpoint}: no checkpoint (its manifest cannot be read)") from None
-    if version > _FORMAT:
-        raise FileError(
-            f"{checkpoint}: has format {version}, and this polyhead reads up to {_FORMAT}: use the "
-            "one that wrote it, or a newer one"
-        )
-    for name, entry in files.items():
-        if found.get(name) != entry:
-            fault = "was altered" if name in found else "is missing"
-            raise FileError(f"{checkpoint}: {name} {fault}: remove this checkpoint, use an older")
-
-
 def restore(
     checkpoint: Path,
     model: TaskModel,
     optimizer: Masters,
     config: TrainConfig,
     corpus: str,
+    parallel: Parallel | None = None,
 ) -> Progress:
-    """Verify, check that it belongs to this model, settings and corpus, and take it all up."""
-    verify(checkpoint)
-    state = json.loads((checkpoint / _TRAINER / "state.json").read_text())
-    tensors = open_checkpoint(checkpoint / _TRAINER)
+    """Verify, check that it belongs to this model, settings and corpus, and take it all up.
+
+    Every rank has to come; there may be more of them or fewer than saved it.
+    """
+    ranks = ALONE if parallel is None else parallel.ranks
+    ranks.together(lambda: verify(checkpoint, ranks))
+    trainer = checkpoint / _TRAINER
+    state = json.loads((trainer / "state.json").read_text())
+    if state["format"] < FORMAT:
+        raise ConfigError(
+            f"{checkpoint} was saved by an earlier polyhead (format {state['format']}), whose runs "
+            "this one cannot go on with; start a new run from it, as its model"
+        )
     _check_model_config(checkpoint, model)
-    _check_base(checkpoint, model)
-    _check_model(checkpoint, tensors, _tensors(model, optimizer, moments=False))
+    with nullcontext() if parallel is None else parallel.whole():
+        _check_base(checkpoint, model)
+    shapes = shapes_of(trainer)
+    _check_model(checkpoint, shapes, optimizer)
     old = TrainConfig.from_dict(state["config"], str(checkpoint))
     _check_config(checkpoint, old, config, state["step"])
     if state["corpus"] != corpus:
@@ -200,63 +243,47 @@ def restore(
             f"{checkpoint} was trained on another corpus or tokenizer, or with other options of "
             "its objective: give it what it had (run.json), unchanged, or start a new run"
         )
-    optimizer.load(tensors)
-    rest = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
-    with torch.no_grad():
-        own = model.state_dict()
-        for name, value in rest.items():
-            own[name].copy_(shard_like(value, own[name]))
-    _set_rng(state["rng"], tensors)
-    score = state.get("score")
+    own = model.state_dict()
+    kept = [name for name in shapes if name.startswith("model.")]
+    rest = {name: own[name.removeprefix("model.")].detach() for name in kept}
+    into = {**optimizer.blank(shapes), **rest}
+    ranks.together(lambda: read_parts(trainer, into))
+    optimizer.load(into)
+    saved_by = tuple(state["ranks"])
+    alike = saved_by == (ranks.world, ranks.tensor)
+    random_state.take_up(trainer, ranks, config.seed, state["step"], alike)
     return Progress(
-        state["step"], old, corpus, state["valid_loss"], score, state["sums"],
-        state.get("passed", 0), state.get("guard"),
+        state["step"], old, corpus, state["valid_loss"], state.get("score"), state["sums"],
+        state.get("passed", 0), state.get("guard"), saved_by,
     )  # fmt: skip
 
 
-def _tensors(model: TaskModel, optimizer: Masters, *, moments: bool = True) -> dict[str, Tensor]:
-    """Everything a run needs to go on; without moments, what tells one model from another."""
+def _tensors(model: TaskModel, optimizer: Masters) -> dict[str, Tensor]:
+    """Everything a run needs to go on, as this rank has it."""
     state = optimizer.state()
-    if not moments:
-        return {name: tensor for name, tensor in state.items() if name.startswith("master.")}
-    # Tied names of a trained tensor lead to the same memory: the master covers them all. What
-    # stands still beside an adapter is its base, which is elsewhere.
-    trained = {local(p).data_ptr() for p in optimizer.params}
-    for name, tensor in ({} if in_use(model) else model.state_dict()).items():
-        if local(tensor).data_ptr() not in trained:
-            state[f"model.{name}"] = gathered(tensor)
-    state["rng.torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        for index, rng in enumerate(torch.cuda.get_rng_state_all()):
-            state[f"rng.cuda.{index}"] = rng
+    # What stands still beside an adapter is its base, which is elsewhere.
+    own = {} if in_use(model) else model.state_dict()
+    for name, source in _sources(model, optimizer).items() if own else ():
+        if source not in state:
+            state[source] = own[name]
     return state
 
 
-def _state(progress: Progress) -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "format": _FORMAT,
-        "step": progress.step,
-        "config": progress.config.to_dict(),
-        "corpus": progress.corpus,
-        "valid_loss": progress.valid_loss,
-        "score": progress.score,
-        "sums": dict(progress.sums or {}),
-        "passed": progress.passed,
-        "guard": progress.guard,
-        "rng": {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]},
+def _sources(model: TaskModel, optimizer: Masters) -> dict[str, str]:
+    """Where a checkpoint keeps each tensor of a model: with those that learn, or beside them.
+
+    Names that are tied lead to the same.
+    """
+    learns = {
+        id(param): name for name, param in zip(optimizer.names, optimizer.params, strict=True)
     }
-
-
-def _set_rng(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    torch.set_rng_state(tensors["rng.torch"].clone())
-    for index in range(torch.cuda.device_count()):
-        if f"rng.cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"].clone(), index)
+    params = dict(model.named_parameters(remove_duplicate=False))
+    kind = "average" if optimizer.ema else "master"
+    found: dict[str, str] = {}
+    for name in model.state_dict():
+        owner = learns.get(id(params.get(name)))
+        found[name] = f"model.{name}" if owner is None else f"{kind}.{owner}"
+    return found
 
 
 def _check_model_config(checkpoint: Path, model: TaskModel) -> None:
@@ -271,11 +298,12 @@ def _check_model_config(checkpoint: Path, model: TaskModel) -> None:
             )
 
 
-def _check_model(checkpoint: Path, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    names = sorted(name for name in saved if name.startswith("master."))
-    for name in sorted({*names, *own}):
-        theirs = list(saved[name].shape) if name in saved else "nothing"
-        ours = list(own[name].shape) if name in own else "nothing"
+def _check_model(checkpoint: Path, saved: Mapping[str, Sequence[int]], optimizer: Masters) -> None:
+    masters = zip(optimizer.names, optimizer.masters, strict=True)
+    own = {f"master.{name}": list(master.shape) for name, master in masters}
+    for name in sorted({*(name for name in saved if name.startswith("master.")), *own}):
+        theirs = list(saved[name]) if name in saved else "nothing"
+        ours = own.get(name, "nothing")
         if theirs != ours:
             raise ConfigError(
                 f"{checkpoint} holds another model: {name.removeprefix('master.')} is {theirs} "
@@ -300,8 +328,8 @@ def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: in
         if name not in FREE_ON_RESUME and was[name] != now[name]:
             raise ConfigError(
                 f"{checkpoint} was trained with {name} = {was[name]}, not {now[name]}: "
-                "resume with its settings (config.toml), of which steps, device, parallel and what "
-                "is looked at and kept may change, or start a new run"
+                "resume with its settings (config.toml), of which steps, device, processes and "
+                "what is looked at and kept may change, or start a new run"
             )
     if step > new.steps:
         raise ConfigError(f"{checkpoint} has {step} steps behind it, more than {new.steps} in all")
@@ -317,32 +345,9 @@ def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: in
         )
 
 
-def _sync_files(folder: Path) -> None:
-    """Flush every file and folder below `folder` to disk."""
-    for path in [*folder.rglob("*"), folder]:
-        if path.is_dir():
-            sync_directory(path)
-        else:
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-
-
-def _hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file below `folder` but the manifest."""
-    entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        entries[path.relative_to(folder).as_posix()] = {
-            "size": path.stat().st_size,
-            "sha256": digest,
-        }
-    return entries
-
-
 def _all(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{_MANIFEST}"))
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
 
 
 def _rank(checkpoint: Path) -> tuple[bool, float] | None:

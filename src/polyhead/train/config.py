@@ -28,7 +28,7 @@ PruneBy = Literal["layer", "global", "2:4"]
 FREE_ON_RESUME = (
     *("steps", "validate_every", "validate_batches", "checkpoint_every", "keep", "log_every"),
     *("out", "cache", "device", "sample_every", "sample_prompt", "sample_tokens", "epochs"),
-    *("skips", "recompute", "parallel", "offload"),
+    *("skips", "recompute", "parallel", "offload", "tensor", "compile"),
 )
 
 
@@ -108,6 +108,11 @@ class TrainConfig:
     """On several processes of torchrun: ddp (each has the whole model) or fsdp (each a part)."""
     offload: bool = False
     """With fsdp: weights and moments wait in the CPU's memory."""
+    tensor: int = 1
+    """Above 1: so many neighbouring processes hold each layer together and see the same batches;
+    where there are more, such groups share the data by fsdp."""
+    compile: bool = False
+    """Blocks run as torch.compile makes them, while training; the first step takes longer."""
     seed: int = 0
     """Order of the data and dropout."""
     held_out: float = 0.05
@@ -233,7 +238,7 @@ FINE_TUNING: dict[str, Any] = {
 
 _LOWEST: dict[str, float] = {
     **dict.fromkeys(("steps", "batch_size", "context", "accumulate", "keep", "log_every"), 1),
-    "prune_every": 1,
+    **dict.fromkeys(("tensor", "prune_every"), 1),
     **dict.fromkeys(("lr", "min_lr", "warmup", "weight_decay", "eps", "clip", "seed"), 0),
     **dict.fromkeys(("zclip", "rewind", "skips", "layer_decay"), 0),
     **dict.fromkeys(("validate_every", "validate_batches", "checkpoint_every"), 0),

@@ -2,14 +2,12 @@
 
 import inspect
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from polyhead.adapt.adapters import in_use
@@ -17,13 +15,14 @@ from polyhead.adapt.base import base_digest
 from polyhead.errors import ConfigError
 from polyhead.kernels.training import fused
 from polyhead.models.model import TaskModel, require_causal
-from polyhead.train import adversarial, checkpoint, registry, rundir
+from polyhead.train import adversarial, checkpoint, random_state, registry, rundir
 from polyhead.train.allocator import keep_freed_memory
 from polyhead.train.blend import open_corpora
+from polyhead.train.compiled import compiling
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Dataset
 from polyhead.train.distill import distilled
-from polyhead.train.distributed import Parallel, joined
+from polyhead.train.distributed import Parallel
 from polyhead.train.evaluate import score_dataset, score_texts
 from polyhead.train.log import Log, View, tell_tokenising
 from polyhead.train.multitask import opened
@@ -31,6 +30,7 @@ from polyhead.train.objectives import Objective
 from polyhead.train.optim import Masters, cast
 from polyhead.train.preference import Compared
 from polyhead.train.pruning import check_pruning
+from polyhead.train.ranks import Ranks, joined
 from polyhead.train.recompute import recomputing
 from polyhead.train.records import ExampleColumns, Rows, Table, read_table
 from polyhead.train.registry import ObjectiveKind
@@ -122,42 +122,42 @@ class Trainer:
         force: begin anew where a run already is; that goes once the new one is ready to start.
         Raises Interrupted on SIGINT and SIGTERM; PolyheadError when the loss is no longer finite.
         """
-        ranks, name = joined(self.config.device)
+        ranks, name = joined(self.config.device, self.config.tensor)
         ranks.share(range(self.config.accumulate))
-        if ranks.is_first:
-            rundir.claim(self.run, resume=resume, force=force)
+        ranks.first(lambda: rundir.claim(self.run, resume=resume, force=force))
         device = self._device(name)
-        self.model.to(device)
         if device.type == "cpu":
             keep_freed_memory()
         train, held = ranks.in_turn(lambda: self._datasets(texts, valid))
         self._count_epochs(len(train))
         last = checkpoint.latest(self.run) if resume else None
         itself = self._follow_itself(last) if self.teacher == SELF else None
-        _seed(self.config.seed + ranks.rank)
-        parallel = Parallel(self.model, self.objective, self.config, ranks)
+        random_state.seed(self.config.seed, ranks)
+        parallel = Parallel(self.model, self.objective, self.config, ranks, device)
         optimizer = Masters(self.model, self.config)
         parallel.connect()
         digest = self._seal(train.digest)
         progress = checkpoint.Progress(0, self.config, digest)
         if last is not None:
-            found = checkpoint.restore(last, self.model, optimizer, self.config, digest)
+            found = checkpoint.restore(last, self.model, optimizer, self.config, digest, parallel)
             progress = replace(found, config=self.config)
-        log = self._begin(progress.step, resume) if ranks.is_first else None
+        log = ranks.first(lambda: self._begin(progress.step, resume))
         if itself is not None:
-            if last is None and ranks.is_first:
-                keep(itself, self.run)
+            if last is None:
+                ranks.first(lambda: keep(itself, self.run))
             cast(itself, getattr(torch, self.config.dtype))
-        ranks.wait()
         for split, dataset in (("train", train), ("valid", held)):
             if isinstance(dataset, Compared):
                 with parallel.whole():
                     dataset.refer(self.model, self.run, split, ranks, anew=last is None)
         view = View(self.config.steps, progress.step, quiet=self.quiet or not ranks.is_first)
+        if progress.saved_by not in (None, (ranks.world, ranks.tensor)):
+            view.say(_other_ranks(progress, ranks))
         self.model.train()
         try:
+            compiled = compiling(self.model, self.config.compile, device)
             again = recomputing(self.model, self.config.recompute)
-            with fused(self.model), again, view, signals() as received:
+            with fused(self.model), compiled, again, view, signals() as received:
                 run = Running(self, train, held, optimizer, parallel, progress, log, view, device)
                 return run.go(received, last)
         finally:
@@ -299,11 +299,13 @@ class Trainer:
             self.config = replace(self.config, steps=steps, epochs=None)
 
 
-def _seed(seed: int) -> None:
-    """Every generator that a reward, a callback or a step may draw from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def _other_ranks(progress: checkpoint.Progress, ranks: Ranks) -> str:
+    """What is to be said of a run that goes on with other processes."""
+    there, here = (
+        f"{world} process{'es' * (world > 1)}" + (f" in groups of {tensor}" if tensor > 1 else "")
+        for world, tensor in (progress.saved_by or (1, 1), (ranks.world, ranks.tensor))
+    )
+    return f"saved by {there}, goes on with {here}: the same steps"
 
 
 def _kind(objective: str | ObjectiveKind | Objective) -> ObjectiveKind:

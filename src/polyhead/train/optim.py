@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,14 +74,14 @@ class Masters:
     def _movers(self, model: nn.Module, config: TrainConfig) -> list[Optimizer]:
         """AdamW, and Muon for the matrices of blocks where it is asked for."""
         matrices = in_blocks(model) if config.optimizer == "muon" else set[str]()
-        groups: dict[tuple[bool, float, float], list[Tensor]] = {}
+        groups: dict[tuple[bool, float, float, Any], list[Tensor]] = {}
         for (name, factor, decay), master in zip(
             settings_of(model, self.names, config), self.masters, strict=True
         ):
-            groups.setdefault((name in matrices, factor, decay), []).append(master)
+            groups.setdefault((name in matrices, factor, decay, _mesh(master)), []).append(master)
         rows = [
             (by_muon, {"params": some, "weight_decay": decay, "factor": factor})
-            for (by_muon, factor, decay), some in groups.items()
+            for (by_muon, factor, decay, _), some in groups.items()
         ]
         movers: list[Optimizer] = []
         if others := [row for by_muon, row in rows if not by_muon]:
@@ -119,15 +120,23 @@ class Masters:
         for master, goes in self._held():
             if master.grad is not None:
                 master.grad.masked_fill_(goes, 0.0)
-        grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = gathered(get_total_norm(grads))
+        alike: dict[Any, list[Tensor]] = {}
+        for master in self.masters:
+            if master.grad is not None:
+                alike.setdefault(_mesh(master), []).append(master)
+        norms = [
+            gathered(get_total_norm([m.grad for m in some if m.grad is not None]))
+            for some in alike.values()
+        ]
+        norm = get_total_norm(norms) if len(norms) > 1 else norms[0]
         value = float(norm)
         if not math.isfinite(value):
             self.discard()
             raise NotFiniteError(f"the gradient's norm is {value}: lower lr, or check the data")
         largest = min(self.clip or math.inf, math.inf if limit is None else limit(value))
         if largest < math.inf:
-            clip_grads_with_norm_(self.masters, largest, norm)
+            for some in alike.values():
+                clip_grads_with_norm_(some, largest, norm)
         for mover in self.movers:
             for group in mover.param_groups:
                 group["lr"] = lr * group["factor"]
@@ -205,12 +214,12 @@ class Masters:
             self._round()
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments, step counts, averages and what is pruned, by parameter name."""
-        state = {name: gathered(value) for name, value in self._local()}
-        return state | {f"pruned.{name}": goes for name, goes in self.pruned.items()}
+        """Masters, moments, step counts, averages and what is pruned, by parameter name; this
+        rank's parts."""
+        return dict(self._local()) | {f"pruned.{name}": goes for name, goes in self.pruned.items()}
 
     def _local(self) -> Iterator[tuple[str, Tensor]]:
-        """What `state` gives, not gathered, but for what is pruned."""
+        """What `state` gives but for what is pruned."""
         for name, master in zip(self.names, self.masters, strict=True):
             yield f"master.{name}", master.detach()
             for mover in self.movers:
@@ -218,6 +227,21 @@ class Masters:
                     yield f"{key}.{name}", value
         for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
             yield f"average.{name}", average
+
+    def blank(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Room for what `state` would give of a run that has the tensors of `shapes`."""
+        found: dict[str, Tensor] = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            for key in ("master", "average", *MOMENTS):
+                # Counts of steps are numbers; all else has its weight's shape.
+                if (shape := shapes.get(f"{key}.{name}")) is not None:
+                    like = master.detach()
+                    found[f"{key}.{name}"] = (
+                        torch.empty_like(like) if shape else local(like).new_empty(())
+                    )
+            if (shape := shapes.get(f"pruned.{name}")) is not None:
+                found[f"pruned.{name}"] = torch.empty(tuple(shape), dtype=torch.bool)
+        return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up what `state` gave; the model's weights follow the masters."""
@@ -232,7 +256,7 @@ class Masters:
                 master.copy_(shard_like(state[f"master.{name}"], master))
                 # AdamW keeps its step count on the CPU or beside the weights, as it made it.
                 owners[id(master)].state[master] = {
-                    key: shard_like(state[f"{key}.{name}"].clone(), master)
+                    key: shard_like(state[f"{key}.{name}"], master).clone()
                     for key in MOMENTS
                     if f"{key}.{name}" in state
                 }
@@ -244,6 +268,11 @@ class Masters:
                 if f"pruned.{name}" in state
             }
             self._round()
+
+
+def _mesh(tensor: Tensor) -> Any:
+    """The ranks that a tensor is dealt out to: torch's operators on lists take one kind at once."""
+    return tensor.device_mesh if isinstance(tensor, DTensor) else None
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:

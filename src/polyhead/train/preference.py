@@ -24,9 +24,9 @@ from polyhead.train.chatting import ChatCollator, cut, room_of
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Examples, Split
 from polyhead.train.dialogue import Spoken, answered
-from polyhead.train.distributed import Ranks
 from polyhead.train.examples import Labels, digest_of, part_of
 from polyhead.train.objectives import CHUNK_LOGITS, IGNORE, LanguageBatch, Loss
+from polyhead.train.ranks import Ranks
 from polyhead.train.records import Table
 
 Variant = Literal["dpo", "ipo", "length-normalised"]

@@ -74,13 +74,23 @@ class ReplacedTokenModel(nn.Module):
         logits = functional_call(self.discriminator, changed, (input_ids,), extras)
         return logits.squeeze(-1) if logits.ndim == 3 else logits
 
-    def save(self, directory: str | Path, force: bool = False) -> None:
+    def save(
+        self, directory: str | Path, force: bool = False, state: Mapping[str, Tensor] | None = None
+    ) -> None:
         """The discriminator, and the generator in `generator/`, both ready to load."""
-        if self.difference is not None:
-            with torch.no_grad():
-                _table(self.discriminator).weight.copy_(self._disentangled())
-        self.discriminator.save(directory, force)
-        self.generator.save(Path(directory) / "generator", force)
+        if state is None:
+            if self.difference is not None:
+                with torch.no_grad():
+                    _table(self.discriminator).weight.copy_(self._disentangled())
+            state = self.state_dict()
+        elif self.difference is not None:
+            whole = state[f"generator.{_EMBEDDING}"] + state["difference"]
+            state = {**state, f"discriminator.{_EMBEDDING}": whole}
+        for side, folder in ((self.discriminator, "."), (self.generator, "generator")):
+            name = "generator." if side is self.generator else "discriminator."
+            own = {key.removeprefix(name): value for key, value in state.items()
+                   if key.startswith(name)}  # fmt: skip
+            side.save(Path(directory) / folder, force, own)
 
     def hf_config(self) -> dict[str, Any]:
         """What `config.json` says of the discriminator."""

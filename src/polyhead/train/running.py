@@ -167,7 +167,7 @@ class Running:
         self.guard.rewind(step + 1, loss)
         rewinds = self.guard.rewinds
         found = checkpoint.restore(
-            saved, self.model, self.optimizer, self.config, self.progress.corpus
+            saved, self.model, self.optimizer, self.config, self.progress.corpus, self.parallel
         )
         passed = self.progress.passed + step + 1 - found.step
         self.progress = replace(found, config=self.config, passed=passed)

@@ -14,9 +14,9 @@ from torch import nn
 from polyhead.errors import DataError
 from polyhead.models.model import TaskModel
 from polyhead.train.config import TrainConfig
-from polyhead.train.distributed import Ranks
 from polyhead.train.objectives import Objective
 from polyhead.train.optim import Masters, NotFiniteError
+from polyhead.train.ranks import Ranks
 
 ALONE = Ranks()
 
