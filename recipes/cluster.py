@@ -80,7 +80,7 @@ def _data(folder: Path) -> str:
     for name, some in (("train", texts), ("held", held)):
         lines = (json.dumps({"text": text}) + "\n" for text in some)
         (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-    tokenizer(texts, 4000).save(folder / "tokenizer")
+    tokenizer(texts, 4000).save(folder / "tokenizer", force=True)
     return str(folder)
 
 

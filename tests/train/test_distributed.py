@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.train.launching import LLAMA, SIZES, assert_near, launch, losses, run, run_all, state
+from tests.train.launching import LLAMA, SIZES, assert_near, launch, losses, run, run_jobs, state
 
 import polyhead as ph
 from polyhead.errors import ConfigError
@@ -90,9 +90,7 @@ def go_on_and_copy() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     *jobs, last = json.loads(sys.argv[1])
-    sys.argv[1] = json.dumps(jobs)
-    torch.distributed.init_process_group("gloo")
-    run_all(leaves=False)
+    run_jobs(jobs)
     mesh, parts = init_device_mesh("cpu", (4,)), {}
     for name, shape in shapes_of(Path(last["from"]) / "trainer").items():
         parts[name] = torch.empty(shape)

@@ -86,8 +86,9 @@ class Parallel:
         told: dict[str, Any] = {
             "mesh": mesh["data"],
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-            **({"offload_policy": CPUOffloadPolicy()} if config.offload else {}),
         }
+        if config.offload:
+            told["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
         for name in blocks_of(model):
             fully_shard(model.get_submodule(name), **told)
         # What the step itself runs stays whole until its gradient is there.
