@@ -84,7 +84,7 @@ def main() -> int:
     if unknown := sorted(set(names) - set(CAMPAIGNS)):
         parser.error(f"there is no campaign {unknown[0]!r}; there are all, {', '.join(CAMPAIGNS)}")
     warnings.filterwarnings("ignore")
-    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+    os.environ |= {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # of the children
     tier, ok = "long" if given.long else "ci", True
     for name in names:
         campaign = CAMPAIGNS[name]

@@ -35,6 +35,7 @@ def reshaped(folder: Path, rounds: int, worlds: tuple[int, ...] = (2, 1, 4)) -> 
 
 
 def _reshaped(folder: Path, kind: dict[str, Any], worlds: tuple[int, ...]) -> list[str]:
+    dtype = getattr(torch, kind.get("dtype", "float32"))
     settings = {**kind, "schedule": "constant", "accumulate": 4, "checkpoint_every": 0}
 
     def run(out: Path, world: int, steps: int, **told: Any) -> None:
@@ -46,9 +47,9 @@ def _reshaped(folder: Path, kind: dict[str, Any], worlds: tuple[int, ...]) -> li
     for world in worlds:
         out = folder / str(world)
         run(out, 2, SAVED)
-        before = _model(out)
+        before = _model(out, dtype)
         run(out, world, SAVED + 1, spoilt=[0])
-        after = _model(out)
+        after = _model(out, dtype)
         if before.keys() != after.keys() or any(
             not torch.equal(tensor, after[name]) for name, tensor in before.items()
         ):
@@ -59,7 +60,8 @@ def _reshaped(folder: Path, kind: dict[str, Any], worlds: tuple[int, ...]) -> li
     return faults + [f"{n} ranks go on otherwise" for n in worlds if found[n] != first]
 
 
-def _model(out: Path) -> dict[str, torch.Tensor]:
+def _model(out: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The weights in the type of the run: several ranks save the float32 that they hold."""
     last = checkpoint.latest(out)
     assert last is not None
-    return {name: tensor.clone() for name, tensor in open_checkpoint(last).items()}
+    return {name: tensor.to(dtype, copy=True) for name, tensor in open_checkpoint(last).items()}
