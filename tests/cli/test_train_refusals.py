@@ -86,9 +86,9 @@ def test_a_resume_with_other_data(cli, begun, text, tmp_path):
 
 
 def test_a_resume_on_more_processes_than_can_share(cli, begun, monkeypatch):
-    from polyhead.train.distributed import Ranks
+    from polyhead.train.ranks import Ranks
 
-    monkeypatch.setattr("polyhead.train.loop.joined", lambda device: (Ranks(0, 2), "cpu"))
+    monkeypatch.setattr("polyhead.train.loop.joined", lambda device, tensor: (Ranks(0, 2), "cpu"))
     found = cli("train", "--out", begun, "--resume")
     refused(found, "2 processes cannot share the 1 batches of a step", "start 1")
 

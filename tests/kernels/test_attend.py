@@ -155,6 +155,30 @@ def test_what_is_not_a_number_shows(dtype: torch.dtype) -> None:
 
 
 @dtypes
+def test_what_is_not_a_number_shows_behind_what_is_hidden(dtype: torch.dtype) -> None:
+    q, k, v = drawn((1, 1, 1, 32, 32, 16), dtype)
+    q[0, 0, 0] = float("nan")
+    causal = Mask(causal=True).lower(32, 32, q.device)
+    hidden = Mask(keep=torch.arange(32)[None] < 8).lower(32, 32, q.device)
+    for mask in (causal, hidden):
+        found = kernel.attend(q, k, v, mask)
+        assert found.isnan().all(-1).flatten().tolist() == [True] + [False] * 31
+
+
+@dtypes
+def test_what_is_kept_elsewhere_may_lie_otherwise(dtype: torch.dtype) -> None:
+    leaves = [x.requires_grad_() for x in drawn((2, 4, 2, 9, 9, 32), dtype)]
+    mask = Mask(keep=torch.rand(2, 9) > 0.3).lower(9, 9, leaves[0].device)
+    found = []
+    for pack in (lambda x: x, lambda x: x.contiguous()):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, pack):
+            out = kernel.attend(*leaves, mask, None, 0.3)
+        found.append(torch.autograd.grad(out.float().square().sum(), leaves))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@dtypes
 def test_threads_change_nothing(dtype: torch.dtype) -> None:
     q, k, v = drawn((5, 3, 3, 49, 49, 32), dtype)
     threads, found = torch.get_num_threads(), []

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 
 from polyhead.kernels import cross_entropy
 from polyhead.kernels.native import library
+from polyhead.kernels.norm import FusedLayerNorm
+from polyhead.train.objectives import _ChunkedCrossEntropy
 
 SIZES = [(7, 16), (9, 65), (3, 5), (1, 1), (0, 20), (4, 50257), (300, 33)]
 
@@ -55,3 +57,30 @@ def test_logits_of_any_size() -> None:
     assert found is not None
     assert found[0].isnan()
     assert logits[2].isnan().all()
+
+
+def test_what_is_no_label_is_left_to_torch() -> None:
+    logits, labels = torch.randn(4, 7), torch.tensor([0, 6, 7, 1])
+    assert cross_entropy.cross_entropy_(logits, labels, 0.0, differentiates=True) is None
+    assert cross_entropy.cross_entropy_(logits, labels[:2].int(), 0.0, differentiates=True) is None
+    head = torch.nn.Linear(8, 7)
+    with pytest.raises(IndexError, match="label 7 is out of bounds: there are 7 classes"):
+        _ChunkedCrossEntropy.apply(torch.randn(4, 8), head.weight, head.bias, labels, 0.0, 2)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_type_is_nothing_to_it(kind: torch.dtype) -> None:
+    logits, labels = torch.randn(9, 40), torch.randint(40, (9,))
+    norm = FusedLayerNorm(64)
+    x = torch.randn(50, 64)
+    usual = torch.autograd.grad(norm(x).square().sum(), norm.weight)[0]
+    expected = F.cross_entropy(logits, labels, reduction="sum")
+    torch.set_default_dtype(kind)
+    try:
+        found = cross_entropy.cross_entropy_(logits, labels, 0.0, differentiates=True)
+        again = torch.autograd.grad(norm(x).square().sum(), norm.weight)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found is not None
+    torch.testing.assert_close(found[0], expected)
+    assert torch.equal(usual, again)

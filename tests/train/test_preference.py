@@ -8,7 +8,6 @@ import polyhead as ph
 from polyhead.errors import ConfigError, DataError, FileError
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
-from polyhead.train.distributed import Ranks
 from polyhead.train.objectives import IGNORE
 from polyhead.train.preference import (
     PairBatch,
@@ -18,6 +17,7 @@ from polyhead.train.preference import (
     preference_losses,
     row_log_probs,
 )
+from polyhead.train.ranks import Ranks
 from polyhead.train.records import read_table
 from polyhead.train.registry import OBJECTIVES
 

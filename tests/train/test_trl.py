@@ -9,9 +9,9 @@ import transformers
 
 import polyhead as ph
 from polyhead.train.config import TrainConfig
-from polyhead.train.distributed import Ranks
 from polyhead.train.grpo import advantages_of, policy_losses
 from polyhead.train.preference import compared_answers, preference
+from polyhead.train.ranks import Ranks
 from polyhead.train.records import read_table
 from polyhead.train.registry import OBJECTIVES
 

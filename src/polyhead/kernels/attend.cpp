@@ -80,21 +80,18 @@ private:
         float* at = scores + row * padded;
         const Floats never = Floats{} + NEVER;
         Floats most = never;
+        Ints unordered = {};  // what is not a number loses every comparison
         auto settle = [&](int key, Floats x, Ints keep) {
             x = (Floats)(((Ints)x & keep) | ((Ints)never & ~keep));
             store(at + key, x);
             most = most > x ? most : x;
+            unordered |= x != x;
         };
         int whole = there / LANES * LANES, rest = there - whole;
         for (int key = 0; key < whole; key += LANES) {
             Floats x = load(at + key) * s.scale;
             if (bias) x += load(bias + key);
-            if (seen) {
-                settle(key, x, load(seen + key) != 0);
-            } else {
-                store(at + key, x);
-                most = most > x ? most : x;
-            }
+            settle(key, x, seen ? Ints(load(seen + key) != 0) : ~Ints{});
         }
         if (rest) {
             Floats x = load(at + whole) * s.scale;
@@ -103,7 +100,9 @@ private:
             if (seen) keep &= load_some(seen + whole, rest) != 0;
             settle(whole, x, keep);
         }
-        float top = largest(most);
+        bool is_number = true;
+        for (int i = 0; i < LANES; i++) is_number &= !unordered[i];
+        float top = is_number ? largest(most) : std::numeric_limits<float>::quiet_NaN();
         bool is_blind = top == NEVER;
         int end = is_blind ? 0 : (there + LANES - 1) / LANES * LANES;
         Floats sum = {};

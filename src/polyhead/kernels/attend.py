@@ -88,6 +88,10 @@ def _takes(
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     return (
         takes(q, k, v)
+        and k.shape == v.shape
+        and (len(q), q.shape[3]) == (len(k), k.shape[3])
+        and q.shape[1] % max(1, k.shape[1]) == 0
+        and (mask.dense is None or (mask.dense.dtype, mask.dense.device) == (torch.bool, q.device))
         and (bias is None or (not learns and not bias.requires_grad and bias.device == q.device))
         and q.shape[3] % 16 == 0
         and q.shape[2] >= FEWEST_QUERIES
@@ -135,12 +139,17 @@ class _Attended(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, seen, logs = ctx.saved_tensors
-        grad = grad if grad.stride(3) == 1 else grad.contiguous()
+        # What was kept elsewhere meanwhile, as offloading does, may lie otherwise.
+        q, k, v, grad = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v, grad))
+        seen = None if seen is None else _side_by_side(seen)
+        shape = ctx.shape
+        shape.q, shape.k, shape.v, shape.seen = (_strides(x) for x in (q, k, v, seen))
+        shape.threads = torch.get_num_threads()
         found = tuple(_tokens_first(x) for x in (q, k, v))
         strides = _Gradients(*(_strides(x) for x in (grad, *found)))
         tensors = (q, k, v, seen, logs, grad, *found)
         function = getattr(library("attend_back"), f"attend_back_{TYPES[q.dtype]}")
-        function(ctypes.byref(ctx.shape), ctypes.byref(strides), *map(address, tensors))
+        function(ctypes.byref(shape), ctypes.byref(strides), *map(address, tensors))
         return (*found, None, None, None)
 
 

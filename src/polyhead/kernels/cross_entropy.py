@@ -18,16 +18,16 @@ def cross_entropy_(
     differentiates: the logits become the gradient of `(1 - smoothing)` times the one plus
     `smoothing` times the other.
     """
-    if (
-        not takes(logits)
-        or not logits.is_contiguous()
-        or (kernel := library("cross_entropy")) is None
-    ):
+    fits = logits.is_contiguous() and labels.dtype == torch.int64 and labels.device.type == "cpu"
+    kernel = library("cross_entropy") if fits and takes(logits) else None
+    # A label that is no class would be looked up outside the row; torch says so.
+    if kernel is None or bool((labels >= logits.shape[1]).any()):
         return None
+    labels = labels.contiguous()
     rows, width = logits.shape
-    sums = torch.empty(2, rows)
+    sums = logits.new_empty(2, rows, dtype=torch.float32)
     getattr(kernel, f"cross_entropy_{TYPES[logits.dtype]}")(
-        address(logits), address(labels.contiguous()), address(sums[0]), address(sums[1]),
+        address(logits), address(labels), address(sums[0]), address(sums[1]),
         ctypes.c_int64(rows), ctypes.c_int64(width), ctypes.c_float(smoothing),
         ctypes.c_int32(differentiates), ctypes.c_int32(torch.get_num_threads()),
     )  # fmt: skip

@@ -56,7 +56,7 @@ def takes(*tensors: Tensor | None) -> bool:
         kind in TYPES
         and all(x.dtype == kind and x.device.type == "cpu" for x in given)
         # Subclasses, as of sharded weights, keep their numbers elsewhere.
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in given)
+        and all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() for x in given)
         and not torch.compiler.is_compiling()
     )
 

@@ -46,6 +46,8 @@ def _takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[i
         and shape == (x.shape[-1],)
         and x.shape[-1] % 16 == 0
         and takes(x, weight, bias)
+        and weight.is_contiguous()
+        and (bias is None or bias.is_contiguous())
         and library("norm") is not None
     )
 
@@ -69,7 +71,7 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         of_x = torch.empty_like(x)
-        sums = torch.zeros(torch.get_num_threads(), 2, x.shape[-1])
+        sums = x.new_zeros(torch.get_num_threads(), 2, x.shape[-1], dtype=torch.float32)
         name = f"{ctx.name}_back_{TYPES[x.dtype]}"
         _call(name, (x, weight, grad.contiguous(), of_x, sums), ctx.eps)
         of_weight, of_bias = sums.sum(0).to(weight.dtype)

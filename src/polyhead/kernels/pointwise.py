@@ -46,7 +46,8 @@ class FusedExperts(Experts):
 def gated(activation: Activation, x: Tensor, gate: Tensor | None) -> Tensor:
     """`activation(x) * gate`, or without a gate the activation; by torch what no kernel takes."""
     name = _NAMES.get(activation)
-    if name is not None and x.numel() % 16 == 0 and takes(x, gate) and library("pointwise"):
+    fits = x.numel() % 16 == 0 and (gate is None or gate.shape == x.shape)
+    if name is not None and fits and takes(x, gate) and library("pointwise"):
         return _Gated.apply(name, x, gate)
     y = activation(x)
     return y if gate is None else y * gate

@@ -37,7 +37,8 @@ class FusedRotation(Rotation):
 
     def rotate(self, x: Tensor, at: Tensor) -> Tensor:
         is_even = x.shape[-1] % 32 == 0 and x.stride(-1) == 1
-        fits = is_even and self.cos.shape[1] == 1 and self.cos.shape[2:] == x.shape[2:]
+        fits = is_even and self.cos.shape[1:] == (1, *x.shape[2:])
+        fits = fits and len(self.cos) in (1, len(x)) and self.cos.shape == self.sin.shape
         if fits and takes(x, self.cos, self.sin) and library("rotate"):
             return _Turned.apply(x, self.cos, self.sin)
         return super().rotate(x, at)

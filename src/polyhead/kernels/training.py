@@ -16,7 +16,7 @@ def fused(model: nn.Module) -> Generator[None]:
     backward, while this is entered; equal but for rounding.
 
     On a CPU with g++; what is elsewhere or of other types stays with torch. Parameters and names
-    are the same throughout.
+    are the same throughout. Gradients of gradients are not made; a deep copy stays as it is here.
     """
     changed = [(part, type(part)) for part in model.modules() if type(part) in DOUBLES]
     for part, kind in changed:

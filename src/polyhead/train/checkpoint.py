@@ -5,7 +5,7 @@
                                      PEFT's adapter_config.json and adapter_model.safetensors
         trainer/model.safetensors    masters, moments, the rest of the model's state; of a run with
                                      sharded weights a shard-… of each rank in its place
-        trainer/random-00000.json    each rank's random numbers
+        trainer/random-00000.json    where the random numbers of each rank are, or of each group
         trainer/state.json           step, settings, corpus, sums of the log
         manifest.json                size and SHA-256 of every file
     RUN/checkpoints/latest           the name of the newest
@@ -85,9 +85,10 @@ def save(
     folder = run / "checkpoints"
     final = folder / f"step-{progress.step:08d}"
     ranks = ALONE if parallel is None else parallel.ranks
-    temp = folder / f".tmp-{final.name}-{os.getpid()}"
+    (name, *_) = ranks.together(lambda: f".tmp-{final.name}-{os.getpid()}")
+    temp = folder / name
     try:
-        (temp, *_) = ranks.together(lambda: _begin(temp) if ranks.is_first else temp)
+        ranks.first(lambda: _begin(temp))
         _write(temp, model, optimizer, parallel, ranks)
         ranks.first(lambda: _describe(temp, model, tokenizer, progress, ranks))
         names = sorted(set().union(*ranks.together(lambda: files_below(temp))))
@@ -107,13 +108,12 @@ def save(
     return final
 
 
-def _begin(temp: Path) -> Path:
+def _begin(temp: Path) -> None:
     """An empty directory to write into."""
     shutil.rmtree(temp, ignore_errors=True)
     temp.parent.mkdir(exist_ok=True)  # a run that was removed is not made again
     temp.mkdir()
     (temp / _TRAINER).mkdir()
-    return temp
 
 
 def _write(
@@ -122,15 +122,16 @@ def _write(
     """The model, what the optimizer knows, and the random numbers."""
     trainer, tensors = temp / _TRAINER, _tensors(model, optimizer)
     ranks.together(lambda: random_state.keep(trainer, ranks))
-    if parallel is None or not parallel.is_sharded:
-        ranks.first(lambda: write_checkpoint(trainer, tensors))
-    else:
+    in_parts = parallel is not None and parallel.is_sharded
+    if in_parts:
         ranks.together(lambda: write_parts(trainer, tensors))
         if not in_use(model):
             ranks.first(lambda: _join(temp, model, optimizer, tensors))
             return
     with optimizer.averaged(), nullcontext() if parallel is None else parallel.whole():
         ranks.first(lambda: _save_model(temp, model))
+    if not in_parts:  # after the model, which may write down what follows from other weights
+        ranks.first(lambda: write_checkpoint(trainer, tensors))
 
 
 def _join(temp: Path, model: TaskModel, optimizer: Masters, tensors: Mapping[str, Tensor]) -> None:
@@ -249,12 +250,10 @@ def restore(
     into = {**optimizer.blank(shapes), **rest}
     ranks.together(lambda: read_parts(trainer, into))
     optimizer.load(into)
-    saved_by = tuple(state["ranks"])
-    alike = saved_by == (ranks.world, ranks.tensor)
-    random_state.take_up(trainer, ranks, config.seed, state["step"], alike)
+    random_state.take_up(trainer, ranks, config.seed, state["step"])
     return Progress(
         state["step"], old, corpus, state["valid_loss"], state.get("score"), state["sums"],
-        state.get("passed", 0), state.get("guard"), saved_by,
+        state.get("passed", 0), state.get("guard"), tuple(state["ranks"]),
     )  # fmt: skip
 
 
@@ -328,8 +327,8 @@ def _check_config(checkpoint: Path, old: TrainConfig, new: TrainConfig, step: in
         if name not in FREE_ON_RESUME and was[name] != now[name]:
             raise ConfigError(
                 f"{checkpoint} was trained with {name} = {was[name]}, not {now[name]}: "
-                "resume with its settings (config.toml), of which steps, device, processes and "
-                "what is looked at and kept may change, or start a new run"
+                "resume with its settings (config.toml), of which steps, device, parallel and what "
+                "is looked at and kept may change, or start a new run"
             )
     if step > new.steps:
         raise ConfigError(f"{checkpoint} has {step} steps behind it, more than {new.steps} in all")

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from polyhead.errors import ConfigError
+from polyhead.models.blocks import blocks_of
 from polyhead.nn.moe import MixtureOfExperts
-from polyhead.train.depth import blocks_of
 from polyhead.train.recompute import Forward, run_by
 
 
 @contextmanager
-def compiling(model: nn.Module, on: bool, device: torch.device) -> Generator[None]:
+def compiling(model: nn.Module, device: torch.device) -> Generator[None]:
     """While this is entered, blocks that train run compiled; blocks that are alike share what was
     compiled. Names, weights and hooks are as they were; validation and samples run as written, and
     so do mixtures of experts, whose shapes are in the data.
@@ -25,9 +25,6 @@ def compiling(model: nn.Module, on: bool, device: torch.device) -> Generator[Non
     Losses are those of the blocks as written up to rounding; what dropout draws is another.
     Errors: ConfigError where nothing is there to compile with.
     """
-    if not on:
-        yield
-        return
     _check_compiler(device)
     blocks = [model.get_submodule(name) for name in blocks_of(model)]
     experts = [part for part in model.modules() if isinstance(part, MixtureOfExperts)]

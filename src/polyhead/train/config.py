@@ -237,8 +237,8 @@ FINE_TUNING: dict[str, Any] = {
 }
 
 _LOWEST: dict[str, float] = {
-    **dict.fromkeys(("steps", "batch_size", "context", "accumulate", "keep", "log_every"), 1),
-    **dict.fromkeys(("tensor", "prune_every"), 1),
+    **dict.fromkeys(("steps", "batch_size", "context", "accumulate", "tensor"), 1),
+    **dict.fromkeys(("keep", "log_every", "prune_every"), 1),
     **dict.fromkeys(("lr", "min_lr", "warmup", "weight_decay", "eps", "clip", "seed"), 0),
     **dict.fromkeys(("zclip", "rewind", "skips", "layer_decay"), 0),
     **dict.fromkeys(("validate_every", "validate_batches", "checkpoint_every"), 0),

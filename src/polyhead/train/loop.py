@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -155,15 +156,22 @@ class Trainer:
             view.say(_other_ranks(progress, ranks))
         self.model.train()
         try:
-            compiled = compiling(self.model, self.config.compile, device)
+            faster = self._faster(ranks, device)
             again = recomputing(self.model, self.config.recompute)
-            with fused(self.model), compiled, again, view, signals() as received:
+            with faster, again, view, signals() as received:
                 run = Running(self, train, held, optimizer, parallel, progress, log, view, device)
                 return run.go(received, last)
         finally:
             if log is not None:
                 log.close()
             self.model.eval()
+
+    def _faster(self, ranks: Ranks, device: torch.device) -> AbstractContextManager[None]:
+        """Blocks by the compiler where that is asked for, parts by kernels of our own elsewhere;
+        those know of no rank's heads."""
+        if self.config.compile:
+            return compiling(self.model, device)
+        return fused(self.model) if ranks.tensor == 1 else nullcontext()
 
     def _seal(self, digest: str) -> str:
         """What a checkpoint knows its data and its objective by."""
@@ -305,7 +313,7 @@ def _other_ranks(progress: checkpoint.Progress, ranks: Ranks) -> str:
         f"{world} process{'es' * (world > 1)}" + (f" in groups of {tensor}" if tensor > 1 else "")
         for world, tensor in (progress.saved_by or (1, 1), (ranks.world, ranks.tensor))
     )
-    return f"saved by {there}, goes on with {here}: the same steps"
+    return f"saved by {there}, goes on with {here}: the steps are the same"
 
 
 def _kind(objective: str | ObjectiveKind | Objective) -> ObjectiveKind:

@@ -193,8 +193,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if wants[0] else None
         dw = torch.zeros_like(w, dtype=torch.float32) if wants[1] else None
         db = torch.zeros_like(b, dtype=torch.float32) if b is not None and wants[2] else None
-        if labels.device.type == "cpu" and bool(((labels < 0) & (labels != IGNORE)).any()):
-            raise IndexError(f"label {int(labels[labels != IGNORE].min())} is out of bounds")
+        wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= w.shape[0]))]
+        if labels.device.type == "cpu" and len(wrong):
+            raise IndexError(
+                f"label {int(wrong[0])} is out of bounds: there are {w.shape[0]} classes"
+            )
         nll, even = x.new_zeros(2, dtype=torch.float32)
         for start in range(0, x.shape[0], rows):
             part, target = x[start : start + rows], labels[start : start + rows]

@@ -182,7 +182,7 @@ class Masters:
         """A weight, a moment or an average, of this rank's part, that is no longer finite: no step
         mends that, and it is not to be saved."""
         weights = zip(self.names, self.params, strict=True)
-        for name, tensor in (*weights, *self._local()):
+        for name, tensor in (*weights, *self._kept()):
             if not bool(local(tensor.detach()).isfinite().all()):
                 return name
         return None
@@ -214,12 +214,15 @@ class Masters:
             self._round()
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, moments, step counts, averages and what is pruned, by parameter name; this
-        rank's parts."""
-        return dict(self._local()) | {f"pruned.{name}": goes for name, goes in self.pruned.items()}
+        """Masters, moments, step counts, averages and what is pruned, by parameter name; of what is
+        sharded this rank's parts."""
+        return {
+            **dict(self._kept()),
+            **{f"pruned.{name}": goes for name, goes in self.pruned.items()},
+        }
 
-    def _local(self) -> Iterator[tuple[str, Tensor]]:
-        """What `state` gives but for what is pruned."""
+    def _kept(self) -> Iterator[tuple[str, Tensor]]:
+        """What `state` gives, but for what is pruned."""
         for name, master in zip(self.names, self.masters, strict=True):
             yield f"master.{name}", master.detach()
             for mover in self.movers:
@@ -239,8 +242,8 @@ class Masters:
                     found[f"{key}.{name}"] = (
                         torch.empty_like(like) if shape else local(like).new_empty(())
                     )
-            if (shape := shapes.get(f"pruned.{name}")) is not None:
-                found[f"pruned.{name}"] = torch.empty(tuple(shape), dtype=torch.bool)
+            if f"pruned.{name}" in shapes:
+                found[f"pruned.{name}"] = torch.empty_like(master, dtype=torch.bool)
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:

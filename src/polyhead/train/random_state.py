@@ -13,13 +13,18 @@ from polyhead.train.ranks import Ranks
 
 
 def seed(number: int, ranks: Ranks) -> None:
-    """Begin every generator that a reward, a callback or a step may draw from. Ranks that hold
-    layers together draw alike, as what lies between the layers must be the same on all."""
-    _seed(number + ranks.group)
+    """Begin all that a reward, a callback or a step may draw from. Ranks that hold layers together
+    draw alike, as what lies between the layers must be the same on all."""
+    number += ranks.group
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
 
 
 def keep(folder: Path, ranks: Ranks) -> None:
-    """Write where this rank's random numbers are."""
+    """Write where the random numbers of this rank's group are."""
+    if ranks.rank % ranks.tensor:  # a neighbour has the same
+        return
     kind, keys, *rest = np.random.get_state()
     on_gpu = torch.cuda.is_available()
     state = {
@@ -32,14 +37,15 @@ def keep(folder: Path, ranks: Ranks) -> None:
         file.write(json.dumps(state).encode())
 
 
-def take_up(folder: Path, ranks: Ranks, number: int, step: int, alike: bool) -> None:
-    """Go on from where `keep` left this rank; with other ranks than then (not `alike`), begin anew
-    from the seed, the rank and the step."""
-    if not alike:
-        mixed = np.random.SeedSequence((number, ranks.group, step)).generate_state(1, np.uint64)
-        _seed(int(mixed[0]) >> 1)
+def take_up(folder: Path, ranks: Ranks, number: int, step: int) -> None:
+    """Go on from where `keep` left this group; one that was not there begins from the seed and the
+    step."""
+    path = _file(folder, ranks)
+    if not path.exists():
+        mixed = np.random.SeedSequence((number, step)).generate_state(1, np.uint64)
+        seed(int(mixed[0]) >> 2, ranks)
         return
-    state = json.loads(_file(folder, ranks).read_text())
+    state = json.loads(path.read_text())
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     kind, keys, *rest = state["numpy"]
@@ -49,14 +55,8 @@ def take_up(folder: Path, ranks: Ranks, number: int, step: int, alike: bool) -> 
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 
 
-def _seed(number: int) -> None:
-    random.seed(number)
-    np.random.seed(number % 2**32)
-    torch.manual_seed(number)
-
-
 def _file(folder: Path, ranks: Ranks) -> Path:
-    return folder / f"random-{ranks.rank:05d}.json"
+    return folder / f"random-{ranks.group:05d}.json"
 
 
 def _bytes(text: Any) -> torch.Tensor:
