@@ -1,0 +1,204 @@
+"""Keys and values in blocks of fixed size, wherever there is room (Kwon et al. 2023, section 4).
+
+`P` blocks of `S` slots each, `G` key/value heads, `D` head width; `B` rows of a step, `T` new tokens
+of each, `K` keys that they read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyhead.generate.pages import NOBODY
+from polyhead.nn.cache import Cache, CrossCache
+from polyhead.nn.mask import Mask
+
+Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the rows of one step write and read, in the pages of layers of one kind."""
+
+    write: Tensor  # [B, G, T] slots
+    read: Tensor  # [B * G * blocks] blocks
+    shape: tuple[int, int, int]  # B, G, K
+    keys_at: Tensor | None  # [B, K] positions of the keys; None: 0, 1, 2 ...
+    is_fresh: bool  # nothing is held before the new tokens
+
+
+class Geometry:
+    """Where blocks lie: pages hold all blocks of the first head, then all of the next.
+
+    window: how far back layers of this kind look; None: all the way.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, num_heads: int, window: int | None, device: torch.device
+    ) -> None:
+        self.num_blocks, self.block_size, self.num_heads = num_blocks, block_size, num_heads
+        self.window, self.device = window, device
+        self._heads = np.arange(num_heads)[:, None] * num_blocks
+
+    def first_block(self, start: int) -> int:
+        """The first block that tokens from position `start` on look at."""
+        return 0 if self.window is None else max(0, start - self.window + 1) // self.block_size
+
+    def plan(self, tables: Numbers, starts: Numbers, counts: Numbers, width: int) -> Plan:
+        """For rows with `tables` `[B, blocks]` that hold `starts` tokens and read `counts` more.
+
+        width: T, of which a row's first `counts` are not padding.
+        """
+        size, batch = self.block_size, len(tables)
+        steps = np.arange(width)
+        at = starts[:, None] + steps
+        block = np.take_along_axis(tables, np.minimum(at // size, tables.shape[1] - 1), axis=1)
+        slots = np.where(steps < counts[:, None], block * size + at % size, NOBODY)
+        write = slots[:, None] + self._heads * size
+
+        longest = int((starts + counts).max())
+        keys_at = None
+        if self.window is None:
+            blocks = tables[:, : -(-longest // size)]
+        else:
+            first = np.array([self.first_block(start) for start in starts.tolist()])
+            many = int((-(-(starts + counts) // size) - first).max())
+            which = first[:, None] + np.arange(many)
+            blocks = np.take_along_axis(tables, np.minimum(which, tables.shape[1] - 1), axis=1)
+            slots_at = (which[:, :, None] * size + np.arange(size)).reshape(batch, -1)
+            keys_at = self._tensor(slots_at)
+            longest = slots_at.shape[1]
+        read = blocks[:, None] + self._heads
+        is_fresh = not starts.any()
+        return Plan(
+            self._tensor(write), self._tensor(read.reshape(-1)), (batch, self.num_heads, longest),
+            None if is_fresh else keys_at, is_fresh,
+        )  # fmt: skip
+
+    def _tensor(self, numbers: Numbers) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(numbers, dtype=np.int64)).to(self.device)
+
+
+class Pages:
+    """One layer's keys, or its values."""
+
+    is_exact = True
+
+    def __init__(self, place: Geometry, head_dim: int, like: Tensor) -> None:
+        self.place, self.head_dim = place, head_dim
+        rows = place.num_heads * place.num_blocks * place.block_size
+        self.held = like.new_zeros(rows, head_dim)
+
+    def write(self, slots: Tensor, x: Tensor) -> None:
+        """Put `[B, G, T, D]` into slots `[B, G, T]`."""
+        self.held.index_copy_(0, slots.flatten(), x.reshape(-1, self.head_dim))
+
+    def read(self, plan: Plan) -> Tensor:
+        """What the rows hold, `[B, G, K, D]`."""
+        batch, heads, longest = plan.shape
+        found = self._blocks(self.held).index_select(0, plan.read)
+        return found.view(batch, heads, -1, self.head_dim)[:, :, :longest]
+
+    def copy(self, source: int, target: int) -> None:
+        """Let one block hold what another holds."""
+        blocks = self._blocks(self.held).unflatten(0, (self.place.num_heads, -1))
+        blocks[:, target] = blocks[:, source]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        return x.view(self.place.num_heads * self.place.num_blocks, -1)
+
+
+class Int8Pages(Pages):
+    """Eight bits a number and a scale a vector: the largest of each is 127."""
+
+    is_exact = False
+
+    def __init__(self, place: Geometry, head_dim: int, like: Tensor) -> None:
+        super().__init__(place, head_dim, torch.empty(0, dtype=torch.int8, device=like.device))
+        self.scales = like.new_zeros(len(self.held), 1, dtype=torch.float32)
+        self.dtype = like.dtype
+
+    def write(self, slots: Tensor, x: Tensor) -> None:
+        rows = x.reshape(-1, self.head_dim).float()
+        scales = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.held.index_copy_(0, slots.flatten(), (rows / scales).round().to(torch.int8))
+        self.scales.index_copy_(0, slots.flatten(), scales)
+
+    def read(self, plan: Plan) -> Tensor:
+        batch, heads, longest = plan.shape
+        scales = self._blocks(self.scales).index_select(0, plan.read)
+        scales = scales.view(batch, heads, -1, 1)[:, :, :longest]
+        return (super().read(plan) * scales).to(self.dtype)
+
+    def copy(self, source: int, target: int) -> None:
+        super().copy(source, target)
+        scales = self._blocks(self.scales).unflatten(0, (self.place.num_heads, -1))
+        scales[:, target] = scales[:, source]
+
+
+class PagedCache(Cache):
+    """One layer's cache, read and written where the `plan` of the step says."""
+
+    plan: Plan
+
+    def __init__(self, k: Pages, v: Pages) -> None:
+        self.k_pages, self.v_pages = k, v
+
+    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        self.k_pages.write(self.plan.write, k)
+        self.v_pages.write(self.plan.write, v)
+        if self.plan.is_fresh and self.k_pages.is_exact:
+            return k, v
+        return self.k_pages.read(self.plan), self.v_pages.read(self.plan)
+
+    def keys_at(self, at: Tensor) -> Tensor:
+        if self.plan.keys_at is not None:
+            return self.plan.keys_at
+        return torch.arange(self.plan.shape[2], device=at.device)[None]
+
+    def place(self, mask: Mask, at: Tensor) -> Mask:
+        if self.plan.keys_at is None:
+            return super().place(mask, at)
+        return mask.placed(self.lengths, self.plan.keys_at)
+
+    def copy(self, source: int, target: int) -> None:
+        """Let one block hold what another holds."""
+        self.k_pages.copy(source, target)
+        self.v_pages.copy(source, target)
+
+
+class PagedCross(CrossCache):
+    """One layer's keys and values of sources, written once.
+
+    What the rows of a step read is put together when they change, not at each step.
+    """
+
+    plan: Plan
+
+    def __init__(self, k: Pages, v: Pages) -> None:
+        self.k_pages, self.v_pages = k, v
+
+    def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k_pages.write(self.plan.write, k)
+        self.v_pages.write(self.plan.write, v)
+        self.held = self.read() if not self.k_pages.is_exact else (k, v)
+        return self.held
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, K, D]` of the sources that the plan names."""
+        return self.k_pages.read(self.plan), self.v_pages.read(self.plan)
+
+    def copy(self, source: int, target: int) -> None:
+        """Let one block hold what another holds."""
+        self.k_pages.copy(source, target)
+        self.v_pages.copy(source, target)
+
+
+def layers_alike(shapes: Sequence[tuple[int, int, int | None]]) -> dict[tuple[int, int, int | None], list[int]]:
+    """Which layers have the same heads, width and window, and so may share tables."""
+    kinds: dict[tuple[int, int, int | None], list[int]] = {}
+    for layer, shape in enumerate(shapes):
+        kinds.setdefault(shape, []).append(layer)
+    return kinds

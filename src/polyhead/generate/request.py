@@ -1,0 +1,122 @@
+"""What is asked of the engine, and how far it has come."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from polyhead.errors import DataError
+from polyhead.generate.config import GenerationConfig
+from polyhead.generate.result import Generation, TokenLogprob
+from polyhead.generate.writer import TextWriter
+
+
+class Text:
+    """One text at work: its tokens, how many of them are held in memory, and what came of it."""
+
+    def __init__(self, request: "Request", number: int, writer: TextWriter | None) -> None:
+        self.request, self.number, self.writer = request, number, writer
+        self.ids = list(request.prompt)
+        self.held = 0
+        self.row: int | None = None  # in memory
+        self.slot: int | None = None  # in the sampler
+        self.keys: list[bytes] = []
+        self.draft: list[int] = []
+        self.pieces: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.finish_reason = ""
+
+    @property
+    def written(self) -> int:
+        """Tokens drawn so far."""
+        return len(self.ids) - len(self.request.prompt)
+
+    @property
+    def unread(self) -> int:
+        """Tokens that are not in memory: one, while it decodes."""
+        return len(self.ids) - self.held
+
+    def take(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
+        """Add a token that was drawn; returns the text it made certain."""
+        config, writer = self.request.config, self.writer
+        assert writer is not None
+        if token_id < 0:
+            raise DataError(
+                f"the model's logits are not finite after {len(self.ids)} tokens; load it with "
+                "dtype=torch.float32, or check its weights"
+            )
+        self.ids.append(token_id)
+        if logprob is not None and config.logprobs is not None:
+            self.logprobs.append(logprob._replace(top=logprob.top[: config.logprobs]))
+        piece = ""
+        if token_id in self.request.ends:
+            self.finish_reason = "stop"
+        else:
+            piece = writer.push(token_id)
+            if writer.stopped:
+                self.finish_reason = "stop"
+            elif self.written >= self.request.limit:
+                self.finish_reason = "length"
+        if self.finish_reason:
+            piece += writer.flush()
+            if writer.stopped:
+                self.finish_reason = "stop"
+        if piece:
+            self.pieces.append(piece)
+        return piece
+
+    def result(self) -> Generation:
+        """What it came to."""
+        prompt, wants = self.request.prompt, self.request.config.logprobs is not None
+        return Generation(
+            "".join(self.pieces), self.ids[len(prompt) :], self.logprobs if wants else None,
+            self.finish_reason, len(prompt),
+        )  # fmt: skip
+
+    @property
+    def decodes(self) -> bool:
+        """Whether one token more gives the next."""
+        return self.held > 0 and self.unread == 1
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how to go on from it.
+
+    priority: a higher one goes first. client: whose it is; of one priority, clients get equal
+    shares. source: ids for an encoder. pixels: `[N, C, height, width]` of the N images in the
+    prompt. on_text: called with each piece of a single text as it becomes certain.
+    """
+
+    prompt: list[int]
+    config: GenerationConfig
+    seeds: list[int]
+    number: int
+    limit: int
+    """Tokens that may be written."""
+    ends: frozenset[int] = frozenset()
+    priority: int = 0
+    client: str = ""
+    source: list[int] = field(default_factory=list[int])
+    pixels: Tensor | None = None
+    salt: bytes = b""
+    on_text: Callable[[str], None] | None = None
+
+    search: object = field(default=None, init=False)
+    texts: list[Text] = field(default_factory=list[Text], init=False)
+    done: list[Text] = field(default_factory=list[Text], init=False)
+    results: list[Generation] | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    found: int = field(default=0, init=False)
+    """Tokens of the prompt that were in memory already."""
+    times_preempted: int = field(default=0, init=False)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has results, or an error."""
+        return self.results is not None or self.error is not None
+
+    @property
+    def rows_wanted(self) -> int:
+        """Rows that it takes once its prompt is read."""
+        return max(len(self.seeds), len(self.texts))

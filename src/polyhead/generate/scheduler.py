@@ -1,0 +1,193 @@
+"""Which texts the next step reads, and how much of each: a policy without tensors."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import cast
+
+from polyhead.generate.memory import Memory
+from polyhead.generate.pages import extend_keys
+from polyhead.generate.request import Request, Text
+
+_WRITTEN_COST = 2
+
+
+class Scheduler:
+    """Requests by priority and, within one, by what their clients have had so far.
+
+    Each step reads a token (and a draft) of every text that decodes, and up to `chunk` tokens of
+    prompts. `running` requests hold rows; where blocks are too few, the latest of the least
+    priority gives back its own and reads its text again later. A request whose prompt begins like
+    one that is being read waits until it can be found.
+
+    Clients share by counted service, a token written costing two (Sheng et al. 2024, section 4).
+    """
+
+    def __init__(self, memory: Memory, chunk: int, idle_chunk: int) -> None:
+        self.memory, self.chunk, self.idle_chunk = memory, chunk, idle_chunk
+        self.running: list[Request] = []
+        self.waiting: list[Request] = []
+        self.had: Counter[str] = Counter()
+
+    def add(self, request: Request) -> None:
+        """Let a request wait. A client that comes back is owed nothing for its absence."""
+        active = {other.client for other in (*self.running, *self.waiting)}
+        if active and request.client not in active:
+            least = min(self.had[client] for client in active)
+            self.had[request.client] = max(self.had[request.client], least)
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, whatever its state; its rows are free at once."""
+        if request in self.running:
+            self.running.remove(request)
+            for text in request.texts:
+                self.close(text)
+        else:
+            self.waiting.remove(request)
+
+    def close(self, text: Text) -> None:
+        """Give back a text's row."""
+        if text.row is not None:
+            self.memory.close(text.row)
+            text.row, text.held, text.draft = None, 0, []
+
+    def written(self, request: Request, tokens: int) -> None:
+        """Count tokens that were written for a request's client."""
+        self.had[request.client] += _WRITTEN_COST * tokens
+
+    def schedule(self) -> list[tuple[Text, int]]:
+        """Texts to read now, and how many tokens of each beside its draft; room is made for them."""
+        plan: list[tuple[Text, int]] = []
+        is_busy = any(text.decodes for request in self.running for text in request.texts)
+        budget = self.chunk if is_busy else self.idle_chunk
+        for request in sorted(self.running, key=_order):
+            if request in self.running:  # and was not sent back meanwhile
+                some = self._pieces(request, budget)
+                plan += some
+                budget -= sum(count for text, count in some if not text.decodes)
+        while budget > 0 and (request := self._admitted()) is not None:
+            some = self._pieces(request, budget)
+            plan += some
+            budget -= sum(count for _, count in some)
+        return plan
+
+    def _pieces(self, request: Request, budget: int) -> list[tuple[Text, int]]:
+        """What to read of a running request; room is made, if need be, at the cost of later ones."""
+        pieces = _wanted(request, budget)
+        while pieces and not self.memory.can_extend(_growth(pieces)):
+            drafting = [text for text, _ in pieces if text.draft]
+            if drafting:
+                for text in drafting:
+                    text.draft = []
+                continue
+            victim = max(self.running, key=_order)
+            self._send_back(victim)
+            if victim is request:
+                return []
+        for row, held, length in _growth(pieces):
+            self.memory.extend(row, held, length)
+        self.had[request.client] += sum(count for text, count in pieces if not text.decodes)
+        return pieces
+
+    def _send_back(self, request: Request) -> None:
+        self.running.remove(request)
+        for text in request.texts:
+            self.close(text)
+        request.times_preempted += 1
+        self.waiting.append(request)
+
+    def _admitted(self) -> Request | None:
+        """The next waiting request, running now; None where there is none that fits."""
+        being_read = self._being_read()
+        candidates = sorted(self.waiting, key=self._turn)
+        for request in candidates:
+            if self._is_near(request, being_read):
+                continue
+            while not self._fits(request):
+                victim = max(self.running, key=_order, default=None)
+                if victim is None or victim.priority >= request.priority:
+                    return None
+                self._send_back(victim)
+            self.waiting.remove(request)
+            self.running.append(request)
+            for text in request.texts:
+                self._open(text)
+            return request
+        return None
+
+    def _open(self, text: Text) -> None:
+        text.row = self.memory.open()
+        self.memory.open_source(text.row, len(text.request.source))
+        if self.memory.finds_prefixes:
+            text.held = self.memory.adopt(text.row, self.keys(text), len(text.ids) - 1)
+        if not text.written:
+            text.request.found = text.held
+
+    def _fits(self, request: Request) -> bool:
+        rows = request.rows_wanted
+        longest = max(request.texts, key=lambda text: len(text.ids))
+        keys = self.keys(longest) if self.memory.finds_prefixes else ()
+        return rows <= self.memory.num_free_rows and self.memory.has_room(
+            keys, len(longest.ids) + 1, rows, len(request.source) * len(request.texts)
+        )
+
+    def _turn(self, request: Request) -> tuple[int, int, int]:
+        return -request.priority, self.had[request.client], request.number
+
+    def keys(self, text: Text) -> list[bytes]:
+        """Of the full blocks of a text."""
+        extend_keys(text.keys, text.ids, self.memory.block_size, text.request.salt)
+        return text.keys
+
+    def _being_read(self) -> set[bytes]:
+        """Keys of blocks that will be found soon."""
+        if not self.memory.finds_prefixes:
+            return set()
+        size = self.memory.block_size
+        return {
+            key
+            for request in self.running
+            for text in request.texts
+            if not text.decodes
+            for key in text.keys[text.held // size :]
+        }
+
+    def _is_near(self, request: Request, being_read: set[bytes]) -> bool:
+        if not being_read:
+            return False
+        keys = self.keys(request.texts[0])
+        known = self.memory.known(keys, len(request.texts[0].ids) - 1) // self.memory.block_size
+        return known < len(keys) and keys[known] in being_read
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return -request.priority, request.number
+
+
+def _wanted(request: Request, budget: int) -> list[tuple[Text, int]]:
+    """Texts that decode and, within the budget, parts of those that do not yet.
+
+    The texts of a search go on together.
+    """
+    reading = [text for text in request.texts if not text.decodes]
+    if request.search is not None and reading and len(request.texts) > 1:
+        decoding: list[Text] = []
+    else:
+        decoding = [text for text in request.texts if text.decodes]
+    pieces = [(text, 1) for text in decoding]
+    for text in reading:
+        # Of several texts, each stops where it decodes.
+        count = text.unread - (len(request.texts) > 1)
+        if request.pixels is None or text.held >= len(request.prompt):
+            count = min(count, budget)
+        if count > 0 and budget > 0:
+            pieces.append((text, count))
+            budget -= count
+    return pieces
+
+
+def _growth(pieces: Iterable[tuple[Text, int]]) -> list[tuple[int, int, int]]:
+    return [
+        (cast(int, text.row), text.held, text.held + count + len(text.draft))
+        for text, count in pieces
+    ]
