@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.generate.search import Hypothesis, beam_search
+from polyhead.generate.engine import Engine, EngineConfig
+from polyhead.generate.search import Hypothesis
 from polyhead.generate.search_config import SearchConfig
 from polyhead.generate.seq2seq import Seq2Seq
-from polyhead.generate.steps import DecoderSteps
 from polyhead.models.model import TaskModel
 
 transformers = pytest.importorskip("transformers")
@@ -167,9 +167,13 @@ def test_decoders_are_searched_alike(models: Any, seed: int) -> None:
         # Padding stands among the prompt's tokens there, and would be counted.
         for name in ("repetition_penalty", "no_repeat_ngram_size"):
             options.pop(name, None)
-    with torch.inference_mode():
-        steps = DecoderSteps(ours, texts)
-        found = beam_search(steps, steps.first, texts, SearchConfig(**options), set(ends))
+    engine = Engine(ours, None, EngineConfig(max_rows=40))
+    requests = [engine.add(text, SearchConfig(**options), ends=ends) for text in texts]
+    engine.run()
+    found = [
+        [Hypothesis(answer.token_ids, answer.score) for answer in request.results]
+        for request in requests
+    ]
     assert check(found, expected(theirs, texts, options, ends))
 
 

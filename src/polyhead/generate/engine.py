@@ -3,7 +3,7 @@
 `N` places in texts that a step draws at, `E` model width, `V` vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import cast
@@ -13,16 +13,19 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
+from polyhead.generate.constraints import Constraints
 from polyhead.generate.logprobs import logprobs_of
 from polyhead.generate.memory import Memory
 from polyhead.generate.mode import evaluating
 from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.request import Request, Text
+from polyhead.generate.result import Generation
 from polyhead.generate.rows_sampler import Sampler
 from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.sampling import row_seeds
 from polyhead.generate.scheduler import Scheduler
-from polyhead.generate.writer import TextWriter
+from polyhead.generate.search import BeamSearch, advance
+from polyhead.generate.search_config import SearchConfig
 from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
@@ -39,6 +42,8 @@ class EngineConfig:
     cache_tokens: int | None = None
     """Tokens whose keys and values are held in all; None: `max_rows` texts as long as the model
     takes, or of 4096."""
+    source_tokens: int | None = None
+    """The same of what encoders read; None: as many."""
     block_size: int = 16
     """Tokens of a block."""
     chunk: int = 256
@@ -66,7 +71,7 @@ class Engine:
     """
 
     def __init__(
-        self, model: TaskModel, tokenizer: Tokenizer, config: EngineConfig | None = None
+        self, model: TaskModel, tokenizer: Tokenizer | None, config: EngineConfig | None = None
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.config = config = config or EngineConfig()
@@ -76,12 +81,13 @@ class Engine:
         self.max_len = min(longest or tokens, tokens)
         self.memory = Memory(
             model.backbone, config.max_rows, self.max_len, tokens,
-            block_size=config.block_size, kv=config.kv, max_source=tokens,
+            block_size=config.block_size, kv=config.kv, source_tokens=config.source_tokens or tokens,
         )  # fmt: skip
         self.runner = Runner(model, self.memory)
         self.scheduler = Scheduler(self.memory, config.chunk, config.idle_chunk)
         self.sampler = Sampler(config.max_rows, self.max_len, self.vocab_size, model.device)
         self._added = 0
+        self._ended: list[Request] = []
 
     @property
     def has_work(self) -> bool:
@@ -98,13 +104,17 @@ class Engine:
         client: str = "",
         source: Sequence[int] = (),
         pixels: Tensor | None = None,
+        ends: Collection[int] | None = None,
+        seeds: Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Request:
         """Let a request wait for its turn.
 
         copies: texts to draw from the one prompt. Of requests that wait, a higher `priority` goes
         first; within one, each `client` gets an equal share. source: what an encoder reads. pixels:
-        `[N, C, height, width]` of the N images in the prompt. on_text: gets each piece of the first
+        `[N, C, height, width]` of the N images in the prompt. ends: the tokens that end a text, None:
+        the tokenizer's and the config's. seeds: one a copy, in place of those
+        that follow from the config and the prompt. on_text: gets each piece of the first
         text as it becomes certain. Errors: DataError for a prompt that does not fit the model or
         the cache, ConfigError for more copies than rows.
         """
@@ -118,12 +128,15 @@ class Engine:
             )
         request = Request(
             prompt=ids, config=config, number=self._added, limit=self._limit(ids, config, copies),
-            seeds=row_seeds([config] * copies, [ids] * copies, True),
-            ends=end_ids(self.tokenizer, config), priority=priority, client=client,
+            seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
+            ends=end_ids(self.tokenizer, config) if ends is None else frozenset(ends),
+            priority=priority, client=client,
             source=list(source), pixels=pixels, salt=_salt(pixels), on_text=on_text,
         )  # fmt: skip
         self._added += 1
-        request.texts = [self._text(request, 0)]
+        if isinstance(config, SearchConfig) and config.num_beams > 1:
+            request.search = BeamSearch(config, request.ends, request.limit)
+        request.texts = [Text(request, 0, self.tokenizer)]
         if request.limit < 1:
             request.texts[0].finish_reason = "length"
             self._end(request)
@@ -144,8 +157,9 @@ class Engine:
         while self.has_work:
             self.step()
 
-    def step(self) -> None:
-        """Move on every request that can be moved."""
+    def step(self) -> list[Request]:
+        """Move on every request that can be moved; those that came to their end."""
+        self._ended = []
         with evaluating(self.model), torch.inference_mode():
             plan = self.scheduler.schedule()
             pieces = [_piece(text, count) for text, count in plan]
@@ -154,6 +168,7 @@ class Engine:
                 self._hold(piece.text, len(piece.ids) - len(piece.text.draft))
             if found:
                 self._draw(found)
+        return self._ended
 
     def _hold(self, text: Text, count: int) -> None:
         """Count tokens of a text that were read."""
@@ -168,13 +183,22 @@ class Engine:
         logits = self.runner.logits(torch.cat([states for _, states in found]))
         places: list[tuple[Text, int]] = []
         which: list[int] = []
+        searching: dict[Request, list[tuple[Text, int]]] = {}
         start = 0
         for piece, states in found:
-            for text in self._open(piece.text):
-                places += [(text, text.written + i) for i in range(len(states))]
-                which += range(start, start + len(states))
+            request = piece.text.request
+            if request.search is not None:
+                searching.setdefault(request, []).append((piece.text, start))
+            else:
+                for text in self._open(piece.text):
+                    places += [(text, text.written + i) for i in range(len(states))]
+                    which += range(start, start + len(states))
             start += len(states)
-        if len(which) > len(logits):
+        if searching:
+            self._search(searching, logits)
+        if not places:
+            return
+        if which != list(range(len(logits))):
             logits = logits[which]
         drawn = self.sampler(logits, [text.slot for text, _ in places], [n for _, n in places])
         top = max((text.request.config.logprobs or 0 for text, _ in places), default=0)
@@ -188,6 +212,54 @@ class Engine:
             self._take(text, ids[at:until], logprobs[at:until])
             at = until
 
+    def _search(self, found: dict[Request, list[tuple[Text, int]]], logits: Tensor) -> None:
+        """Move searches on, those of as many beams together."""
+        alike: dict[int, list[Request]] = {}
+        for request in found:
+            alike.setdefault(len(request.search.answers), []).append(request)
+        for num_beams, requests in alike.items():
+            rows: list[int] = []
+            for request in requests:
+                place = dict(found[request])
+                # All beams begin as the one text that read the prompt.
+                own = [place[text] for text in request.texts]
+                rows += own if len(own) == num_beams else own * num_beams
+            logprobs = logits[rows].float().log_softmax(1)
+            constraints = Constraints(requests[0].config, requests[0].ends)
+            logprobs = constraints(
+                logprobs,
+                [request.prompt for request in requests for _ in range(num_beams)],
+                [answer for request in requests for answer in request.search.answers],
+            )
+            searches = [request.search for request in requests]
+            for request, parents in zip(requests, advance(searches, logprobs), strict=True):
+                self._go_on(request, parents)
+
+    def _go_on(self, request: Request, parents: Sequence[int]) -> None:
+        """Let a search go on from these of its beams; those of one parent share what it holds."""
+        search = request.search
+        if search.is_done:
+            self.scheduler.remove(request)
+            self._end(request)
+            return
+        before, first = request.texts, len(request.texts) == 1
+        parents = [0] * len(parents) if first else parents
+        for number, text in enumerate(before):
+            if number not in parents:
+                self.scheduler.close(text)
+        request.texts = []
+        used: set[int] = set()
+        for number, parent in enumerate(parents):
+            text = before[parent]
+            if parent in used:
+                text = text.fork(number, self.memory)
+            used.add(parent)
+            request.texts.append(text)
+        for number, (text, answer) in enumerate(zip(request.texts, search.answers, strict=True)):
+            text.number, text.ids = number, [*request.prompt, *answer]
+            text.keys = text.keys[: text.held // self.memory.block_size]
+        self.scheduler.written(request, len(parents))
+
     def _open(self, text: Text) -> list[Text]:
         """The texts that draw where this one was read to its end, each with a slot."""
         request = text.request
@@ -195,13 +267,7 @@ class Engine:
             if text.draft:
                 self.sampler.write(text.slot, text.written, text.draft)
             return [text]
-        others: list[Text] = []
-        for number in range(1, len(request.seeds)):
-            other = self._text(request, number)
-            assert text.row is not None
-            other.row, other.held = self.memory.fork(text.row), text.held
-            other.keys = list(text.keys)
-            others.append(other)
+        others = [text.fork(number, self.memory) for number in range(1, len(request.seeds))]
         request.texts += others
         for each in (text, *others):
             each.slot = self.sampler.open(
@@ -248,25 +314,33 @@ class Engine:
         request.done.append(text)
 
     def _end(self, request: Request) -> None:
+        self._ended.append(request)
         for text in request.texts:
             self._forget(text)
         request.done += request.texts
         request.texts = []
         if request.error is None:
-            in_order = sorted(request.done, key=lambda text: text.number)
-            request.results = [text.result() for text in in_order]
+            request.results = self._results(request)
+
+    def _results(self, request: Request) -> list[Generation]:
+        if request.search is None:
+            return [text.result() for text in sorted(request.done, key=lambda text: text.number)]
+        return [self._answer(request, *hypothesis) for hypothesis in request.search.results()]
+
+    def _answer(self, request: Request, ids: tuple[int, ...], score: float) -> Generation:
+        ended = ids[-1:] and ids[-1] in request.ends
+        text = ""
+        if self.tokenizer is not None:
+            config = request.config
+            shown = ids[:-1] if ended else ids
+            text = self.tokenizer.decode(shown, skip_special_tokens=config.skip_special_tokens)
+        reason = "stop" if ended else "length"
+        return Generation(text, ids, None, reason, len(request.prompt), score)
 
     def _forget(self, text: Text) -> None:
         if text.slot is not None:
             self.sampler.close(text.slot)
             text.slot = None
-
-    def _text(self, request: Request, number: int) -> Text:
-        config = request.config
-        writer = TextWriter(
-            self.tokenizer, config.stop, config.min_new_tokens, config.skip_special_tokens
-        )
-        return Text(request, number, writer)
 
     def _with_room(self, prompt: list[int]) -> list[int]:
         """Each image token as often as an image has features."""
@@ -290,11 +364,15 @@ class Engine:
         return min(config.max_new_tokens, min(room, longest or room) - len(prompt))
 
 
-def end_ids(tokenizer: Tokenizer, config: GenerationConfig) -> frozenset[int]:
+def end_ids(tokenizer: Tokenizer | None, config: GenerationConfig) -> frozenset[int]:
     """The tokens that end a text."""
     ends: set[int] = set()
     if not config.ignore_eos:
-        ends.update(tokenizer.eos_ids, config.stop_token_ids)
+        ends.update(config.stop_token_ids)
+    if tokenizer is None:
+        return frozenset(ends)
+    if not config.ignore_eos:
+        ends.update(tokenizer.eos_ids)
     # A stop string that is a special token would not show in a text that leaves those out.
     for stop in config.stop:
         ids = tokenizer.encode(stop, add_special_tokens=False)

@@ -3,7 +3,8 @@
 A row is a text at work. Layers that look equally far back share a table and a pool of blocks.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from polyhead.generate.paged import Geometry, Int8Pages, Numbers, PagedCache, PagedCross, Pages
-from polyhead.generate.pages import NOBODY, BlockPool, OutOfBlocks
+from polyhead.generate.pages import NOBODY, BlockPool, OutOfBlocksError
 from polyhead.nn.cache import Cache, Caches
 from polyhead.nn.rolling import RollingCache
 from polyhead.nn.state import StateCache
@@ -34,11 +35,18 @@ class Tables:
         )
         self.first, self.end = [0] * max_rows, [0] * max_rows  # the blocks that a row holds
 
-    def missing(self, row: int, held: int, length: int) -> int:
-        """Blocks to be taken before a row that holds `held` tokens can hold `length`."""
-        size = self.place.block_size
-        shared = held % size and self.pool.holders[int(self.blocks[row, held // size])] > 1
-        return max(0, -(-length // size) - self.end[row]) + bool(shared)
+    def missing(self, wanted: Sequence[tuple[int, int, int]]) -> int:
+        """Blocks to be taken before rows that hold `held` tokens can hold `length`, each."""
+        size, needed = self.place.block_size, 0
+        writers: Counter[int] = Counter()
+        for row, held, length in wanted:
+            needed += max(0, -(-length // size) - self.end[row])
+            if held % size:
+                writers[int(self.blocks[row, held // size])] += 1
+        # Of those who hold a block that is not full, the last one writes on in it.
+        for block, count in writers.items():
+            needed += min(count, self.pool.holders[block] - 1)
+        return needed
 
     def extend(self, row: int, held: int, length: int) -> None:
         """Take them. What others hold too is copied before it is written to."""
@@ -128,7 +136,7 @@ class Memory:
         num_tokens: int,
         block_size: int = 16,
         kv: str = "model",
-        max_source: int = 0,
+        source_tokens: int = 0,
     ) -> None:
         self.block_size, self.max_rows, self.max_len = block_size, max_rows, max_len
         prototype: Caches = backbone.make_caches(1)
@@ -154,13 +162,15 @@ class Memory:
             like = cache.k_pages
             if self.sources is None:
                 place = Geometry(
-                    num_tokens // block_size + 1, block_size, like.place.num_heads, None, self.device
+                    num_tokens // block_size + 1,
+                    block_size,
+                    like.place.num_heads,
+                    None,
+                    self.device,
                 )
-                self.sources = Tables(place, max_rows, max_source)
+                self.sources = Tables(place, max_rows, source_tokens)
             held = prototype[0].k
-            layer = PagedCross(
-                *(pages(self.sources.place, like.head_dim, held) for _ in "kv")
-            )
+            layer = PagedCross(*(pages(self.sources.place, like.head_dim, held) for _ in "kv"))
             self.sources.layers.append(layer)
             self.cross.append(layer)
         self.caches = RowCaches(self, layers)
@@ -199,18 +209,14 @@ class Memory:
             state.share(row, target)
         return target
 
-    def can_extend(self, wanted: Iterable[tuple[int, int, int]]) -> bool:
+    def can_extend(self, wanted: Sequence[tuple[int, int, int]]) -> bool:
         """Whether rows `(row, held, length)` can all grow to their lengths."""
-        wanted = list(wanted)
-        return all(
-            sum(tables.missing(*each) for each in wanted) <= tables.pool.num_free
-            for tables in self.kinds.values()
-        )
+        return all(tables.missing(wanted) <= tables.pool.num_free for tables in self.kinds.values())
 
     def extend(self, row: int, held: int, length: int) -> None:
-        """Make room for the tokens from `held` to `length`. Errors: OutOfBlocks."""
+        """Make room for the tokens from `held` to `length`. Errors: OutOfBlocksError."""
         if not self.can_extend([(row, held, length)]):
-            raise OutOfBlocks(f"no room for {length} tokens")
+            raise OutOfBlocksError(f"no room for {length} tokens")
         for tables in self.kinds.values():
             tables.extend(row, held, length)
 
@@ -262,7 +268,7 @@ class Memory:
         return length
 
     def longest(self, prompt: int, rows: int) -> int:
-        """Tokens that each of `rows` texts, alike in their prompt, may have where nobody else is."""
+        """Tokens that each of `rows` texts, alike in their prompt, may have where all is theirs."""
         length = self.max_len
         for tables in self.kinds.values():
             if tables.place.window is None:
@@ -299,7 +305,7 @@ class Memory:
         kind = (k.shape[1], k.shape[3], window)
         if kind not in self.kinds:
             if window is not None:
-                # A row holds its window, what it reads at once, and the blocks these begin and end in.
+                # A row holds its window and what it reads at once.
                 most = self.max_rows * (min(2 * window, max_len) + 2 * self.block_size)
                 num_tokens = min(num_tokens, most)
             place = Geometry(
@@ -330,7 +336,9 @@ class RowCaches(Caches):
         steps = torch.arange(width, device=device)
         self._at = self.lengths[:, None] + steps
         if min(counts) < width:
-            self._at = torch.where(steps < torch.tensor(counts, device=device)[:, None], self._at, -1)
+            self._at = torch.where(
+                steps < torch.tensor(counts, device=device)[:, None], self._at, -1
+            )
         uniform = starts[0] if len(set(starts)) == 1 else None
         for tables in self.memory.kinds.values():
             plan = tables.place.plan(tables.blocks[list(rows)], first, added, width)

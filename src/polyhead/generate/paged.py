@@ -1,10 +1,9 @@
 """Keys and values in blocks of fixed size, wherever there is room (Kwon et al. 2023, section 4).
 
-`P` blocks of `S` slots each, `G` key/value heads, `D` head width; `B` rows of a step, `T` new tokens
-of each, `K` keys that they read.
+`G` key/value heads, `D` head width; `B` rows of a step, `T` new tokens of each, `K` keys that they
+read. A slot is the place of one token in one block.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +35,12 @@ class Geometry:
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, num_heads: int, window: int | None, device: torch.device
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_heads: int,
+        window: int | None,
+        device: torch.device,
     ) -> None:
         self.num_blocks, self.block_size, self.num_heads = num_blocks, block_size, num_heads
         self.window, self.device = window, device
@@ -59,8 +63,8 @@ class Geometry:
         write = slots[:, None] + self._heads * size
 
         longest = int((starts + counts).max())
-        keys_at = None
-        if self.window is None:
+        keys_at, is_fresh = None, not starts.any()
+        if self.window is None or is_fresh:
             blocks = tables[:, : -(-longest // size)]
         else:
             first = np.array([self.first_block(start) for start in starts.tolist()])
@@ -71,10 +75,9 @@ class Geometry:
             keys_at = self._tensor(slots_at)
             longest = slots_at.shape[1]
         read = blocks[:, None] + self._heads
-        is_fresh = not starts.any()
         return Plan(
             self._tensor(write), self._tensor(read.reshape(-1)), (batch, self.num_heads, longest),
-            None if is_fresh else keys_at, is_fresh,
+            keys_at, is_fresh,
         )  # fmt: skip
 
     def _tensor(self, numbers: Numbers) -> Tensor:
@@ -194,11 +197,3 @@ class PagedCross(CrossCache):
         """Let one block hold what another holds."""
         self.k_pages.copy(source, target)
         self.v_pages.copy(source, target)
-
-
-def layers_alike(shapes: Sequence[tuple[int, int, int | None]]) -> dict[tuple[int, int, int | None], list[int]]:
-    """Which layers have the same heads, width and window, and so may share tables."""
-    kinds: dict[tuple[int, int, int | None], list[int]] = {}
-    for layer, shape in enumerate(shapes):
-        kinds.setdefault(shape, []).append(layer)
-    return kinds

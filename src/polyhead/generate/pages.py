@@ -9,7 +9,7 @@ NOBODY = 0
 """The block that padding is written to and read from."""
 
 
-class OutOfBlocks(Exception):
+class OutOfBlocksError(Exception):
     """No block is free; somebody must give some back first."""
 
 
@@ -34,14 +34,14 @@ class BlockPool:
         return len(self._free) + len(self._idle)
 
     def take(self) -> int:
-        """A block of one's own, whatever it holds. Errors: OutOfBlocks."""
+        """A block of one's own, whatever it holds. Errors: OutOfBlocksError."""
         if self._free:
             block = self._free.pop()
         elif self._idle:
             block, _ = self._idle.popitem(last=False)
             self._forget(block)
         else:
-            raise OutOfBlocks(f"all {self.num_blocks - 1} blocks are held")
+            raise OutOfBlocksError(f"all {self.num_blocks - 1} blocks are held")
         self.holders[block] = 1
         return block
 

@@ -7,15 +7,22 @@ from torch import Tensor
 
 from polyhead.errors import DataError
 from polyhead.generate.config import GenerationConfig
+from polyhead.generate.memory import Memory
 from polyhead.generate.result import Generation, TokenLogprob
+from polyhead.generate.search import BeamSearch
 from polyhead.generate.writer import TextWriter
+from polyhead.text.tokenizer import Tokenizer
 
 
 class Text:
     """One text at work: its tokens, how many of them are held in memory, and what came of it."""
 
-    def __init__(self, request: "Request", number: int, writer: TextWriter | None) -> None:
-        self.request, self.number, self.writer = request, number, writer
+    def __init__(self, request: "Request", number: int, tokenizer: Tokenizer | None) -> None:
+        self.request, self.number, self.tokenizer = request, number, tokenizer
+        config = request.config
+        self.writer = tokenizer and TextWriter(
+            tokenizer, config.stop, config.min_new_tokens, config.skip_special_tokens
+        )
         self.ids = list(request.prompt)
         self.held = 0
         self.row: int | None = None  # in memory
@@ -39,7 +46,6 @@ class Text:
     def take(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
         """Add a token that was drawn; returns the text it made certain."""
         config, writer = self.request.config, self.writer
-        assert writer is not None
         if token_id < 0:
             raise DataError(
                 f"the model's logits are not finite after {len(self.ids)} tokens; load it with "
@@ -52,18 +58,26 @@ class Text:
         if token_id in self.request.ends:
             self.finish_reason = "stop"
         else:
-            piece = writer.push(token_id)
-            if writer.stopped:
+            piece = writer.push(token_id) if writer else ""
+            if writer and writer.stopped:
                 self.finish_reason = "stop"
             elif self.written >= self.request.limit:
                 self.finish_reason = "length"
-        if self.finish_reason:
+        if self.finish_reason and writer:
             piece += writer.flush()
             if writer.stopped:
                 self.finish_reason = "stop"
         if piece:
             self.pieces.append(piece)
         return piece
+
+    def fork(self, number: int, memory: Memory) -> "Text":
+        """A text that goes its own way from here, before it has written anything to be read."""
+        other = Text(self.request, number, self.tokenizer)
+        other.ids, other.held, other.keys = list(self.ids), self.held, list(self.keys)
+        assert self.row is not None
+        other.row = memory.fork(self.row)
+        return other
 
     def result(self) -> Generation:
         """What it came to."""
@@ -102,7 +116,7 @@ class Request:
     salt: bytes = b""
     on_text: Callable[[str], None] | None = None
 
-    search: object = field(default=None, init=False)
+    search: BeamSearch | None = field(default=None, init=False)
     texts: list[Text] = field(default_factory=list[Text], init=False)
     done: list[Text] = field(default_factory=list[Text], init=False)
     results: list[Generation] | None = field(default=None, init=False)
@@ -119,4 +133,5 @@ class Request:
     @property
     def rows_wanted(self) -> int:
         """Rows that it takes once its prompt is read."""
-        return max(len(self.seeds), len(self.texts))
+        beams = len(self.search.answers) if self.search is not None else 0
+        return max(len(self.seeds), len(self.texts), beams)

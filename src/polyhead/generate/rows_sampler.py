@@ -1,7 +1,5 @@
 """Interim: greedy alone, until the sampler of rows is merged."""
 
-import torch
-
 
 class Sampler:
     def __init__(self, max_rows, max_len, vocab_size, device):

@@ -1,7 +1,7 @@
 """The model, as the engine runs it: pieces of texts in, hidden states and logits out."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,5 +115,3 @@ def _alike(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
         tokens += length
     if batch:
         yield batch
-
-

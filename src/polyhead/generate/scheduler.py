@@ -56,7 +56,7 @@ class Scheduler:
         self.had[request.client] += _WRITTEN_COST * tokens
 
     def schedule(self) -> list[tuple[Text, int]]:
-        """Texts to read now, and how many tokens of each beside its draft; room is made for them."""
+        """Texts to read now, and how many tokens of each beside its draft."""
         plan: list[tuple[Text, int]] = []
         is_busy = any(text.decodes for request in self.running for text in request.texts)
         budget = self.chunk if is_busy else self.idle_chunk
@@ -72,7 +72,7 @@ class Scheduler:
         return plan
 
     def _pieces(self, request: Request, budget: int) -> list[tuple[Text, int]]:
-        """What to read of a running request; room is made, if need be, at the cost of later ones."""
+        """What to read of a running request. Room is made, if need be at the cost of later ones."""
         pieces = _wanted(request, budget)
         while pieces and not self.memory.can_extend(_growth(pieces)):
             drafting = [text for text, _ in pieces if text.draft]

@@ -1,4 +1,4 @@
-"""Beam search: the likeliest answers, several at a time. `A` texts at work, `n` beams, `V` tokens.
+"""Beam search: the likeliest answers, several at a time. `R` requests, `n` beams, `V` tokens.
 
 The same steps and the same scores as in transformers, each text by itself.
 """
@@ -9,9 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyhead.generate.constraints import Constraints
 from polyhead.generate.search_config import SearchConfig
-from polyhead.generate.steps import Steps
 
 # Beams that repeat the first one before anything is written: worse than all that can be written.
 _COPY = -1e9
@@ -27,59 +25,30 @@ class Hypothesis(NamedTuple):
     score: float = 0.0
 
 
-def beam_search(
-    steps: Steps,
-    logits: Tensor,
-    prompts: Sequence[Sequence[int]],
-    config: SearchConfig,
-    ends: Collection[int],
-) -> list[list[Hypothesis]]:
-    """Up to `num_beams` finished answers of each text, the best first.
+def advance(searches: Sequence["BeamSearch"], logprobs: Tensor) -> list[list[int]]:
+    """Give every search its best continuations; the beams that each goes on from.
 
-    logits: `[texts, V]` after the prompts. ends: the tokens that end an answer.
+    logprobs `[R * n, V]` of each search's unfinished answers in their order; all of as many beams.
     """
-    num_beams = config.num_beams
-    constraints = Constraints(config, ends)
-    searches = [_Search(config, ends) for _ in prompts]
-    at_work = list(range(len(prompts)))
-    steps.select([text for text in at_work for _ in range(num_beams)])
-    logits = logits.repeat_interleave(num_beams, dim=0)
-    while True:
-        working = [searches[text] for text in at_work]
-        logprobs = logits.float().log_softmax(1)
-        logprobs = constraints(
-            logprobs,
-            [prompts[text] for text in at_work for _ in range(num_beams)],
-            [answer for search in working for answer in search.answers],
-        )
-        parents = _advance(working, logprobs, num_beams)
-        going = [number for number, search in enumerate(working) if not search.is_done]
-        if not going:
-            return [search.results() for search in searches]
-        rows = [number * num_beams + parent for number in going for parent in parents[number]]
-        steps.select(rows, going if len(going) < len(working) else None)
-        at_work = [at_work[number] for number in going]
-        last = [[answer[-1]] for text in at_work for answer in searches[text].answers]
-        logits = steps.read(torch.tensor(last, device=logits.device))
-
-
-def _advance(working: list["_Search"], logprobs: Tensor, num_beams: int) -> list[list[int]]:
-    """Give every search its best continuations; the beams that each goes on from."""
-    so_far = torch.tensor([search.scores for search in working], device=logprobs.device)
+    num_beams = len(searches[0].answers)
+    so_far = torch.tensor([search.scores for search in searches], device=logprobs.device)
     totals = logprobs.unflatten(0, (-1, num_beams)) + so_far[:, :, None]
     vocab_size, totals = totals.shape[2], totals.flatten(1)
     # So many that, all end tokens aside, enough are left to go on with.
-    wanted = max(2, 1 + len(working[0].ends)) * num_beams
+    wanted = max(2, 1 + max(len(search.ends) for search in searches)) * num_beams
     best = totals.topk(min(wanted, totals.shape[1]), dim=1)
-    found = zip(working, best.values.tolist(), best.indices.tolist(), strict=True)
+    found = zip(searches, best.values.tolist(), best.indices.tolist(), strict=True)
     return [search.take(values, indices, vocab_size) for search, values, indices in found]
 
 
-class _Search:
-    """One text: its unfinished answers, the best first, and the best finished ones."""
+class BeamSearch:
+    """One text: its unfinished answers, the best first, and the best finished ones.
 
-    def __init__(self, config: SearchConfig, ends: Collection[int]) -> None:
-        self.config, self.ends = config, ends
+    ends: the tokens that end an answer; limit: the most tokens that it may have.
+    """
+
+    def __init__(self, config: SearchConfig, ends: Collection[int], limit: int) -> None:
+        self.config, self.ends, self.limit = config, ends, limit
         self.answers: list[list[int]] = [[] for _ in range(config.num_beams)]
         self.scores = [0.0] + [_COPY] * (config.num_beams - 1)
         self.finished: list[Hypothesis] = []
@@ -89,7 +58,7 @@ class _Search:
         """Go on with the best of these continuations; returns the beams that they extend."""
         config, num_beams = self.config, self.config.num_beams
         length = len(self.answers[0]) + 1
-        is_last = length == config.max_new_tokens
+        is_last = length == self.limit
         going: list[tuple[float, int, int]] = []
         for rank, (score, place) in enumerate(zip(scores, places, strict=True)):
             beam, token = divmod(place, vocab_size)
@@ -117,7 +86,7 @@ class _Search:
         if config.early_stopping is True:
             return True
         if config.early_stopping == "never" and config.length_penalty > 0:
-            length = config.max_new_tokens
+            length = self.limit
         return best / length**config.length_penalty <= self.finished[-1].score
 
     def results(self) -> list[Hypothesis]:

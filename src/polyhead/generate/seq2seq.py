@@ -3,20 +3,17 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.constraints import Constraints
-from polyhead.generate.mode import evaluating
+from polyhead.generate.engine import Engine, EngineConfig
 from polyhead.generate.prompts import check_ids
-from polyhead.generate.sampling import Sampler, row_seeds
-from polyhead.generate.search import Hypothesis, beam_search
+from polyhead.generate.request import Request
+from polyhead.generate.sampling import row_seeds
+from polyhead.generate.search import Hypothesis
 from polyhead.generate.search_config import SearchConfig
-from polyhead.generate.steps import TranslationSteps
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
+BLOCK = 16
 TOKENS_AT_ONCE = 4096
 """Of sources with their padding, times beams: what one batch holds."""
 
@@ -62,21 +59,6 @@ class Seq2Seq:
             if not row:
                 raise DataError(f"source {number} has no tokens; give it some text")
             check_ids(row, getattr(self.model.config, "vocab_size"))  # noqa: B009
-        seeds = row_seeds([config] * len(rows), rows, True)
-        found: list[list[Hypothesis]] = [[] for _ in rows]
-        with evaluating(self.model), torch.inference_mode():
-            for batch in batches(list(map(len, rows)), tokens_at_once // config.num_beams):
-                chosen = [rows[i] for i in batch]
-                answers = self._answers(chosen, config, [seeds[i] for i in batch])
-                for i, answer in zip(batch, answers, strict=True):
-                    found[i] = answer
-                if progress is not None:
-                    progress(sum(map(bool, found)), len(rows))
-        return found
-
-    def _answers(
-        self, sources: list[list[int]], config: SearchConfig, seeds: list[int]
-    ) -> list[list[Hypothesis]]:
         start = config.decoder_start_token_id
         start = self.start if start is None else start
         if start is None:
@@ -84,47 +66,38 @@ class Seq2Seq:
                 "nothing says what the decoder begins with; give decoder_start_token_id"
             )
         ends = frozenset(() if config.ignore_eos else {*self.ends, *config.stop_token_ids})
-        steps = TranslationSteps(self.model, sources, start)
-        prompts = [[start]] * len(sources)
-        if config.num_beams > 1:
-            return beam_search(steps, steps.first, prompts, config, ends)
-        return _one_by_one(steps, prompts, config, ends, seeds)
+        if not rows:
+            return []
+        engine = Engine(self.model, None, _size(rows, config, tokens_at_once))
+        seeds = row_seeds([config] * len(rows), rows, True)
+        # What is of like length runs together.
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        requests = {
+            i: engine.add([start], config, source=rows[i], ends=ends, seeds=[seeds[i]])
+            for i in order
+        }
+        while engine.has_work:
+            done = engine.step()
+            if progress is not None and done:
+                progress(sum(request.is_finished for request in requests.values()), len(rows))
+        return [_hypotheses(requests[i]) for i in range(len(rows))]
 
 
-def _one_by_one(
-    steps: TranslationSteps,
-    prompts: list[list[int]],
-    config: SearchConfig,
-    ends: frozenset[int],
-    seeds: list[int],
-) -> list[list[Hypothesis]]:
-    """One answer a source, a token at a time, greedy or drawn."""
-    count, most = len(prompts), config.max_new_tokens
-    constraints = Constraints(config, ends)
-    # The constraints have penalized and banned already.
-    plain = SearchConfig(
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
-    )
-    device = steps.first.device
-    sampler = Sampler([plain] * count, prompts, seeds, [()] * count, most, device)
-    answers: list[list[int]] = [[] for _ in prompts]
-    written: list[list[int]] = answers.copy()
-    done = [False] * count
-    logits = steps.first
-    while True:
-        drawn: Tensor = sampler(constraints(logits.float(), prompts, written))
-        written = [[*text, token] for text, token in zip(written, drawn.tolist(), strict=True)]
-        for row, text in enumerate(written):
-            if not done[row]:
-                if text[-1] < 0:
-                    raise DataError(
-                        "the model's logits are not finite; load it with dtype=torch.float32"
-                    )
-                answers[row] = text
-                done[row] = text[-1] in ends or len(text) == most
-        if all(done):
-            return [[Hypothesis(tuple(answer))] for answer in answers]
-        logits = steps.read(drawn.clamp(min=0)[:, None])
+def _size(rows: Sequence[Sequence[int]], config: SearchConfig, tokens_at_once: int) -> EngineConfig:
+    """Room for as many sources at once as `tokens_at_once` says."""
+    longest = max(map(len, rows))
+    at_once = max(1, min(len(rows), tokens_at_once // (longest * config.num_beams)))
+    blocks = -(-longest // BLOCK) * at_once, -(-(1 + config.max_new_tokens) // BLOCK) + 1
+    return EngineConfig(
+        max_rows=at_once * config.num_beams, block_size=BLOCK, source_tokens=blocks[0] * BLOCK,
+        cache_tokens=at_once * config.num_beams * blocks[1] * BLOCK,
+    )  # fmt: skip
+
+
+def _hypotheses(request: Request) -> list[Hypothesis]:
+    if request.error is not None:
+        raise request.error
+    return [Hypothesis(answer.token_ids, answer.score or 0.0) for answer in request.results or ()]
 
 
 def batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
