@@ -3,10 +3,11 @@
 `N` places in texts that a step draws at, `E` model width, `V` vocabulary.
 """
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from polyhead.generate.sampling import row_seeds
 from polyhead.generate.scheduler import Scheduler
 from polyhead.generate.search import BeamSearch, advance
 from polyhead.generate.search_config import SearchConfig
+from polyhead.generate.speculative import Proposer
 from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
@@ -71,9 +73,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: TaskModel, tokenizer: Tokenizer | None, config: EngineConfig | None = None
+        self,
+        model: TaskModel,
+        tokenizer: Tokenizer | None,
+        config: EngineConfig | None = None,
+        proposer: Proposer | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.proposer = model, tokenizer, proposer
         self.config = config = config or EngineConfig()
         self.vocab_size: int = getattr(model.config, "vocab_size")  # noqa: B009
         longest: int | None = getattr(model.config, "max_seq_len", None)
@@ -86,7 +92,7 @@ class Engine:
         self.runner = Runner(model, self.memory)
         self.scheduler = Scheduler(self.memory, config.chunk, config.idle_chunk)
         self.sampler = Sampler(config.max_rows, self.max_len, self.vocab_size, model.device)
-        self._added = 0
+        self._numbers = itertools.count()
         self._ended: list[Request] = []
 
     @property
@@ -94,7 +100,21 @@ class Engine:
         """Whether a step would do anything."""
         return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def add(
+    def add(self, prompt: Prompt, config: GenerationConfig | None = None, **named: Any) -> Request:
+        """Let a request wait for its turn; arguments and errors are those of `request`."""
+        request = self.request(prompt, config, **named)
+        self.enter(request)
+        return request
+
+    def enter(self, request: Request) -> None:
+        """Let what `request` made wait for its turn."""
+        if request.limit < 1:
+            request.texts[0].finish_reason = "length"
+            self._end(request)
+        else:
+            self.scheduler.add(request)
+
+    def request(
         self,
         prompt: Prompt,
         config: GenerationConfig | None = None,
@@ -108,7 +128,7 @@ class Engine:
         seeds: Sequence[int] | None = None,
         on_text: Callable[[str], None] | None = None,
     ) -> Request:
-        """Let a request wait for its turn.
+        """A request, looked over; any thread may ask for one.
 
         copies: texts to draw from the one prompt. Of requests that wait, a higher `priority` goes
         first; within one, each `client` gets an equal share. source: what an encoder reads. pixels:
@@ -127,21 +147,15 @@ class Engine:
                 f"{copies} texts at once are more than max_rows={self.config.max_rows}"
             )
         request = Request(
-            prompt=ids, config=config, number=self._added, limit=self._limit(ids, config, copies),
+            prompt=ids, config=config, number=next(self._numbers), limit=self._limit(ids, config, copies),
             seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
             ends=end_ids(self.tokenizer, config) if ends is None else frozenset(ends),
             priority=priority, client=client,
             source=list(source), pixels=pixels, salt=_salt(pixels), on_text=on_text,
         )  # fmt: skip
-        self._added += 1
         if isinstance(config, SearchConfig) and config.num_beams > 1:
             request.search = BeamSearch(config, request.ends, request.limit)
         request.texts = [Text(request, 0, self.tokenizer)]
-        if request.limit < 1:
-            request.texts[0].finish_reason = "length"
-            self._end(request)
-        else:
-            self.scheduler.add(request)
         return request
 
     def cancel(self, request: Request) -> None:
@@ -150,6 +164,13 @@ class Engine:
             self.scheduler.remove(request)
             for text in request.texts:
                 text.finish_reason = "cancelled"
+            self._end(request)
+
+    def fail(self, error: Exception) -> None:
+        """End what is at work with an error; what waits is not touched."""
+        for request in list(self.scheduler.running):
+            request.error = error
+            self.scheduler.remove(request)
             self._end(request)
 
     def run(self) -> None:
@@ -161,6 +182,7 @@ class Engine:
         """Move on every request that can be moved; those that came to their end."""
         self._ended = []
         with evaluating(self.model), torch.inference_mode():
+            self._propose()
             plan = self.scheduler.schedule()
             pieces = [_piece(text, count) for text, count in plan]
             found = self.runner.read(pieces)
@@ -169,6 +191,21 @@ class Engine:
             if found:
                 self._draw(found)
         return self._ended
+
+    def _propose(self) -> None:
+        """Let the proposer guess how the texts go on that can be guessed."""
+        if self.proposer is None:
+            return
+        texts = [
+            text
+            for request in self.scheduler.running
+            if request.search is None
+            for text in request.texts
+            if text.decodes and text.slot is not None
+        ]
+        for text, draft in zip(texts, self.proposer.propose(texts, self.sampler), strict=True):
+            # What is read must fit, and one token more is always drawn.
+            text.draft = draft[: text.request.limit - text.written - 1]
 
     def _hold(self, text: Text, count: int) -> None:
         """Count tokens of a text that were read."""
@@ -290,6 +327,8 @@ class Engine:
             if text.finish_reason or place == len(draft) or token != draft[place]:
                 break
         taken = list(ids[: place + 1])
+        if self.proposer is not None and draft:
+            self.proposer.observe(text, ids, place)
         self.scheduler.written(request, len(taken))
         text.draft = []
         self.sampler.write(text.slot, before, taken)
@@ -338,6 +377,8 @@ class Engine:
         return Generation(text, ids, None, reason, len(request.prompt), score)
 
     def _forget(self, text: Text) -> None:
+        if self.proposer is not None:
+            self.proposer.forget(text)
         if text.slot is not None:
             self.sampler.close(text.slot)
             text.slot = None

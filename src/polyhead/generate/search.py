@@ -47,16 +47,25 @@ class BeamSearch:
     ends: the tokens that end an answer; limit: the most tokens that it may have.
     """
 
-    def __init__(self, config: SearchConfig, ends: Collection[int], limit: int) -> None:
+    def __init__(
+        self,
+        config: SearchConfig,
+        ends: Collection[int],
+        limit: int,
+        num_beams: int | None = None,
+    ) -> None:
         self.config, self.ends, self.limit = config, ends, limit
-        self.answers: list[list[int]] = [[] for _ in range(config.num_beams)]
-        self.scores = [0.0] + [_COPY] * (config.num_beams - 1)
+        self.num_beams = config.num_beams if num_beams is None else num_beams
+        self.answers: list[list[int]] = [[] for _ in range(self.num_beams)]
+        self.last: list[int] = []
+        """The tokens of the newest step, of the beams that went on."""
+        self.scores = [0.0] + [_COPY] * (self.num_beams - 1)
         self.finished: list[Hypothesis] = []
         self.is_done = False
 
     def take(self, scores: list[float], places: list[int], vocab_size: int) -> list[int]:
         """Go on with the best of these continuations; returns the beams that they extend."""
-        config, num_beams = self.config, self.config.num_beams
+        config, num_beams = self.config, self.num_beams
         length = len(self.answers[0]) + 1
         is_last = length == self.limit
         going: list[tuple[float, int, int]] = []
@@ -71,6 +80,7 @@ class BeamSearch:
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[num_beams:]
         going = going[:num_beams]
+        self.last = [token for _, _, token in going]
         self.is_done = is_last or self._cannot_improve(going[0][0], length)
         if not self.is_done:
             self.answers = [[*self.answers[beam], token] for _, beam, token in going]
@@ -81,7 +91,7 @@ class BeamSearch:
         config = self.config
         if best == float("-inf"):
             return True
-        if len(self.finished) < config.num_beams:
+        if len(self.finished) < self.num_beams:
             return False
         if config.early_stopping is True:
             return True
@@ -91,3 +101,51 @@ class BeamSearch:
 
     def results(self) -> list[Hypothesis]:
         return self.finished or [Hypothesis(tuple(self.answers[0]), self.scores[0])]
+
+
+class DiverseBeams:
+    """Groups of beams that avoid what the groups before them say at the same place (Vijayakumar et
+    al. 2016): `diversity_penalty` off a token for each time that one of their beams takes it.
+
+    `units` are the groups, searches of `num_beams / num_beam_groups` each.
+    """
+
+    def __init__(self, config: SearchConfig, ends: Collection[int], limit: int) -> None:
+        self.penalty = config.diversity_penalty
+        size = config.num_beams // config.num_beam_groups
+        self.units = [
+            BeamSearch(config, ends, limit, size) for _ in range(config.num_beam_groups)
+        ]
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """Of the groups that are at work."""
+        return [answer for unit in self.units if not unit.is_done for answer in unit.answers]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every group is."""
+        return all(unit.is_done for unit in self.units)
+
+    def advance(self, logprobs: Tensor) -> list[int]:
+        """Give every group at work its continuations; the rows that they go on from.
+
+        logprobs `[rows, V]` of `answers`.
+        """
+        said = torch.zeros_like(logprobs[0])
+        parents: list[int] = []
+        start = 0
+        for unit in [unit for unit in self.units if not unit.is_done]:
+            until = start + len(unit.answers)
+            (chosen,) = advance([unit], logprobs[start:until] - self.penalty * said)
+            for token in unit.last:
+                said[token] += 1
+            if not unit.is_done:
+                parents += [start + beam for beam in chosen]
+            start = until
+        return parents
+
+    def results(self) -> list[Hypothesis]:
+        """Of all groups, the best first."""
+        found = [hypothesis for unit in self.units for hypothesis in unit.results()]
+        return sorted(found, key=lambda hypothesis: -hypothesis.score)

@@ -1,0 +1,41 @@
+"""How large an engine is."""
+
+from dataclasses import dataclass
+
+from polyhead.errors import ConfigError
+
+_LONGEST = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How much an engine does at once, and what it remembers it in."""
+
+    max_rows: int = 16
+    """Texts that go on together; beams and samples of one request count each."""
+    cache_tokens: int | None = None
+    """Tokens whose keys and values are held in all. None: `max_rows` texts as long as the model
+    takes, or of 4096."""
+    source_tokens: int | None = None
+    """The same of what encoders read; None: as many."""
+    block_size: int = 16
+    """Tokens of a block."""
+    chunk: int = 256
+    """Tokens of prompts that a step reads while other texts go on."""
+    idle_chunk: int = 4096
+    """The same, while none does."""
+    kv: str = "model"
+    """Keys and values as the model computes them, or in "int8"."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "block_size", "chunk", "idle_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.cache_tokens is not None and self.cache_tokens < 2:
+            raise ConfigError(f"cache_tokens={self.cache_tokens} must be 2 or more")
+        if self.kv not in ("model", "int8"):
+            raise ConfigError(f'kv={self.kv!r} must be "model" or "int8"')
+
+    def tokens(self, longest: int | None) -> int:
+        """What `cache_tokens` is for a model that takes `longest` tokens."""
+        return self.cache_tokens or self.max_rows * min(longest or _LONGEST, _LONGEST)

@@ -1,0 +1,138 @@
+"""An engine that runs in a thread of its own, for callers in many."""
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self
+
+from polyhead.errors import ConfigError
+from polyhead.generate.config import GenerationConfig
+from polyhead.generate.engine import Engine
+from polyhead.generate.prompts import Prompt
+from polyhead.generate.request import Request
+from polyhead.generate.result import Generation
+
+_END = None
+
+
+class Handle:
+    """One request on its way: iterate over its text as it comes, or wait for its results.
+
+    Nothing waits for a reader: what is not read is kept, and a handle that is cancelled, or left
+    half read by a loop that ends, gives its place to others.
+    """
+
+    def __init__(self, front: "EngineThread", request: Request) -> None:
+        self._front, self.request = front, request
+        self._pieces: SimpleQueue[str | None] = SimpleQueue()
+        self._done = threading.Event()
+        request.on_text = self._pieces.put
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            while (piece := self._pieces.get()) is not _END:
+                yield piece
+        finally:
+            self.cancel()
+        if self.request.error is not None:
+            raise self.request.error
+
+    def results(self, timeout: float | None = None) -> list[Generation]:
+        """All texts, once they are done. Errors: the request's own; TimeoutError after `timeout`
+        seconds."""
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"the request is not done after {timeout} seconds")
+        if self.request.error is not None:
+            raise self.request.error
+        return self.request.results or []
+
+    def cancel(self) -> None:
+        """End it as far as it came, unless it is done."""
+        if not self._done.is_set():
+            self._front.call(lambda engine: engine.cancel(self.request))
+
+    def _finish(self) -> None:
+        self._done.set()
+        self._pieces.put(_END)
+
+
+class EngineThread:
+    """`submit` from any thread; the engine is touched by its own thread alone.
+
+    An error inside a step ends the requests that were at work with it; the next ones are served.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._handles: dict[Request, Handle] = {}
+        self._calls: list[Callable[[Engine], Any]] = []
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="polyhead-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, prompt: Prompt, config: GenerationConfig | None = None, **named: Any
+    ) -> Handle:
+        """A request, as for `Engine.add`, whose errors are raised here."""
+        handle = Handle(self, self.engine.request(prompt, config, **named))
+
+        def enter(engine: Engine) -> None:
+            self._handles[handle.request] = handle
+            engine.enter(handle.request)
+
+        self.call(enter)
+        return handle
+
+    def call(self, what: Callable[[Engine], Any]) -> None:
+        """Have the engine's thread do something before its next step."""
+        with self._changed:
+            if self._is_closing:
+                raise ConfigError("the engine is closed; start another one")
+            self._calls.append(what)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End what is at work as far as it came, and the thread."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._calls or self._is_closing or self.engine.has_work
+                )
+                calls, self._calls = self._calls, []
+            for call in calls:
+                call(self.engine)
+            if self._is_closing:
+                for request in list(self._handles):
+                    self.engine.cancel(request)
+            try:
+                self.engine.step()
+            except (
+                Exception
+            ) as error:  # whatever a model or a callback raises, callers must hear of
+                self.engine.fail(error)
+            self._deliver()
+            if self._is_closing:
+                return
+
+    def _deliver(self) -> None:
+        for request in [request for request in self._handles if request.is_finished]:
+            self._handles.pop(request)._finish()

@@ -1,0 +1,119 @@
+"""What is asked, looked over: a prompt's ids, how long its texts may be, and what ends them."""
+
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from hashlib import blake2b
+
+from torch import Tensor
+
+from polyhead.errors import ConfigError, DataError
+from polyhead.generate.config import GenerationConfig
+from polyhead.generate.engine_config import EngineConfig
+from polyhead.generate.memory import Memory
+from polyhead.generate.prompts import Prompt, encode_prompt
+from polyhead.generate.request import Request, Text
+from polyhead.generate.sampling import row_seeds
+from polyhead.generate.searching import search_of
+from polyhead.models.llava_config import LlavaConfig
+from polyhead.models.model import TaskModel
+from polyhead.text.tokenizer import Tokenizer
+
+
+class Intake:
+    """Makes requests for one model and the memory that it has; any thread may ask for one."""
+
+    def __init__(
+        self, model: TaskModel, tokenizer: Tokenizer | None, memory: Memory, config: EngineConfig
+    ) -> None:
+        self.model, self.tokenizer, self.memory, self.config = model, tokenizer, memory, config
+        self.vocab_size: int = getattr(model.config, "vocab_size")  # noqa: B009
+        self.longest: int | None = getattr(model.config, "max_seq_len", None)
+        self._numbers = itertools.count()
+
+    def request(
+        self,
+        prompt: Prompt,
+        config: GenerationConfig | None = None,
+        *,
+        copies: int = 1,
+        priority: int = 0,
+        client: str = "",
+        source: Sequence[int] = (),
+        pixels: Tensor | None = None,
+        ends: Collection[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> Request:
+        """A request that waits for nothing yet.
+
+        copies: texts to draw from the one prompt. Of requests that wait, a higher `priority` goes
+        first; within one, each `client` gets an equal share. source: what an encoder reads. pixels:
+        `[N, C, height, width]` of the N images in the prompt. ends: the tokens that end a text;
+        None: the tokenizer's and the config's. seeds: one a copy; None: those that follow from the
+        config and the prompt. on_text: gets each piece of the first text as it becomes certain.
+        Errors: DataError for a prompt that does not fit the model or the cache, ConfigError for
+        more texts at once than rows.
+        """
+        config = config or GenerationConfig()
+        ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
+        if pixels is not None:
+            ids = self._with_room(ids)
+        ends = end_ids(self.tokenizer, config) if ends is None else frozenset(ends)
+        search, rows = search_of(config)
+        rows = max(rows, copies)
+        if rows > self.config.max_rows:
+            raise ConfigError(f"{rows} texts at once are more than max_rows={self.config.max_rows}")
+        limit = self._limit(ids, config, rows)
+        request = Request(
+            prompt=ids, config=config, number=next(self._numbers), limit=limit, ends=ends,
+            seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
+            priority=priority, client=client, source=list(source), pixels=pixels,
+            salt=_salt(pixels), on_text=on_text, search=search and search(ends, limit),
+        )  # fmt: skip
+        request.texts = [Text(request, 0, self.tokenizer)]
+        return request
+
+    def _with_room(self, prompt: list[int]) -> list[int]:
+        """Each image token as often as an image has features."""
+        if not isinstance(self.model.config, LlavaConfig):
+            raise ConfigError(f"{self.model.config.model_type} reads no images; leave them out")
+        return self.model.config.with_room(prompt)
+
+    def _limit(self, prompt: Sequence[int], config: GenerationConfig, rows: int) -> int:
+        """Tokens that may be written, so that the request fits the cache when it is alone."""
+        length, longest = len(prompt), self.longest
+        if longest is not None and length > longest:
+            raise DataError(
+                f"the prompt has {length} tokens and the model takes {longest}; shorten it"
+            )
+        room = self.memory.longest(length, rows)
+        if length > room:
+            raise DataError(
+                f"the prompt has {length} tokens and the cache holds {room}; shorten it, or give "
+                "the engine more cache_tokens"
+            )
+        return min(config.max_new_tokens, min(room, longest or room) - length)
+
+
+def end_ids(tokenizer: Tokenizer | None, config: GenerationConfig) -> frozenset[int]:
+    """The tokens that end a text."""
+    ends: set[int] = set()
+    if not config.ignore_eos:
+        ends.update(config.stop_token_ids)
+    if tokenizer is None:
+        return frozenset(ends)
+    if not config.ignore_eos:
+        ends.update(tokenizer.eos_ids)
+    # A stop string that is a special token would not show in a text that leaves those out.
+    for stop in config.stop:
+        ids = tokenizer.encode(stop, add_special_tokens=False)
+        if len(ids) == 1 and ids[0] in tokenizer.special_ids:
+            ends.update(ids)
+    return frozenset(ends)
+
+
+def _salt(pixels: Tensor | None) -> bytes:
+    """What stands for the images where a text is looked for."""
+    if pixels is None:
+        return b""
+    return blake2b(pixels.detach().cpu().float().contiguous().numpy().tobytes()).digest()
