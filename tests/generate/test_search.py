@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import polyhead as ph
+from polyhead.generate.config import SearchConfig
 from polyhead.generate.search import Hypothesis, beam_search
-from polyhead.generate.search_config import SearchConfig
 from polyhead.generate.seq2seq import Seq2Seq
 from polyhead.generate.steps import DecoderSteps
 from polyhead.models.model import TaskModel

@@ -15,7 +15,9 @@ from polyhead.generate.mode import evaluating
 from polyhead.generate.prefix import PrefixCache
 from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.result import Generation, TokenLogprob
-from polyhead.generate.sampling import Sampler, row_seeds
+from polyhead.generate.sampling.logprobs import token_logprobs
+from polyhead.generate.sampling.sampler import Sampler
+from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.generate.writer import TextWriter
 from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel, require_causal
@@ -176,29 +178,27 @@ class TextGenerator:
         if not rows:
             return
         steps = max(row.limit for row in rows)
-        sampler = Sampler(
-            [row.config for row in rows],
-            [row.prompt for row in rows],
-            [row.seed for row in rows],
-            [row.ends for row in rows],
-            steps,
-            self.model.device,
-        )
+        most = max(len(row.prompt) for row in rows) + steps
+        vocab_size = getattr(self.model.config, "vocab_size")  # noqa: B009
+        sampler = Sampler(len(rows), most, vocab_size, self.model.device, self.tokenizer)
+        slots = [sampler.open(row.config, row.prompt, row.seed, row.ends) for row in rows]
         top = max(
             (c.logprobs for row in rows if (c := row.config).logprobs is not None), default=-1
         )
         # The mode is entered anew at each step: between two steps the caller's own code runs.
         with torch.inference_mode():
             if caches is None:
-                most = max(len(row.prompt) for row in rows) + steps
                 caches = self._make_caches(len(rows), most if self.static else None)
             logits = self._prefill(rows, caches)
         while True:
             with torch.inference_mode():
-                drawn = sampler(logits)
+                drawn = sampler(logits, slots, [len(row.ids) for row in rows])
                 ids = drawn.tolist()
-                logprobs = _logprobs(logits, drawn, top) if top >= 0 else [None] * len(rows)
+                logprobs = token_logprobs(logits, drawn, top) if top >= 0 else [None] * len(rows)
             was_done = [row.done for row in rows]
+            for slot, row, token in zip(slots, rows, ids, strict=True):
+                if not row.done:
+                    _tell(sampler, slot, row, token)
             yield [row.take(i, p) for row, i, p in zip(rows, ids, logprobs, strict=True)]
             if all(row.done for row in rows):
                 return
@@ -259,6 +259,7 @@ class _Row:
         self.ids: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] | None = None if config.logprobs is None else []
+        self.is_complete = False
         self.finish_reason = "length" if self.limit <= 0 else ""
 
     @property
@@ -282,7 +283,7 @@ class _Row:
             self.finish_reason = "stop"
         else:
             piece = self.writer.push(token_id)
-            if self.writer.stopped:
+            if self.writer.stopped or self.is_complete:
                 self.finish_reason = "stop"
             elif len(self.ids) >= self.limit:
                 self.finish_reason = "length"
@@ -312,14 +313,14 @@ def _end_ids(tokenizer: Tokenizer, config: GenerationConfig) -> frozenset[int]:
     return frozenset(ends)
 
 
-def _logprobs(logits: Tensor, drawn: Tensor, top: int) -> list[TokenLogprob]:
-    """Of the model's own distribution: the drawn ids `[B]` and the `top` most likely."""
-    logprobs = logits.float().log_softmax(1)
-    chosen = logprobs.gather(1, drawn.clamp(min=0)[:, None])[:, 0].tolist()
-    best = logprobs.topk(min(top, logits.shape[1]), dim=1)
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    tops = [tuple(zip(ids, values, strict=True)) for ids, values in pairs]
-    return [TokenLogprob(*each) for each in zip(drawn.tolist(), chosen, tops, strict=True)]
+def _tell(sampler: Sampler, slot: int, row: _Row, token: int) -> None:
+    """Let the sampler know what was drawn. Errors: DataError where it could not draw."""
+    if token < 0 and (problem := sampler.problem(slot)):
+        raise DataError(problem)
+    sampler.write(slot, len(row.ids), [token])
+    sampler.accept(slot, [token])
+    # Without a token that ends a text, only the grammar knows that it is over.
+    row.is_complete = not row.ends and sampler.is_complete(slot)
 
 
 def _start_over(caches: Caches, rows: list[int]) -> None:

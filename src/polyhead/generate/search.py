@@ -9,9 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polyhead.generate.constraints import Constraints
-from polyhead.generate.search_config import SearchConfig
+from polyhead.generate.config import GenerationConfig
+from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.steps import Steps
+from polyhead.text.tokenizer import Tokenizer
 
 # Beams that repeat the first one before anything is written: worse than all that can be written.
 _COPY = -1e9
@@ -31,15 +32,21 @@ def beam_search(
     steps: Steps,
     logits: Tensor,
     prompts: Sequence[Sequence[int]],
-    config: SearchConfig,
+    config: GenerationConfig,
     ends: Collection[int],
+    tokenizer: Tokenizer | None = None,
 ) -> list[list[Hypothesis]]:
     """Up to `num_beams` finished answers of each text, the best first.
 
     logits: `[texts, V]` after the prompts. ends: the tokens that end an answer.
     """
     num_beams = config.num_beams
-    constraints = Constraints(config, ends)
+    rows = num_beams * len(prompts)
+    most = max(map(len, prompts)) + config.max_new_tokens
+    sampler = Sampler(rows, most, logits.shape[1], logits.device, tokenizer)
+    slots = [
+        [sampler.open(config, prompt, 0, ends) for _ in range(num_beams)] for prompt in prompts
+    ]
     searches = [_Search(config, ends) for _ in prompts]
     at_work = list(range(len(prompts)))
     steps.select([text for text in at_work for _ in range(num_beams)])
@@ -47,11 +54,11 @@ def beam_search(
     while True:
         working = [searches[text] for text in at_work]
         logprobs = logits.float().log_softmax(1)
-        logprobs = constraints(
-            logprobs,
-            [prompts[text] for text in at_work for _ in range(num_beams)],
-            [answer for search in working for answer in search.answers],
-        )
+        beams = [slot for text in at_work for slot in slots[text]]
+        answers = [answer for search in working for answer in search.answers]
+        for slot, answer in zip(beams, answers, strict=True):
+            sampler.write(slot, 0, answer)
+        logprobs = sampler.constrain(logprobs, beams, list(map(len, answers)))
         parents = _advance(working, logprobs, num_beams)
         going = [number for number, search in enumerate(working) if not search.is_done]
         if not going:
@@ -78,7 +85,7 @@ def _advance(working: list["_Search"], logprobs: Tensor, num_beams: int) -> list
 class _Search:
     """One text: its unfinished answers, the best first, and the best finished ones."""
 
-    def __init__(self, config: SearchConfig, ends: Collection[int]) -> None:
+    def __init__(self, config: GenerationConfig, ends: Collection[int]) -> None:
         self.config, self.ends = config, ends
         self.answers: list[list[int]] = [[] for _ in range(config.num_beams)]
         self.scores = [0.0] + [_COPY] * (config.num_beams - 1)

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.constraints import Constraints
+from polyhead.generate.config import GenerationConfig
 from polyhead.generate.mode import evaluating
 from polyhead.generate.prompts import check_ids
-from polyhead.generate.sampling import Sampler, row_seeds
+from polyhead.generate.sampling.sampler import Sampler
+from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.generate.search import Hypothesis, beam_search
-from polyhead.generate.search_config import SearchConfig
 from polyhead.generate.steps import TranslationSteps
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
@@ -35,17 +35,17 @@ class Seq2Seq:
                 f"{model.config.model_type} with head {model.head_kind!r} is no encoder-decoder "
                 "that writes; use a t5, marian or transformer with head='lm'"
             )
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.start, self.ends = start_id(model, tokenizer), end_ids(model, tokenizer)
 
-    def settings(self, **changes: Any) -> SearchConfig:
+    def settings(self, **changes: Any) -> GenerationConfig:
         """What the checkpoint recommends, with changes."""
-        return SearchConfig.from_hf(recommended(self.model), **changes)
+        return GenerationConfig.from_hf(recommended(self.model), encoder_decoder=True, **changes)
 
     def generate(
         self,
         sources: Sequence[Sequence[int]],
-        config: SearchConfig | None = None,
+        config: GenerationConfig | None = None,
         *,
         tokens_at_once: int = TOKENS_AT_ONCE,
         progress: Callable[[int, int], None] | None = None,
@@ -75,7 +75,7 @@ class Seq2Seq:
         return found
 
     def _answers(
-        self, sources: list[list[int]], config: SearchConfig, seeds: list[int]
+        self, sources: list[list[int]], config: GenerationConfig, seeds: list[int]
     ) -> list[list[Hypothesis]]:
         start = config.decoder_start_token_id
         start = self.start if start is None else start
@@ -87,41 +87,40 @@ class Seq2Seq:
         steps = TranslationSteps(self.model, sources, start)
         prompts = [[start]] * len(sources)
         if config.num_beams > 1:
-            return beam_search(steps, steps.first, prompts, config, ends)
-        return _one_by_one(steps, prompts, config, ends, seeds)
+            return beam_search(steps, steps.first, prompts, config, ends, self.tokenizer)
+        return _one_by_one(steps, prompts, config, ends, seeds, self.tokenizer)
 
 
 def _one_by_one(
     steps: TranslationSteps,
     prompts: list[list[int]],
-    config: SearchConfig,
+    config: GenerationConfig,
     ends: frozenset[int],
     seeds: list[int],
+    tokenizer: Tokenizer | None,
 ) -> list[list[Hypothesis]]:
     """One answer a source, a token at a time, greedy or drawn."""
     count, most = len(prompts), config.max_new_tokens
-    constraints = Constraints(config, ends)
-    # The constraints have penalized and banned already.
-    plain = SearchConfig(
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p
-    )
-    device = steps.first.device
-    sampler = Sampler([plain] * count, prompts, seeds, [()] * count, most, device)
-    answers: list[list[int]] = [[] for _ in prompts]
-    written: list[list[int]] = answers.copy()
-    done = [False] * count
     logits = steps.first
+    sampler = Sampler(count, 1 + most, logits.shape[1], logits.device, tokenizer)
+    pairs = zip(prompts, seeds, strict=True)
+    slots = [sampler.open(config, prompt, seed, ends) for prompt, seed in pairs]
+    answers: list[list[int]] = [[] for _ in prompts]
+    done = [False] * count
     while True:
-        drawn: Tensor = sampler(constraints(logits.float(), prompts, written))
-        written = [[*text, token] for text, token in zip(written, drawn.tolist(), strict=True)]
-        for row, text in enumerate(written):
-            if not done[row]:
-                if text[-1] < 0:
-                    raise DataError(
-                        "the model's logits are not finite; load it with dtype=torch.float32"
-                    )
-                answers[row] = text
-                done[row] = text[-1] in ends or len(text) == most
+        drawn: Tensor = sampler(logits, slots, list(map(len, answers)))
+        for row, token in enumerate(drawn.tolist()):
+            if done[row]:
+                continue
+            if token < 0:
+                raise DataError(
+                    sampler.problem(slots[row])
+                    or "the model's logits are not finite; load it with dtype=torch.float32"
+                )
+            sampler.write(slots[row], len(answers[row]), [token])
+            sampler.accept(slots[row], [token])
+            answers[row].append(token)
+            done[row] = token in ends or len(answers[row]) == most
         if all(done):
             return [[Hypothesis(tuple(answer))] for answer in answers]
         logits = steps.read(drawn.clamp(min=0)[:, None])
