@@ -153,7 +153,7 @@ def _biases(rows: Sequence[Slot], device: torch.device) -> Iterable[Edit]:
 def _bias(some: _Some, table: "_BiasTable") -> Edit:
     width, device = max(len(run) for run, _ in table) - 1, some.index.device
     starts = [[-1] * (width - len(run) + 1) + list(run[:-1]) for run, _ in table]
-    start = torch.tensor(starts, dtype=torch.long, device=device).view(-1, width)
+    start = torch.tensor(starts, dtype=torch.long, device=device).view(len(table), width)
     last = torch.tensor([run[-1] for run, _ in table], device=device)
     bias = torch.tensor([value for _, value in table], device=device)
 

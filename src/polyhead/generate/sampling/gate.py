@@ -62,10 +62,11 @@ def matcher(vocabulary: Any, grammar: str) -> tuple[Any, str]:
 
     limits = llguidance.LLParserLimits(**LIMITS)
     found = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
-    if not found.is_error() and not any(found.compute_bitmask()):
-        return found, "it allows no text at all that these tokens can write"
-    lines = found.get_error().splitlines()
-    return found, lines[0][:200] if lines else ""
+    allows = not found.is_error() and any(found.compute_bitmask())
+    lines = found.get_error().splitlines() or [""]
+    if lines[0] in ("NoExtension", "NoExtensionBias") or not (allows or lines[0]):
+        lines[0] = "it allows no text at all that these tokens can write"
+    return found, lines[0][:200]
 
 
 def _serve() -> None:

@@ -4,6 +4,7 @@ The work is llguidance's. A grammar is first tried in a process of its own, whic
 takes too long: nothing else stops a compiler that does not come to an end.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -86,48 +87,57 @@ class _Gate:
             "vocab_size": tokens.eos_token_id,
         }
         self._child: subprocess.Popen[str] | None = None
+        self._start()
 
     def check(self, text: str, seconds: float) -> None:
         """ConfigError unless the grammar compiles and begins in so many seconds."""
-        if self._child is None or self._child.poll() is not None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", gate.__file__],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            if self._ask(self._child, self._first, _STARTING) is None:
-                raise ConfigError("llguidance does not start; try the grammar again")
-        answer = self._ask(self._child, text, seconds)
+        if not self._is_ready and self._answer(_STARTING) is None:
+            self._start()
+            raise ConfigError("llguidance did not start; try the grammar again")
+        self._is_ready = True
+        self._say(text)
+        answer = self._answer(seconds)
         if answer is None:
-            self._child.kill()
-            self._child.wait()
-            self._child = None
+            # The next one need not wait for its start.
+            self._start()
             raise _refused(f"it takes more than {seconds} s or 1 GB to compile")
         if answer["error"]:
             raise _refused(answer["error"])
 
-    @staticmethod
-    def _ask(child: "subprocess.Popen[str]", said: Any, seconds: float) -> Any:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        late = threading.Timer(seconds, child.kill)
+    def _start(self) -> None:
+        self.close()
+        command = [sys.executable, "-P", gate.__file__]
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=null, text=True)
+        self._is_ready = False
+        self._say(self._first)
+
+    def _say(self, words: Any) -> None:
+        assert self._child is not None
+        assert self._child.stdin is not None
+        # Of a child that has died, nobody has an answer either.
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(json.dumps(words) + "\n")
+            self._child.stdin.flush()
+
+    def _answer(self, seconds: float) -> Any:
+        """What it says, or None if it does not in so many seconds, and is killed."""
+        assert self._child is not None
+        assert self._child.stdout is not None
+        late = threading.Timer(seconds, self._child.kill)
         late.start()
-        try:
-            child.stdin.write(json.dumps(said) + "\n")
-            child.stdin.flush()
-            line = child.stdout.readline()
-        except BrokenPipeError:
-            return None
-        finally:
-            late.cancel()
+        line = self._child.stdout.readline()
+        late.cancel()
         return json.loads(line) if line else None
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """End the child."""
         if self._child is not None:
             self._child.kill()
-            self._child.wait()
+            self._child.communicate()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _serialized(config: GenerationConfig) -> str:

@@ -148,6 +148,7 @@ class Sampler:
 
     def is_complete(self, slot: int) -> bool:
         """Whether the grammar or the trie allows nothing more after what is written but an end."""
+        self._wait(slot)
         row = self._row(slot)
         if row.config.trie is not None:
             return row.config.trie.is_leaf(row.node(len(row.ids)))
