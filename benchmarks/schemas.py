@@ -1,4 +1,4 @@
-"""Random JSON schemas: what a model writes by one is valid by it (figure 11 of docs/reliability.md).
+"""Random JSON schemas: what is written by one is valid by it (figure 11 of docs/reliability.md).
 
 A tiny untaught model draws at temperature 1, many rows at once, each by a schema of its own. Every
 text that ends is read as JSON and validated by `jsonschema`. Exit code 1 where one is not valid, or
@@ -150,7 +150,7 @@ class Writer:
         self.model = ph.build("llama", vocab_size=400, **shape).eval()
         # Untaught odds are even: a text of 400 kinds of tokens would hardly ever close its quotes.
         close = [i for t, i in self.tokenizer.vocab.items() if t and set(t) <= set('"}]')]
-        self.bias = {i: 4.0 for i in (*close, *self.tokenizer.eos_ids)}
+        self.bias = dict.fromkeys((*close, *self.tokenizer.eos_ids), 4.0)
 
     @torch.inference_mode()
     def write(self, schemas: list[dict[str, Any]], seed: int) -> list[tuple[str | None, str]]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.sampling import choice
-from polyhead.generate.sampling.draw import draw
+from polyhead.generate.sampling.draw import draw, likeliest
 from polyhead.generate.sampling.filters import keep_min_p, keep_top_k, keep_top_p
 from polyhead.generate.sampling.penalties import penalize_counts, penalize_repetition
 from polyhead.generate.sampling.sampler import Sampler
@@ -151,6 +151,13 @@ def test_rows_that_ask_for_nothing_keep_everything():
     assert torch.equal(keep_top_k(logits, nothing.long()), logits)
     assert torch.equal(keep_top_p(logits, nothing + 1), logits)
     assert torch.equal(keep_min_p(logits, nothing), logits)
+
+
+@pytest.mark.parametrize("vocab", [5, 256, 300, 5000])
+def test_the_likeliest_is_the_first_of_the_largest(vocab):
+    logits = torch.randn(60, vocab).round()
+    logits[0, vocab - 1], logits[1, vocab // 2], logits[2] = INF, torch.nan, -INF
+    assert torch.equal(likeliest(logits), logits.argmax(1))
 
 
 def test_draw_inverts_the_cumulative_distribution():

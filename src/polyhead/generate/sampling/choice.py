@@ -7,7 +7,7 @@ from torch import Tensor
 
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.sampling import filters, mirostat
-from polyhead.generate.sampling.draw import draw, log_total
+from polyhead.generate.sampling.draw import draw, likeliest, log_total
 
 _SHORTLIST = 128
 
@@ -42,7 +42,7 @@ class Choice:
         uniform `[N]` in [0, 1), unless all rows are greedy. mu `[N]` where some row has mirostat;
         only then are there surprises, of those rows.
         """
-        ids = scores.argmax(1)
+        ids = likeliest(scores)
         # The largest is what is not a number, where there is such a thing.
         known = scores.gather(1, ids[:, None])[:, 0].isfinite()
         surprises = None

@@ -58,7 +58,7 @@ def keep_typical(logits: Tensor, mass: Tensor) -> Tensor:
     likely = logprobs.exp()
     entropy = -(logprobs * likely).nansum(1, keepdim=True)
     shift = (-logprobs - entropy).abs()
-    order = shift.argsort(dim=1, stable=True)
+    order = shift.argsort(dim=1)
     reached = logits.gather(1, order).softmax(1).cumsum(1)
     last = (reached < mass[:, None]).sum(1, keepdim=True).clamp(max=logits.shape[1] - 1)
     remove = shift > shift.gather(1, order.gather(1, last))
