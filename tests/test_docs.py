@@ -12,6 +12,7 @@ from tests.tasks.test_images import clip, pictures, vision
 from tests.tasks.test_translate import make as translator
 from tests.tasks.tiny import make
 
+import polyhead as ph
 from polyhead.cli.main import main
 from polyhead.train.registry import OBJECTIVES
 
@@ -114,12 +115,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(runs / "squad", "answer")
     make(runs / "bert", "lm")
     make(runs / "vectors", "none")
+    story(runs / "story")
     translator(runs / "en-es")
     vision(runs / "vit")
     clip(runs / "clip")
     for name, path in zip(("cat.png", "dog.png"), pictures(folder, 2), strict=True):
         Path(path).rename(folder / name)
     return folder
+
+
+def story(path: Path) -> None:
+    """A small untaught GPT-2 over bytes, whose head has a few tokens more."""
+    torch.manual_seed(0)
+    tokenizer = ph.Tokenizer.train(["once upon a time"], kind="bytes")
+    shape = dict(d_model=32, num_layers=2, num_heads=4, max_seq_len=512)
+    ph.build("gpt2", vocab_size=tokenizer.vocab_size + 6, **shape).save(path)
+    tokenizer.save(path)
 
 
 def test_the_table_of_objectives_has_every_name_column_and_option() -> None:

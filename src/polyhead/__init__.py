@@ -19,7 +19,7 @@ _HOMES = {
     "Mask": "nn.mask",
     "PolyheadError": "errors",
     "Processor": "images.processor",
-    "SearchConfig": "generate.search_config",
+    "SearchConfig": "generate.config",
     "Similar": "tasks.similar",
     "Summarizer": "tasks.translate",
     "Tagger": "tasks.tag",

@@ -70,7 +70,9 @@ def test_changes_win_over_the_file():
     assert (config.top_k, config.max_new_tokens, config.temperature) == (2, 3, 1.0)
 
 
-@pytest.mark.parametrize("raw", [{"num_beams": 4}, {"no_repeat_ngram_size": 3}, {"top_h": 0.4}])
+@pytest.mark.parametrize(
+    "raw", [{"encoder_no_repeat_ngram_size": 3}, {"dola_layers": "low"}, {"top_h": 0.4}]
+)
 def test_settings_that_would_change_the_text_are_refused(raw):
     with pytest.raises(ConfigError, match=next(iter(raw))):
         GenerationConfig.from_hf(raw)

@@ -10,7 +10,8 @@ import torch
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
-from polyhead.generate.engine import Engine, EngineConfig
+from polyhead.generate.engine import Engine
+from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.front import EngineThread
 from polyhead.generate.request import Request
 from polyhead.generate.speculative import DraftModel, Jacobi, NgramLookup, Proposer, first_layers
@@ -234,7 +235,7 @@ def test_what_does_not_fit_is_said_at_once() -> None:
     with pytest.raises(DataError, match="97 tokens and the model takes 96"):
         engine.add([1] * 97, greedy())
     with pytest.raises(ConfigError, match="3 texts at once are more than max_rows=2"):
-        engine.add([1], greedy(), copies=3)
+        engine.add([1], GenerationConfig(num_return_sequences=3))
     with pytest.raises(DataError, match="token id 61 is outside"):
         engine.add([61], greedy())
     # What fits by its prompt alone ends where the cache does.
@@ -288,16 +289,20 @@ def test_eight_bits_of_keys_and_values_are_near() -> None:
     model, prompts = made("llama"), drawn_prompts(6, seed=9)
     exact, small = (Engine(model, None, EngineConfig(kv=kv)) for kv in ("model", "int8"))
     config = greedy(max_new_tokens=1, logprobs=5)
-    found = [
-        [engine.add(prompt, config) for prompt in prompts] for engine in (exact, small)
-    ]
+    found = [[engine.add(prompt, config) for prompt in prompts] for engine in (exact, small)]
     exact.run()
     small.run()
     for one, two in zip(*found, strict=True):
-        for a, b in zip(one.results[0].logprobs[0].top, two.results[0].logprobs[0].top, strict=True):
+        for a, b in zip(
+            one.results[0].logprobs[0].top, two.results[0].logprobs[0].top, strict=True
+        ):
             assert abs(a[1] - b[1]) < 0.1
     sizes = [
-        sum(layer.k_pages.num_bytes() for tables in e.memory.kinds.values() for layer in tables.layers)
+        sum(
+            layer.k_pages.num_bytes()
+            for tables in e.memory.kinds.values()
+            for layer in tables.layers
+        )
         for e in (exact, small)
     ]
     assert sizes[1] < 0.4 * sizes[0] or model.config.head_dim == 8
@@ -359,7 +364,9 @@ def test_copies_of_a_prompt_share_it() -> None:
     model = made("llama")
     reads = Reads(model)
     engine = Engine(model, None, EngineConfig(block_size=4))
-    request = engine.add(list(range(30)), GenerationConfig(seed=1, max_new_tokens=12), copies=5)
+    request = engine.add(
+        list(range(30)), GenerationConfig(seed=1, max_new_tokens=12, num_return_sequences=5)
+    )
     engine.run()
     assert reads.steps[0] == 30
     assert set(reads.steps[1:]) == {5}

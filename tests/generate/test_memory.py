@@ -55,7 +55,8 @@ class Rows(RuleBasedStateMachine):
     def open(self, data: Any, start: list[int]) -> None:
         row = self.memory.open()
         found = self.memory.adopt(row, block_keys(start, SIZE), max(0, len(start) - 1))
-        assert found % SIZE == 0 and found <= len(start)
+        assert found % SIZE == 0
+        assert found <= len(start)
         self.texts[row] = start[:found]
 
     @precondition(lambda self: self.texts)

@@ -4,18 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from polyhead.generate import sampling
 from polyhead.generate.config import GenerationConfig
-from polyhead.generate.sampling import (
-    Sampler,
-    draw,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalize_counts,
-    penalize_repetition,
-    row_seeds,
-)
+from polyhead.generate.sampling import choice
+from polyhead.generate.sampling.draw import draw, likeliest
+from polyhead.generate.sampling.filters import keep_min_p, keep_top_k, keep_top_p
+from polyhead.generate.sampling.penalties import penalize_counts, penalize_repetition
+from polyhead.generate.sampling.sampler import Sampler
+from polyhead.generate.sampling.seeds import row_seeds
 
 INF = float("inf")
 
@@ -42,11 +37,29 @@ def some_logits(kind: str, rows: int = 4, vocab: int = 97) -> Tensor:
 KINDS = ["random", "ties", "flat", "peaked", "removed", "bf16"]
 
 
-def sampler(configs, prompts=None, steps=64, ends=None) -> Sampler:
-    prompts = prompts or [[1]] * len(configs)
-    seeds = row_seeds(configs, prompts, shared=False)
-    ends = ends or [()] * len(configs)
-    return Sampler(configs, prompts, seeds, ends, steps, torch.device("cpu"))
+class Batch:
+    """Rows that all draw one token a call, as the engine makes them."""
+
+    def __init__(self, configs, prompts=None, steps=64, ends=None, vocab=97) -> None:
+        prompts = prompts or [[1]] * len(configs)
+        seeds = row_seeds(configs, prompts, shared=False)
+        ends = ends or [()] * len(configs)
+        longest = max(map(len, prompts)) + steps
+        self.sampler = Sampler(len(configs), longest, vocab, torch.device("cpu"))
+        rows = zip(configs, prompts, seeds, ends, strict=True)
+        self.slots = [self.sampler.open(*row) for row in rows]
+        self.written = 0
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        drawn = self.sampler(logits, self.slots, [self.written] * len(self.slots))
+        for slot, token in zip(self.slots, drawn.tolist(), strict=True):
+            self.sampler.write(slot, self.written, [token])
+            self.sampler.accept(slot, [token])
+        self.written += 1
+        return drawn
+
+
+sampler = Batch
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -140,6 +153,13 @@ def test_rows_that_ask_for_nothing_keep_everything():
     assert torch.equal(keep_min_p(logits, nothing), logits)
 
 
+@pytest.mark.parametrize("vocab", [5, 256, 300, 5000])
+def test_the_likeliest_is_the_first_of_the_largest(vocab):
+    logits = torch.randn(60, vocab).round()
+    logits[0, vocab - 1], logits[1, vocab // 2], logits[2] = INF, torch.nan, -INF
+    assert torch.equal(likeliest(logits), logits.argmax(1))
+
+
 def test_draw_inverts_the_cumulative_distribution():
     logits = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).log().expand(6, 5)
     uniform = torch.tensor([0.0, 0.0999, 0.1001, 0.6999, 0.7001, 1 - 2**-53], dtype=torch.float64)
@@ -210,7 +230,7 @@ def test_a_shortlist_changes_no_draw(monkeypatch, scale):
     logits = [(torch.randn(7, 20_000) * scale).bfloat16() for _ in range(20)]
     short = sampler(configs)
     got = [short(x) for x in logits]
-    monkeypatch.setattr(sampling, "_widths", lambda top_ks: ())
+    monkeypatch.setattr(choice, "_widths", lambda top_ks: ())
     dense = sampler(configs)
     assert torch.equal(torch.stack(got), torch.stack([dense(x) for x in logits]))
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import polyhead as ph
-from polyhead.generate.engine import Engine, EngineConfig
+from polyhead.generate.config import SearchConfig
+from polyhead.generate.engine import Engine
+from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.search import Hypothesis
-from polyhead.generate.search_config import SearchConfig
 from polyhead.generate.seq2seq import Seq2Seq
 from polyhead.models.model import TaskModel
 

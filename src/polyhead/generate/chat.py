@@ -4,7 +4,6 @@ from collections.abc import Generator
 
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.generator import Stream, TextGenerator
-from polyhead.generate.prefix import PrefixCache
 from polyhead.generate.prompts import encode_chat
 from polyhead.generate.result import Generation
 
@@ -34,7 +33,7 @@ class Chat:
         """Forget everything but the system message."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.messages: list[dict[str, str]] = first
-        self._prefix = PrefixCache()
+        self._engine = self.generator.own_engine()
 
     def say(self, text: str) -> Stream:
         """Pieces of the answer to `text`; the generator's return value is the `Generation`.
@@ -44,7 +43,7 @@ class Chat:
         """
         asked = [*self.messages, {"role": "user", "content": text}]
         messages, prompt = self._fitted(asked)
-        stream = self.generator.stream(prompt, self.config, prefix=self._prefix)
+        stream = self.generator.stream(prompt, self.config, engine=self._engine)
         return self._answer(messages, stream)
 
     def _answer(

@@ -32,9 +32,9 @@ class ContrastiveSearch:
         self._context.append(F.normalize(states.float(), dim=-1))
 
     def advance(self, states: Tensor | None, logits: Tensor) -> list[int]:
-        """Keep one of the candidates that were read, and choose the next ones; the rows of these.
+        """Keep one of the candidates that were read, choose the next ones, and tell their rows.
 
-        states `[k, E]` and logits `[k, V]` after each candidate; None and `[1, V]` after the prompt.
+        states `[k, E]` and logits `[k, V]` after each candidate; None, `[1, V]` after the prompt.
         """
         best = 0
         if states is not None:

@@ -16,6 +16,8 @@ class EngineConfig:
     cache_tokens: int | None = None
     """Tokens whose keys and values are held in all. None: `max_rows` texts as long as the model
     takes, or of 4096."""
+    max_len: int | None = None
+    """Tokens of the longest text, prompt included; None: what the model and the cache take."""
     source_tokens: int | None = None
     """The same of what encoders read; None: as many."""
     block_size: int = 16
@@ -24,6 +26,11 @@ class EngineConfig:
     """Tokens of prompts that a step reads while other texts go on."""
     idle_chunk: int = 4096
     """The same, while none does."""
+    static: bool = False
+    """Steps of one token a text always have the same shapes: `max_rows` rows, and keys for the
+    longest text, whatever is at work. What is not there is computed too, and not looked at."""
+    compile: bool = False
+    """Run such steps compiled; worth its start-up for long work. Implies `static`."""
     kv: str = "model"
     """Keys and values as the model computes them, or in "int8"."""
 
@@ -39,3 +46,8 @@ class EngineConfig:
     def tokens(self, longest: int | None) -> int:
         """What `cache_tokens` is for a model that takes `longest` tokens."""
         return self.cache_tokens or self.max_rows * min(longest or _LONGEST, _LONGEST)
+
+    def fits(self, other: "EngineConfig") -> bool:
+        """Whether an engine of another config does all that one of this does."""
+        sizes = ("max_rows", "cache_tokens", "max_len", "source_tokens")
+        return all((getattr(self, name) or 0) <= (getattr(other, name) or 0) for name in sizes)

@@ -35,7 +35,6 @@ class Intake:
         prompt: Prompt,
         config: GenerationConfig | None = None,
         *,
-        copies: int = 1,
         priority: int = 0,
         client: str = "",
         source: Sequence[int] = (),
@@ -46,8 +45,9 @@ class Intake:
     ) -> Request:
         """A request that waits for nothing yet.
 
-        copies: texts to draw from the one prompt. Of requests that wait, a higher `priority` goes
-        first; within one, each `client` gets an equal share. source: what an encoder reads. pixels:
+        prompt: a text or ids, in which an image is as many tokens as it has features. Of requests
+        that wait, a higher `priority` goes first; within one, each `client` gets an equal share.
+        source: what an encoder reads. pixels:
         `[N, C, height, width]` of the N images in the prompt. ends: the tokens that end a text;
         None: the tokenizer's and the config's. seeds: one a copy; None: those that follow from the
         config and the prompt. on_text: gets each piece of the first text as it becomes certain.
@@ -56,14 +56,11 @@ class Intake:
         """
         config = config or GenerationConfig()
         ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
-        if pixels is not None:
-            ids = self._with_room(ids)
         ends = end_ids(self.tokenizer, config) if ends is None else frozenset(ends)
-        search, rows = search_of(config)
-        rows = max(rows, copies)
+        rows, copies = rows_of(config), copies_of(config)
         if rows > self.config.max_rows:
             raise ConfigError(f"{rows} texts at once are more than max_rows={self.config.max_rows}")
-        limit = self._limit(ids, config, rows)
+        limit, search = self._limit(ids, config, rows), search_of(config)
         request = Request(
             prompt=ids, config=config, number=next(self._numbers), limit=limit, ends=ends,
             seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
@@ -72,12 +69,6 @@ class Intake:
         )  # fmt: skip
         request.texts = [Text(request, 0, self.tokenizer)]
         return request
-
-    def _with_room(self, prompt: list[int]) -> list[int]:
-        """Each image token as often as an image has features."""
-        if not isinstance(self.model.config, LlavaConfig):
-            raise ConfigError(f"{self.model.config.model_type} reads no images; leave them out")
-        return self.model.config.with_room(prompt)
 
     def _limit(self, prompt: Sequence[int], config: GenerationConfig, rows: int) -> int:
         """Tokens that may be written, so that the request fits the cache when it is alone."""
@@ -93,6 +84,32 @@ class Intake:
                 "the engine more cache_tokens"
             )
         return min(config.max_new_tokens, min(room, longest or room) - length)
+
+
+def prompt_ids(
+    model: TaskModel, tokenizer: Tokenizer | None, prompt: Prompt, with_images: bool = False
+) -> list[int]:
+    """The ids of a prompt, where it comes with images each image token as often as one has
+    features. Errors: ConfigError for images to a model that reads none; as `encode_prompt`."""
+    vocab_size: int = getattr(model.config, "vocab_size")  # noqa: B009
+    ids = encode_prompt(prompt, tokenizer, vocab_size)
+    if not with_images:
+        return ids
+    if not isinstance(model.config, LlavaConfig):
+        raise ConfigError(f"{model.config.model_type} reads no images; leave them out")
+    return model.config.with_room(ids)
+
+
+def copies_of(config: GenerationConfig) -> int:
+    """Texts that are drawn from one prompt."""
+    return 1 if search_of(config) else max(config.best_of or 1, config.num_return_sequences)
+
+
+def rows_of(config: GenerationConfig) -> int:
+    """Rows that a request takes at most."""
+    if config.penalty_alpha:
+        return config.top_k
+    return max(config.num_beams, copies_of(config))
 
 
 def end_ids(tokenizer: Tokenizer | None, config: GenerationConfig) -> frozenset[int]:

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polyhead.generate.paged import Geometry, Int8Pages, Numbers, PagedCache, PagedCross, Pages
+from polyhead.generate.paged import (
+    Geometry,
+    Int8Pages,
+    Numbers,
+    PagedCache,
+    PagedCross,
+    Pages,
+    Plan,
+)
 from polyhead.generate.pages import NOBODY, BlockPool, OutOfBlocksError
 from polyhead.nn.cache import Cache, Caches
 from polyhead.nn.rolling import RollingCache
@@ -20,6 +28,8 @@ from polyhead.nn.state import StateCache
 
 class Copies(Protocol):
     """A layer whose blocks can be copied."""
+
+    plan: Plan
 
     def copy(self, source: int, target: int) -> None: ...
 
@@ -31,8 +41,8 @@ class Tables:
         self.place, self.pool = place, BlockPool(place.num_blocks)
         self.layers: list[Copies] = []
         self.blocks: Numbers = np.full(
-            (max_rows, -(-max_len // place.block_size)), NOBODY, dtype=np.int64
-        )
+            (max_rows + 1, -(-max_len // place.block_size)), NOBODY, dtype=np.int64
+        )  # the last row is nobody's
         self.first, self.end = [0] * max_rows, [0] * max_rows  # the blocks that a row holds
 
     def missing(self, wanted: Sequence[tuple[int, int, int]]) -> int:
@@ -105,7 +115,7 @@ class States:
     """The states of one recurrent layer, of every row."""
 
     def __init__(self, prototype: StateCache, max_rows: int) -> None:
-        self.k = prototype.k.new_zeros(max_rows, *prototype.k.shape[1:])
+        self.k = prototype.k.new_zeros(max_rows + 1, *prototype.k.shape[1:])
         self.v = self.k.clone()
         self.cache = prototype
 
@@ -325,6 +335,7 @@ class RowCaches(Caches):
         self.cross = list(memory.cross)
         self.is_static = False
         self._sources: tuple[int, ...] | None = None
+        self._fixed: tuple[dict[object, Plan], Tensor, Tensor, Tensor] | None = None
 
     def open(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
         """These rows hold `starts` tokens each and read `counts` more."""
@@ -346,6 +357,36 @@ class RowCaches(Caches):
                 layer.plan = plan
         for layer in self.layers:
             layer.lengths, layer.uniform = self.lengths, uniform
+        for states in self.memory.states:
+            states.open(self._index)
+
+    def open_fixed(self, rows: Sequence[int], starts: Sequence[int]) -> None:
+        """These rows, and nobody's up to as many as there may be, read a token each.
+
+        All that changes from step to step changes in place.
+        """
+        missing = self.memory.max_rows - len(rows)
+        rows = [*rows, *[self.memory.max_rows] * missing]
+        first = np.array([*starts, *[0] * missing])
+        at, index = torch.from_numpy(first)[:, None], torch.tensor(rows)
+        added = np.ones_like(first)
+        plans = {
+            kind: tables.place.plan(tables.blocks[rows], first, added, 1, fixed=True)
+            for kind, tables in self.memory.kinds.items()
+        }
+        if self._fixed is None:
+            device = self.memory.device
+            self._fixed = plans, at.to(device), index.to(device), at[:, 0].to(device)
+        held, self._at, self._index, self.lengths = self._fixed
+        self._at.copy_(at)
+        self._index.copy_(index)
+        self.lengths.copy_(at[:, 0])
+        for kind, tables in self.memory.kinds.items():
+            held[kind].take(plans[kind])
+            for layer in tables.layers:
+                layer.plan = held[kind]
+        for layer in self.layers:
+            layer.lengths, layer.uniform = self.lengths, None
         for states in self.memory.states:
             states.open(self._index)
 

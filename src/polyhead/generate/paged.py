@@ -27,6 +27,13 @@ class Plan:
     keys_at: Tensor | None  # [B, K] positions of the keys; None: 0, 1, 2 ...
     is_fresh: bool  # nothing is held before the new tokens
 
+    def take(self, other: "Plan") -> None:
+        """Be another plan of the same shapes, in the same places."""
+        self.write.copy_(other.write)
+        self.read.copy_(other.read)
+        if self.keys_at is not None and other.keys_at is not None:
+            self.keys_at.copy_(other.keys_at)
+
 
 class Geometry:
     """Where blocks lie: pages hold all blocks of the first head, then all of the next.
@@ -50,10 +57,13 @@ class Geometry:
         """The first block that tokens from position `start` on look at."""
         return 0 if self.window is None else max(0, start - self.window + 1) // self.block_size
 
-    def plan(self, tables: Numbers, starts: Numbers, counts: Numbers, width: int) -> Plan:
+    def plan(
+        self, tables: Numbers, starts: Numbers, counts: Numbers, width: int, fixed: bool = False
+    ) -> Plan:
         """For rows with `tables` `[B, blocks]` that hold `starts` tokens and read `counts` more.
 
-        width: T, of which a row's first `counts` are not padding.
+        width: T, of which a row's first `counts` are not padding. fixed: whatever they hold, they
+        read as many keys as a row may ever have.
         """
         size, batch = self.block_size, len(tables)
         steps = np.arange(width)
@@ -63,12 +73,16 @@ class Geometry:
         write = slots[:, None] + self._heads * size
 
         longest = int((starts + counts).max())
-        keys_at, is_fresh = None, not starts.any()
-        if self.window is None or is_fresh:
+        keys_at, is_fresh = None, not fixed and not starts.any()
+        if self.window is None and fixed:
+            blocks, longest = tables, tables.shape[1] * size
+        elif self.window is None or is_fresh:
             blocks = tables[:, : -(-longest // size)]
         else:
             first = np.array([self.first_block(start) for start in starts.tolist()])
             many = int((-(-(starts + counts) // size) - first).max())
+            if fixed:
+                many = min(-(-self.window // size) + 1, tables.shape[1])
             which = first[:, None] + np.arange(many)
             blocks = np.take_along_axis(tables, np.minimum(which, tables.shape[1] - 1), axis=1)
             slots_at = (which[:, :, None] * size + np.arange(size)).reshape(batch, -1)

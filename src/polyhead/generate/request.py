@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from polyhead.errors import DataError
 from polyhead.generate.config import GenerationConfig
+from polyhead.generate.contrastive import ContrastiveSearch
 from polyhead.generate.memory import Memory
 from polyhead.generate.result import Generation, TokenLogprob
-from polyhead.generate.search import BeamSearch
+from polyhead.generate.search import Search
 from polyhead.generate.writer import TextWriter
 from polyhead.text.tokenizer import Tokenizer
 
@@ -31,6 +31,7 @@ class Text:
         self.draft: list[int] = []
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []
+        self.logprob = 0.0  # of all that was written, where it is asked for
         self.finish_reason = ""
 
     @property
@@ -46,12 +47,9 @@ class Text:
     def take(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
         """Add a token that was drawn; returns the text it made certain."""
         config, writer = self.request.config, self.writer
-        if token_id < 0:
-            raise DataError(
-                f"the model's logits are not finite after {len(self.ids)} tokens; load it with "
-                "dtype=torch.float32, or check its weights"
-            )
         self.ids.append(token_id)
+        if logprob is not None:
+            self.logprob += logprob.logprob
         if logprob is not None and config.logprobs is not None:
             self.logprobs.append(logprob._replace(top=logprob.top[: config.logprobs]))
         piece = ""
@@ -79,12 +77,12 @@ class Text:
         other.row = memory.fork(self.row)
         return other
 
-    def result(self) -> Generation:
+    def result(self, score: float | None = None) -> Generation:
         """What it came to."""
         prompt, wants = self.request.prompt, self.request.config.logprobs is not None
         return Generation(
             "".join(self.pieces), self.ids[len(prompt) :], self.logprobs if wants else None,
-            self.finish_reason, len(prompt),
+            self.finish_reason, len(prompt), score,
         )  # fmt: skip
 
     @property
@@ -115,8 +113,8 @@ class Request:
     pixels: Tensor | None = None
     salt: bytes = b""
     on_text: Callable[[str], None] | None = None
+    search: Search | None = None
 
-    search: BeamSearch | None = field(default=None, init=False)
     texts: list[Text] = field(default_factory=list[Text], init=False)
     done: list[Text] = field(default_factory=list[Text], init=False)
     results: list[Generation] | None = field(default=None, init=False)
@@ -129,6 +127,11 @@ class Request:
     def is_finished(self) -> bool:
         """Whether it has results, or an error."""
         return self.results is not None or self.error is not None
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether every token's state is looked at, so that none may be found in memory alone."""
+        return isinstance(self.search, ContrastiveSearch)
 
     @property
     def rows_wanted(self) -> int:

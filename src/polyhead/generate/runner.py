@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from polyhead.errors import ConfigError
 from polyhead.generate.memory import Memory
 from polyhead.generate.request import Text
 from polyhead.models.encoder_decoder import EncoderDecoder
@@ -30,9 +31,15 @@ class Piece(NamedTuple):
 class Runner:
     """Reads pieces in as few forwards as waste little; row `b` of a forward is a text's own row."""
 
-    def __init__(self, model: TaskModel, memory: Memory) -> None:
+    def __init__(
+        self, model: TaskModel, memory: Memory, static: bool = False, compile: bool = False
+    ) -> None:
         self.model, self.memory = model, memory
         self.has_source = isinstance(model.backbone, EncoderDecoder)
+        if (static or compile) and self.has_source:
+            raise ConfigError("static steps are for decoders; leave static and compile out")
+        self.static = static or compile
+        self._step = torch.compile(self._next, dynamic=False) if compile else self._next
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[Piece, Tensor]]:
         """The hidden states `[wanted, E]` at the end of each piece that wants some."""
@@ -54,6 +61,8 @@ class Runner:
         texts = [piece.text for piece in batch]
         counts = [len(piece.ids) for piece in batch]
         width, device = max(counts), self.memory.device
+        if self.static and width == 1 and min(text.held for text in texts) > 0:
+            return self._fixed(batch)
         # Padding may be any token; a row's own first one is surely in the vocabulary.
         ids = torch.tensor(
             [[*piece.ids, *[piece.ids[0]] * (width - len(piece.ids))] for piece in batch],
@@ -74,6 +83,17 @@ class Runner:
         ]
         extra = {"pixel_values": torch.cat(shown)} if shown else {}
         return self.model.backbone(ids, attention_mask=keep, caches=caches, **extra)
+
+    def _fixed(self, batch: Sequence[Piece]) -> Tensor:
+        """The same for one token a text, in the shapes of every such step."""
+        missing = self.memory.max_rows - len(batch)
+        ids = [[piece.ids[0]] for piece in batch] + [[0]] * missing
+        rows = [cast(int, piece.text.row) for piece in batch]
+        self.memory.caches.open_fixed(rows, [piece.text.held for piece in batch])
+        return self._step(torch.tensor(ids, device=self.memory.device))
+
+    def _next(self, ids: Tensor) -> Tensor:
+        return self.model.backbone(ids, caches=self.memory.caches)
 
     def _translate(
         self, texts: Sequence[Text], rows: Sequence[int], ids: Tensor, keep: Tensor | None

@@ -38,18 +38,23 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request, whatever its state; its rows are free at once."""
-        if request in self.running:
-            self.running.remove(request)
-            for text in request.texts:
-                self.close(text)
-        else:
-            self.waiting.remove(request)
+        (self.running if request in self.running else self.waiting).remove(request)
+        for text in request.texts:
+            self.close(text)
 
     def close(self, text: Text) -> None:
         """Give back a text's row."""
         if text.row is not None:
             self.memory.close(text.row)
             text.row, text.held, text.draft = None, 0, []
+
+    def hold(self, text: Text, count: int) -> None:
+        """Count tokens of a text that were read."""
+        assert text.row is not None
+        before, text.held = text.held, text.held + count
+        if self.memory.finds_prefixes:
+            self.memory.remember(text.row, self.keys(text), text.held, before)
+        self.memory.leave_behind(text.row, text.held)
 
     def written(self, request: Request, tokens: int) -> None:
         """Count tokens that were written for a request's client."""
@@ -118,7 +123,7 @@ class Scheduler:
     def _open(self, text: Text) -> None:
         text.row = self.memory.open()
         self.memory.open_source(text.row, len(text.request.source))
-        if self.memory.finds_prefixes:
+        if self.memory.finds_prefixes and not text.request.needs_states:
             text.held = self.memory.adopt(text.row, self.keys(text), len(text.ids) - 1)
         if not text.written:
             text.request.found = text.held

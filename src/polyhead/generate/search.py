@@ -4,12 +4,12 @@ The same steps and the same scores as in transformers, each text by itself.
 """
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from polyhead.generate.search_config import SearchConfig
+from polyhead.generate.config import GenerationConfig
 
 # Beams that repeat the first one before anything is written: worse than all that can be written.
 _COPY = -1e9
@@ -23,6 +23,24 @@ class Hypothesis(NamedTuple):
 
     ids: tuple[int, ...]
     score: float = 0.0
+
+
+class Search(Protocol):
+    """What the engine asks of a search: the texts that it is at, and what it came to."""
+
+    @property
+    def answers(self) -> list[list[int]]:
+        """What each text has written, in their order."""
+        ...
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to read."""
+        ...
+
+    def results(self) -> list[Hypothesis]:
+        """What it found, the best first."""
+        ...
 
 
 def advance(searches: Sequence["BeamSearch"], logprobs: Tensor) -> list[list[int]]:
@@ -49,7 +67,7 @@ class BeamSearch:
 
     def __init__(
         self,
-        config: SearchConfig,
+        config: GenerationConfig,
         ends: Collection[int],
         limit: int,
         num_beams: int | None = None,
@@ -110,12 +128,10 @@ class DiverseBeams:
     `units` are the groups, searches of `num_beams / num_beam_groups` each.
     """
 
-    def __init__(self, config: SearchConfig, ends: Collection[int], limit: int) -> None:
+    def __init__(self, config: GenerationConfig, ends: Collection[int], limit: int) -> None:
         self.penalty = config.diversity_penalty
         size = config.num_beams // config.num_beam_groups
-        self.units = [
-            BeamSearch(config, ends, limit, size) for _ in range(config.num_beam_groups)
-        ]
+        self.units = [BeamSearch(config, ends, limit, size) for _ in range(config.num_beam_groups)]
 
     @property
     def answers(self) -> list[list[int]]:

@@ -5,28 +5,28 @@
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from typing import cast
 
+import torch
 from torch import Tensor
 
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.contrastive import ContrastiveSearch
 from polyhead.generate.request import Request, Text
-from polyhead.generate.rows_sampler import Sampler
+from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
 from polyhead.generate.search import BeamSearch, DiverseBeams, Search, advance
 
 MakeSearch = Callable[[Collection[int], int], Search]
 
 
-def search_of(config: GenerationConfig) -> tuple[MakeSearch | None, int]:
-    """What makes the search that a config asks for, from end tokens and a limit, and its rows."""
+def search_of(config: GenerationConfig) -> MakeSearch | None:
+    """What makes the search that a config asks for, from end tokens and a limit, if any."""
     if config.penalty_alpha:
-        return partial(ContrastiveSearch, config.top_k, config.penalty_alpha), config.top_k
+        return partial(ContrastiveSearch, config.top_k, config.penalty_alpha)
     if config.num_beam_groups > 1:
-        return partial(DiverseBeams, config), config.num_beams
-    if config.num_beams > 1:
-        return partial(BeamSearch, config), config.num_beams
-    return None, 1
+        return partial(DiverseBeams, config)
+    return partial(BeamSearch, config) if config.num_beams > 1 else None
 
 
 class Searching:
@@ -49,13 +49,85 @@ class Searching:
             if isinstance(search, ContrastiveSearch):
                 self._contrast(request, search, states, logits)
             elif isinstance(search, DiverseBeams):
-                scores = self._logprobs([request], len(search.answers), logits)
+                scores = self._scores([request], len(search.answers), logits)
                 self._go_on(request, search.advance(scores))
-            else:
-                beams.setdefault(len(request.search.answers), []).append(request)
+            elif search is not None:
+                beams.setdefault(len(search.answers), []).append(request)
         for num_beams, requests in beams.items():
-            scores = self._logprobs(requests, num_beams, logits)
-            searches = [request.search for request in requests]
+            scores = self._scores(requests, num_beams, logits)
+            searches = [cast(BeamSearch, request.search) for request in requests]
             for request, parents in zip(requests, advance(searches, scores), strict=True):
                 self._go_on(request, parents)
-        return [request for request in found if request.search.is_done]
+        return [request for request in found if request.search and request.search.is_done]
+
+    def _contrast(
+        self,
+        request: Request,
+        search: ContrastiveSearch,
+        states: Sequence[tuple[Text, Tensor]],
+        logits: dict[Text, Tensor],
+    ) -> None:
+        if len(request.texts) == 1 and not search.answers[0]:
+            search.read(states[0][1])
+            if request.texts[0] not in logits:
+                return
+            seen = None
+        else:
+            by_text = dict(states)
+            seen = torch.cat([by_text[text] for text in request.texts])
+        scores = self._scores([request], len(request.texts), logits)
+        self._go_on(request, search.advance(seen, scores))
+
+    def _scores(
+        self, requests: Sequence[Request], num_rows: int, logits: dict[Text, Tensor]
+    ) -> Tensor:
+        """Log-probabilities `[R * n, V]` after constraints; of a first text, as often as asked."""
+        texts: list[Text] = []
+        for request in requests:
+            own = request.texts
+            texts += own if len(own) == num_rows else own * num_rows
+        for text in texts:
+            if text.slot is None:
+                request = text.request
+                text.slot = self.sampler.open(
+                    request.config, request.prompt, request.seeds[0], request.ends
+                )
+        logprobs = torch.stack([logits[text] for text in texts]).float().log_softmax(1)
+        slots = [cast(int, text.slot) for text in texts]
+        return self.sampler.constrain(logprobs, slots, [text.written for text in texts])
+
+    def _go_on(self, request: Request, parents: Sequence[int]) -> None:
+        """Let texts go on from these of the request's; those of one parent share what it holds."""
+        if request.search is None or request.search.is_done:
+            return
+        before = request.texts
+        if len(before) == 1:
+            parents = [0] * len(parents)
+        for number, text in enumerate(before):
+            if number not in parents:
+                self.close(text)
+        texts: list[Text] = []
+        for number, parent in enumerate(parents):
+            text = before[parent]
+            if parent in parents[:number]:
+                text = self._forked(text, number)
+            texts.append(text)
+        for number, (text, answer) in enumerate(zip(texts, request.search.answers, strict=True)):
+            text.number, text.ids = number, [*request.prompt, *answer]
+            del text.keys[text.held // self.scheduler.memory.block_size :]
+            self.sampler.write(cast(int, text.slot), 0, answer)
+            self.sampler.accept(cast(int, text.slot), answer[-1:])
+        request.texts = texts
+        self.scheduler.written(request, len(texts))
+
+    def _forked(self, text: Text, number: int) -> Text:
+        other = text.fork(number, self.scheduler.memory)
+        other.slot = self.sampler.fork(cast(int, text.slot))
+        return other
+
+    def close(self, text: Text) -> None:
+        """Give back what a text holds."""
+        self.scheduler.close(text)
+        if text.slot is not None:
+            self.sampler.close(text.slot)
+            text.slot = None

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.engine import Engine, EngineConfig
+from polyhead.generate.config import GenerationConfig
+from polyhead.generate.engine import Engine
+from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.prompts import check_ids
 from polyhead.generate.request import Request
-from polyhead.generate.sampling import row_seeds
+from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.generate.search import Hypothesis
-from polyhead.generate.search_config import SearchConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
@@ -32,17 +33,17 @@ class Seq2Seq:
                 f"{model.config.model_type} with head {model.head_kind!r} is no encoder-decoder "
                 "that writes; use a t5, marian or transformer with head='lm'"
             )
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.start, self.ends = start_id(model, tokenizer), end_ids(model, tokenizer)
 
-    def settings(self, **changes: Any) -> SearchConfig:
+    def settings(self, **changes: Any) -> GenerationConfig:
         """What the checkpoint recommends, with changes."""
-        return SearchConfig.from_hf(recommended(self.model), **changes)
+        return GenerationConfig.from_hf(recommended(self.model), encoder_decoder=True, **changes)
 
     def generate(
         self,
         sources: Sequence[Sequence[int]],
-        config: SearchConfig | None = None,
+        config: GenerationConfig | None = None,
         *,
         tokens_at_once: int = TOKENS_AT_ONCE,
         progress: Callable[[int, int], None] | None = None,
@@ -68,7 +69,7 @@ class Seq2Seq:
         ends = frozenset(() if config.ignore_eos else {*self.ends, *config.stop_token_ids})
         if not rows:
             return []
-        engine = Engine(self.model, None, _size(rows, config, tokens_at_once))
+        engine = Engine(self.model, self.tokenizer, _size(rows, config, tokens_at_once))
         seeds = row_seeds([config] * len(rows), rows, True)
         # What is of like length runs together.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -83,7 +84,9 @@ class Seq2Seq:
         return [_hypotheses(requests[i]) for i in range(len(rows))]
 
 
-def _size(rows: Sequence[Sequence[int]], config: SearchConfig, tokens_at_once: int) -> EngineConfig:
+def _size(
+    rows: Sequence[Sequence[int]], config: GenerationConfig, tokens_at_once: int
+) -> EngineConfig:
     """Room for as many sources at once as `tokens_at_once` says."""
     longest = max(map(len, rows))
     at_once = max(1, min(len(rows), tokens_at_once // (longest * config.num_beams)))

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+from polyhead.generate.config import GenerationConfig
 from polyhead.generate.search import Hypothesis
-from polyhead.generate.search_config import SearchConfig
 from polyhead.generate.seq2seq import Seq2Seq, recommended
 from polyhead.models.model import TaskModel
 from polyhead.tasks.batching import Progress, longest
@@ -72,13 +72,13 @@ class Translator:
         """One text for each, in their order; a blank one stays blank.
 
         num_beams, max_new_tokens: None is what the checkpoint says, or 4 and 256. settings: further
-        fields of `SearchConfig`. Texts longer than the model lose their end: `is_cut`.
+        fields of `GenerationConfig`. Texts longer than the model lose their end: `is_cut`.
         """
         if num_beams is not None:
             settings["num_beams"] = num_beams
         if max_new_tokens is not None:
             settings["max_new_tokens"] = max_new_tokens
-        config = SearchConfig.from_hf(self.said, **settings)
+        config = GenerationConfig.from_hf(self.said, encoder_decoder=True, **settings)
         wanted = [texts] if isinstance(texts, str) else list(texts)
         for number, text in enumerate(wanted):
             check_text(text, f"text {number}")

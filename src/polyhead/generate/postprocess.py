@@ -1,0 +1,200 @@
+"""What a step's logits come to: tokens drawn, searches moved on, texts and requests ended.
+
+`N` places in texts that a step draws at, `E` model width, `V` vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from polyhead.errors import DataError
+from polyhead.generate.request import Request, Text
+from polyhead.generate.result import Generation, TokenLogprob
+from polyhead.generate.runner import Piece, Runner
+from polyhead.generate.sampling.logprobs import token_logprobs
+from polyhead.generate.sampling.sampler import Sampler
+from polyhead.generate.scheduler import Scheduler
+from polyhead.generate.searching import Searching
+from polyhead.generate.speculative import Proposer
+
+
+class Postprocess:
+    """`ended`: the requests that came to their end since somebody emptied it."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        sampler: Sampler,
+        proposer: Proposer | None,
+    ) -> None:
+        self.runner, self.scheduler, self.sampler = runner, scheduler, sampler
+        self.proposer = proposer
+        self.searching = Searching(scheduler, sampler)
+        self.ended: list[Request] = []
+
+    def __call__(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
+        """Give every text that was read to its end its next token, and what agrees of its draft.
+
+        found: pieces, and the states `[wanted, E]` of the last tokens of each.
+        """
+        drawing = [(piece, states) for piece, states in found if piece.text.request.search is None]
+        if drawing:
+            self._draw(drawing)
+        if len(drawing) < len(found):
+            self._search([each for each in found if each[0].text.request.search is not None])
+
+    def _draw(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
+        logits = self.runner.logits(torch.cat([states for _, states in found]))
+        texts: list[Text] = []
+        places: list[int] = []
+        rows: list[int] = []
+        start = 0
+        for piece, states in found:
+            until = start + len(states)
+            for text in self._open(piece.text):
+                texts += [text] * len(states)
+                places += range(text.written, text.written + len(states))
+                rows += range(start, until)
+            start = until
+        if len(rows) > len(logits):
+            logits = logits[rows]
+        drawn = self.sampler(logits, [cast(int, text.slot) for text in texts], places)
+        logprobs = _logprobs(texts, logits, drawn)
+        ids, at = drawn.tolist(), 0
+        while at < len(texts):
+            until = at + 1 + len(texts[at].draft)
+            self._take(texts[at], ids[at:until], logprobs[at:until])
+            at = until
+
+    def _open(self, text: Text) -> list[Text]:
+        """The texts that draw where this one was read to its end, each with a slot."""
+        request = text.request
+        if text.slot is not None:
+            if text.draft:
+                self.sampler.write(text.slot, text.written, text.draft)
+            return [text]
+        memory = self.scheduler.memory
+        others = [text.fork(number, memory) for number in range(1, len(request.seeds))]
+        request.texts += others
+        for each, seed in zip((text, *others), request.seeds, strict=True):
+            each.slot = self.sampler.open(request.config, request.prompt, seed, request.ends)
+        return [text, *others]
+
+    def _take(
+        self, text: Text, ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+    ) -> None:
+        """Add what was drawn at each place of a text's draft, as far as the draft agrees."""
+        request, draft, before = text.request, text.draft, text.written
+        kept = 0
+        for token, logprob in zip(ids, logprobs, strict=True):
+            if request.is_finished:  # by an error of another text, or by whoever heard of this one
+                return
+            if token < 0:
+                self.fail(request, self._no_token(text))
+                return
+            piece = text.take(token, logprob)
+            if piece and text.number == 0 and request.on_text is not None:
+                request.on_text(piece)
+            if text.finish_reason or kept == len(draft) or token != draft[kept]:
+                break
+            kept += 1
+        if request.is_finished:
+            return
+        slot = cast(int, text.slot)
+        self.sampler.write(slot, before, ids[: kept + 1])
+        self.sampler.accept(slot, ids[: kept + 1])
+        self.scheduler.written(request, kept + 1)
+        text.draft = []
+        self.scheduler.hold(text, kept)
+        if draft:
+            self.scheduler.memory.cut(cast(int, text.row), text.held)
+            if self.proposer is not None:
+                self.proposer.observe(text, ids, kept)
+        if text.finish_reason:
+            self._done(text)
+
+    def _no_token(self, text: Text) -> DataError:
+        why = self.sampler.problem(cast(int, text.slot))
+        return DataError(
+            why
+            or f"the model's logits are not finite after {len(text.ids)} tokens; load it with "
+            "dtype=torch.float32, or check its weights"
+        )
+
+    def _search(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
+        states: dict[Request, list[tuple[Text, Tensor]]] = {}
+        ready: list[tuple[Text, Tensor]] = []
+        for piece, some in found:
+            text = piece.text
+            states.setdefault(text.request, []).append((text, some))
+            if text.unread == 0:
+                ready.append((text, some[-1]))
+        logits: dict[Text, Tensor] = {}
+        if ready:
+            rows = self.runner.logits(torch.stack([last for _, last in ready]))
+            logits = {text: row for (text, _), row in zip(ready, rows, strict=True)}
+        for request in self.searching.advance(states, logits):
+            self.end(request)
+
+    def _done(self, text: Text) -> None:
+        """A text gives back what it holds; the last one ends its request."""
+        request = text.request
+        if len(request.texts) == 1:
+            self.end(request)
+            return
+        self._close(text)
+        request.texts.remove(text)
+        request.done.append(text)
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """End a request with an error."""
+        request.error = error
+        self.end(request)
+
+    def end(self, request: Request) -> None:
+        """End a request as far as it came; all it holds is free at once."""
+        self.scheduler.remove(request)
+        for text in request.texts:
+            self._close(text)
+        request.done += request.texts
+        request.texts = []
+        if request.error is None:
+            request.results = self._results(request)
+        self.ended.append(request)
+
+    def _close(self, text: Text) -> None:
+        self.searching.close(text)
+        if self.proposer is not None:
+            self.proposer.forget(text)
+
+    def _results(self, request: Request) -> list[Generation]:
+        if request.search is not None:
+            return [self._answer(request, *hypothesis) for hypothesis in request.search.results()]
+        config, texts = request.config, sorted(request.done, key=lambda text: text.number)
+        if config.best_of is None:
+            return [text.result() for text in texts]
+        found = [text.result(text.logprob / max(1, text.written)) for text in texts]
+        found.sort(key=lambda result: -(result.score or 0))
+        return found[: config.num_return_sequences]
+
+    def _answer(self, request: Request, ids: Sequence[int], score: float) -> Generation:
+        """What a search wrote, as a text."""
+        text = Text(request, 0, request.done[0].tokenizer)
+        for token in ids:
+            if not text.finish_reason:
+                text.take(token)
+        text.finish_reason = text.finish_reason or request.done[0].finish_reason or "length"
+        return text.result(score)
+
+
+def _logprobs(
+    texts: Sequence[Text], logits: Tensor, drawn: Tensor
+) -> Sequence[TokenLogprob | None]:
+    """Of what was drawn, if any of the texts asks for it."""
+    configs = [text.request.config for text in texts]
+    if all(config.logprobs is None and config.best_of is None for config in configs):
+        return [None] * len(texts)
+    return token_logprobs(logits, drawn, max(config.logprobs or 0 for config in configs))

@@ -1,0 +1,1 @@
+"""From logits to tokens: transforms that compose, each row with its own."""
