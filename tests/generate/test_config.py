@@ -70,6 +70,73 @@ def test_changes_win_over_the_file():
     assert (config.top_k, config.max_new_tokens, config.temperature) == (2, 3, 1.0)
 
 
+def test_what_a_file_may_say_is_read():
+    raw = {
+        "do_sample": False,
+        "num_beams": 4,
+        "num_beam_groups": 2,
+        "diversity_penalty": 0.5,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[5], [6, 7]],
+        "sequence_bias": [[[5, 6], 2.0]],
+        "forced_eos_token_id": [2, 3],
+        "force_words_ids": [[[1, 2], [3]], [4, 5]],
+        "exponential_decay_length_penalty": [5, 1.1],
+        "suppress_tokens": [8],
+        "guidance_scale": 1.5,
+        "typical_p": 0.9,
+        "max_length": 20,
+        "min_length": 3,
+    }
+    config = GenerationConfig.from_hf(raw, encoder_decoder=True)
+    assert config.bad_words_ids == ((5,), (6, 7))
+    assert config.sequence_bias == (((5, 6), 2.0),)
+    assert config.force_words_ids == (((1, 2), (3,)), ((4, 5),))
+    assert config.exponential_decay_length_penalty == (5, 1.1)
+    assert (config.forced_eos_token_id, config.suppress_tokens) == (2, (8,))
+    assert (config.max_new_tokens, config.min_new_tokens) == (19, 2)
+    assert GenerationConfig.from_hf(raw).max_new_tokens == 256
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"typical_p": 0}, "typical_p"),
+        ({"mirostat": 3}, "mirostat"),
+        ({"mirostat": 2, "top_p": 0.9}, "mirostat itself chooses"),
+        ({"dry_base": 0.5}, "dry_base"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias"),
+        ({"logit_bias": 5}, "logit_bias"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias"),
+        ({"bad_words_ids": [[]]}, "bad_words_ids"),
+        ({"bad_words_ids": [["a"]]}, "bad_words_ids"),
+        ({"sequence_bias": [[[1], 2.0, 3]]}, "sequence_bias"),
+        ({"exponential_decay_length_penalty": (1, -1)}, "exponential_decay"),
+        ({"dry_sequence_breakers": [""]}, "dry_sequence_breakers"),
+        ({"regex": "a", "grammar": "b"}, "regex and grammar"),
+        ({"regex": ""}, "regex"),
+        ({"json_schema": [1]}, "json_schema"),
+        ({"trie": [(1, 2)]}, "trie is a list"),
+        ({"num_beams": 4}, "beams are not drawn"),
+        ({"num_beams": 4, "num_beam_groups": 3, "temperature": 0}, "num_beam_groups=3"),
+        ({"diversity_penalty": 0.5}, "diversity_penalty"),
+        ({"force_words_ids": [[1]]}, "force_words_ids"),
+        ({"penalty_alpha": 0.6}, "penalty_alpha"),
+        ({"best_of": 2, "num_return_sequences": 3}, "best_of=2"),
+        ({"num_beams": 2, "num_return_sequences": 3, "temperature": 0}, "num_return_sequences=3"),
+    ],
+)
+def test_settings_that_cannot_be_together_are_named_in_one_line(asked, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        GenerationConfig(**asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_that_is_none_is_named():
+    with pytest.raises(ConfigError, match="no generation setting 'temprature'"):
+        GenerationConfig.from_hf({}, temprature=1.0)
+
+
 @pytest.mark.parametrize(
     "raw", [{"encoder_no_repeat_ngram_size": 3}, {"dola_layers": "low"}, {"top_h": 0.4}]
 )

@@ -177,6 +177,15 @@ def test_a_refusal_disturbs_nobody(grammars):
     assert hostile.exception(timeout=60) is not None
 
 
+def test_a_grammar_that_was_late_is_tried_again(tokenizers):
+    short = Grammars(tokenizers["bpe"], HEAD, seconds=1e-6)
+    config = GenerationConfig(regex="a+")
+    with pytest.raises(ConfigError, match="more than 1e-06 s"):
+        short.prepare(config).result(timeout=60)
+    short._seconds = 30
+    assert short.prepare(config).result(timeout=60).options([]) is not None
+
+
 def test_a_grammar_is_compiled_once(grammars):
     one, other = GenerationConfig(regex="[ab]+"), GenerationConfig(regex="[ab]+", seed=3)
     assert grammars.prepare(one) is grammars.prepare(other)

@@ -256,6 +256,22 @@ def test_greedy_takes_the_best_after_penalties():
     assert sampler(configs, [[0], [0]])(logits).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("repetition_penalty", (2, 1.3)), ("dry_base", (2, 1.5)), ("presence_penalty", (1, 0.5))],
+)
+def test_a_row_of_whole_numbers_rounds_nobody_elses(name, values):
+    more = {"dry_multiplier": 1} if name == "dry_base" else {}
+    configs = [GenerationConfig(**{name: value}, **more) for value in values]
+    logits, prompt = some_logits("random", rows=2), [4, 5, 6] * 3
+    together, alone = sampler(configs, [prompt] * 2), sampler(configs[1:], [prompt])
+    for batch, text in ((together, [4, 5]), (alone, [4, 5])):
+        for slot in batch.slots:
+            batch.sampler.write(slot, 0, text)
+    got = together.sampler.constrain(logits, together.slots, [2, 2])[1:]
+    assert torch.equal(got, alone.sampler.constrain(logits[1:], alone.slots, [2]))
+
+
 def test_frequency_counts_the_text_and_not_the_prompt():
     logits = torch.tensor([[2.0, 1.5, 0.0]])
     greedy = sampler([GenerationConfig(temperature=0, frequency_penalty=0.3)], [[0, 0, 0]])

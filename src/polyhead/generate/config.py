@@ -208,6 +208,13 @@ class SearchConfig(GenerationConfig):
     temperature: float = 0.0
     """Logits are divided by it. 0 is greedy, or, with several beams, beam search."""
 
+    @classmethod
+    def from_hf(
+        cls, raw: Mapping[str, Any], *, encoder_decoder: bool = True, **changes: Any
+    ) -> Self:
+        """As `GenerationConfig.from_hf`, for an encoder-decoder."""
+        return super().from_hf(raw, encoder_decoder=encoder_decoder, **changes)
+
 
 def _read_lengths(raw: Mapping[str, Any], values: dict[str, Any], changes: dict[str, Any]) -> None:
     for old, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):

@@ -29,6 +29,7 @@ class Choice:
             return
         self.drawing = [n for n, kind in enumerate(kinds) if kind != "greedy"]
         self.temperature = column("temperature")
+        self.is_scaled = any(c.temperature != 1 for c in configs)
         self.filters = _Filters(configs, device)
         self.mirostat = column("mirostat", torch.long)
         some = [c.top_k for c, kind in zip(configs, kinds, strict=True) if kind == "short"]
@@ -53,7 +54,9 @@ class Choice:
             if kind == "short":
                 ids[rows] = self._draw_short(scores, rows, uniform)
                 continue
-            some = _pick(scores, rows) / _pick(self.temperature, rows)[:, None]
+            some = _pick(scores, rows)
+            if self.is_scaled:
+                some = some / _pick(self.temperature, rows)[:, None]
             if kind == "filtered":
                 some = self.filters.untypical(self.filters(some, rows), rows)
             elif kind == "mirostat":

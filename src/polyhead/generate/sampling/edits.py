@@ -60,9 +60,8 @@ class _Some:
             return transform(logits)
         return logits.index_copy(0, self.index, transform(logits[self.index]))
 
-    def column(self, rows: Sequence[Slot], name: str) -> Tensor:
+    def column(self, rows: Sequence[Slot], name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         values = [getattr(rows[n].config, name) for n in self.rows]
-        dtype = torch.long if isinstance(values[0], int) else torch.float32
         return torch.tensor(values, dtype=dtype, device=self.index.device)
 
 
@@ -70,7 +69,7 @@ def _repetition(rows: Sequence[Slot], device: torch.device) -> Edit | None:
     some = _Some((row.config.repetition_penalty != 1 for row in rows), device)
     if not some:
         return None
-    penalty = some.column(rows, "repetition_penalty").float()
+    penalty = some.column(rows, "repetition_penalty")
 
     def edit(logits: Tensor, step: Step) -> Tensor:
         seen = some.of(step.tokens)
@@ -84,8 +83,8 @@ def _counts(rows: Sequence[Slot], device: torch.device) -> Edit | None:
     some = _Some(asked, device)
     if not some:
         return None
-    presence = some.column(rows, "presence_penalty").float()
-    frequency = some.column(rows, "frequency_penalty").float()
+    presence = some.column(rows, "presence_penalty")
+    frequency = some.column(rows, "frequency_penalty")
 
     def edit(logits: Tensor, step: Step) -> Tensor:
         drawn = some.of(step.drawn)
@@ -106,10 +105,9 @@ def _runs(rows: Sequence[Slot], device: torch.device, breakers: BreakTable) -> I
 
 
 def _runs_between(some: _Some, rows: Sequence[Slot], is_break: Tensor) -> Edit:
-    multiplier, base, allowed, last = (
-        some.column(rows, f"dry_{name}")
-        for name in ("multiplier", "base", "allowed_length", "penalty_last_n")
-    )
+    multiplier, base = some.column(rows, "dry_multiplier"), some.column(rows, "dry_base")
+    allowed = some.column(rows, "dry_allowed_length", torch.long)
+    last = some.column(rows, "dry_penalty_last_n", torch.long)
     limited = bool((last >= 0).any())
 
     def edit(logits: Tensor, step: Step) -> Tensor:
@@ -121,9 +119,7 @@ def _runs_between(some: _Some, rows: Sequence[Slot], is_break: Tensor) -> Edit:
         breaks = is_break[tokens.clamp(min=0)] | (tokens < 0)
         return some.on(
             logits,
-            lambda x: penalties.penalize_runs(
-                x, tokens, breaks, multiplier.float(), base.float(), allowed
-            ),
+            lambda x: penalties.penalize_runs(x, tokens, breaks, multiplier, base, allowed),
         )
 
     return edit

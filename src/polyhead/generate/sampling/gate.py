@@ -24,7 +24,7 @@ _STACK = 4 << 20  # half of what a thread has elsewhere
 
 
 class Tokens:
-    """A vocabulary as llguidance wants it; `end` is one more token, which ends a text."""
+    """A vocabulary as llguidance wants it; one more token, `eos_token_id`, ends a text."""
 
     bos_token_id = None
 
@@ -34,17 +34,19 @@ class Tokens:
         self.eos_token_id = vocab_size
         self.special_token_ids = [*(i for i in special if i < vocab_size), vocab_size]
         self._single = {token: i for i, token in enumerate(tokens) if token}
+        self._longest = max(map(len, tokens), default=0)
 
     def __call__(self, text: str | bytes) -> list[int]:
         """Some tokens that write this; llguidance asks for no more than that."""
         data = text.encode() if isinstance(text, str) else text
-        found: list[int] = []
-        while data:
-            size = next((n for n in range(len(data), 0, -1) if data[:n] in self._single), 0)
-            if not size:
+        found, at = [], 0
+        while at < len(data):
+            ends = range(min(at + self._longest, len(data)), at, -1)
+            end = next((end for end in ends if data[at:end] in self._single), at)
+            if end == at:
                 break
-            found.append(self._single[data[:size]])
-            data = data[size:]
+            found.append(self._single[data[at:end]])
+            at = end
         return found
 
 

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -22,7 +23,7 @@ from polyhead.generate.sampling.walk import Walk
 from polyhead.text.tokenizer import Tokenizer
 
 MOST_CHARACTERS = 1 << 18
-SECONDS = 0.8
+SECONDS = 0.7
 _STARTING = 30.0
 _THREADS = 2
 _KEPT = 128
@@ -57,7 +58,8 @@ class Grammars:
         """
         text = _serialized(config)
         with self._lock:
-            if text not in self._known:
+            # One that took too long may have found the machine busy.
+            if text not in self._known or _was_late(self._known[text]):
                 self._known[text] = self._pool.submit(self._compile, text)
                 if len(self._known) > _KEPT:
                     self._known.popitem(last=False)
@@ -75,6 +77,14 @@ class Grammars:
         if error:
             raise _refused(error)
         return Walk(found, self._tokens.eos_token_id)
+
+
+class _LateError(ConfigError):
+    """A grammar that did not compile in time."""
+
+
+def _was_late(compiled: Future[Walk]) -> bool:
+    return compiled.done() and isinstance(compiled.exception(), _LateError)
 
 
 class _Gate:
@@ -100,7 +110,9 @@ class _Gate:
         if answer is None:
             # The next one need not wait for its start.
             self._start()
-            raise _refused(f"it takes more than {seconds} s or 1 GB to compile")
+            raise _LateError(
+                f"the grammar is refused: it takes more than {seconds} s or 1 GB to compile"
+            )
         if answer["error"]:
             raise _refused(answer["error"])
 
@@ -125,10 +137,11 @@ class _Gate:
         assert self._child is not None
         assert self._child.stdout is not None
         late = threading.Timer(seconds, self._child.kill)
+        began = time.monotonic()
         late.start()
         line = self._child.stdout.readline()
         late.cancel()
-        return json.loads(line) if line else None
+        return json.loads(line) if line and time.monotonic() - began < seconds else None
 
     def close(self) -> None:
         """End the child."""

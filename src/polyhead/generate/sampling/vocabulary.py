@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 
 from polyhead.errors import ConfigError
 from polyhead.text.tokenizer import Tokenizer
@@ -23,7 +24,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
     return found
 
 
-def _spelling(tokenizer: Tokenizer):
+def _spelling(tokenizer: Tokenizer) -> Callable[[str], bytes]:
+    """What a token of the vocabulary writes, by how the tokenizer decodes."""
     decoder = json.loads(tokenizer.backend.to_str()).get("decoder") or {"type": "none"}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
     if "ByteLevel" in kinds:
