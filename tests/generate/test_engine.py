@@ -22,9 +22,9 @@ SIZES: dict[str, Any] = dict(vocab_size=V, d_model=32, num_layers=2, num_heads=4
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", SIZES),
     "llama": ("llama", SIZES | dict(d_ff=48, num_kv_heads=2)),
-    "windows": ("llama", SIZES | dict(d_ff=48, window=7)),
+    "windows": ("mistral", SIZES | dict(d_ff=48, window=7)),
     "mixed": (
-        "llama",
+        "qwen2",
         SIZES | dict(
             d_ff=48, num_layers=4, window=9, use_window=True,
             layer_types=("sliding_attention", "full_attention") * 2,
@@ -305,7 +305,7 @@ def test_eight_bits_of_keys_and_values_are_near() -> None:
         )
         for e in (exact, small)
     ]
-    assert sizes[1] < 0.4 * sizes[0] or model.config.head_dim == 8
+    assert sizes[1] == sizes[0] * (8 + 4) / (8 * 4)  # a byte a number, a scale a vector of 8
     alike = [Engine(model, None, EngineConfig(kv="int8", **more)) for more in (
         {}, dict(block_size=4, chunk=3, idle_chunk=5),
     )]  # fmt: skip
@@ -332,15 +332,17 @@ PROPOSERS: dict[str, Any] = {
 def test_guesses_change_nothing(proposer: str, name: str, settings: EngineConfig) -> None:
     model, prompts = made(name), drawn_prompts(9, seed=2)
     guessing: Proposer = PROPOSERS[proposer](model)
-    reads = Reads(model)
     engine = Engine(model, None, settings, guessing)
     requests = [engine.add(prompt, greedy()) for prompt in prompts]
-    engine.run()
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
     assert written(requests) == alone(model, prompts)
     assert nothing_is_held(engine)
     if proposer == "itself" and settings == ENGINES["roomy"]:
         assert guessing.acceptance == 1.0
-        assert len(reads.steps) < 20
+        assert steps == 5  # a token and four guesses each, twenty in all
     if isinstance(guessing, DraftModel):
         assert guessing.memory.num_free_rows == guessing.memory.max_rows
 

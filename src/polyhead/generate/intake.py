@@ -12,7 +12,7 @@ from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.memory import Memory
 from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.request import Request, Text
-from polyhead.generate.sampling import row_seeds
+from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.generate.searching import search_of
 from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel

@@ -123,6 +123,10 @@ class Pages:
         blocks = self._blocks(self.held).unflatten(0, (self.place.num_heads, -1))
         blocks[:, target] = blocks[:, source]
 
+    def num_bytes(self) -> int:
+        """What they take in memory."""
+        return self.held.numel() * self.held.element_size()
+
     def _blocks(self, x: Tensor) -> Tensor:
         return x.view(self.place.num_heads * self.place.num_blocks, -1)
 
@@ -148,6 +152,9 @@ class Int8Pages(Pages):
         scales = self._blocks(self.scales).index_select(0, plan.read)
         scales = scales.view(batch, heads, -1, 1)[:, :, :longest]
         return (super().read(plan) * scales).to(self.dtype)
+
+    def num_bytes(self) -> int:
+        return super().num_bytes() + self.scales.numel() * self.scales.element_size()
 
     def copy(self, source: int, target: int) -> None:
         super().copy(source, target)

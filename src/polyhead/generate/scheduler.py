@@ -62,6 +62,7 @@ class Scheduler:
 
     def schedule(self) -> list[tuple[Text, int]]:
         """Texts to read now, and how many tokens of each beside its draft."""
+        self._make_way()
         plan: list[tuple[Text, int]] = []
         is_busy = any(text.decodes for request in self.running for text in request.texts)
         budget = self.chunk if is_busy else self.idle_chunk
@@ -101,6 +102,17 @@ class Scheduler:
         request.times_preempted += 1
         self.waiting.append(request)
 
+    def _make_way(self) -> None:
+        """Send back what is less urgent than a waiting request that does not fit beside it."""
+        if not self.waiting:
+            return
+        first = min(self.waiting, key=self._turn)
+        while not self._fits(first):
+            victim = max(self.running, key=_order, default=None)
+            if victim is None or victim.priority >= first.priority:
+                return
+            self._send_back(victim)
+
     def _admitted(self) -> Request | None:
         """The next waiting request, running now; None where there is none that fits."""
         being_read = self._being_read()
@@ -108,11 +120,8 @@ class Scheduler:
         for request in candidates:
             if self._is_near(request, being_read):
                 continue
-            while not self._fits(request):
-                victim = max(self.running, key=_order, default=None)
-                if victim is None or victim.priority >= request.priority:
-                    return None
-                self._send_back(victim)
+            if not self._fits(request):
+                return None
             self.waiting.remove(request)
             self.running.append(request)
             for text in request.texts:
