@@ -19,9 +19,10 @@ def written_whole(model: TaskModel, config: LoraConfig) -> dict[str, Tensor]:
     """The tensors of parts that learned whole, under the checkpoint's names; what is tied under all
     of them, as PEFT gives each of such parts weights of its own."""
     parts = tuple(f"{path}." for path, _ in trained_parts(model, config.trained))
+    # Each once, where it stands first; state_dict() would let FSDP take its weights apart again.
     ours = {
         key.removeprefix("backbone."): value.detach()
-        for key, value in model.state_dict().items()
+        for key, value in model.named_parameters()
         if key.startswith(parts) and f".{BESIDE}." not in key
     }
     rules = checkpoint_rules(model.config, model.head_kind)
