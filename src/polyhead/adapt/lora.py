@@ -40,6 +40,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"rank is {self.rank}: it must be 1 or more")
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha is {self.alpha}: it must be a finite number")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout}: it must be from 0 to below 1")
         if isinstance(self.targets, str) and self.targets != "all-linear":
