@@ -38,7 +38,7 @@ from polyhead.train.registry import ObjectiveKind
 from polyhead.train.running import Running
 from polyhead.train.sources import Source
 from polyhead.train.step import Interrupted, signals, train_step, write_sample
-from polyhead.train.teacher import SELF, as_found, check_self_teacher, keep, taken_up
+from polyhead.train.teacher import SELF, as_found, check_self_teacher, check_teacher, keep, taken_up
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
 
@@ -97,6 +97,7 @@ class Trainer:
         if teacher == SELF:
             check_self_teacher(model)
         elif teacher is not None:
+            check_teacher(model, teacher)
             self.objective = distilled(self.alone, teacher, **self.distillation)
         self.sample, self.callbacks, self.about, self.quiet = sample, callbacks, about, quiet
         self.run = Path(self.config.out)
