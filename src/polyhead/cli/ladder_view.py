@@ -100,6 +100,7 @@ def rows_of(state: Mapping[str, Any]) -> list[list[str]]:
         "passes",
         "FLOPs",
         "seconds",
+        "peak memory, MiB",
     ]
     return [
         head,
@@ -113,6 +114,7 @@ def rows_of(state: Mapping[str, Any]) -> list[list[str]]:
                 f"{one['tokens'] / train_tokens:.1f}",
                 f"{one['flops']:.3g}" if one["flops"] else "counts",
                 f"{one['seconds']:.0f}",
+                f"{one['memory_bytes'] / 2**20:.0f}" if one.get("memory_bytes") else "–",
             ]
             for name, one in _results(state).items()
         ),

@@ -21,7 +21,7 @@ from polyhead.train.allocator import keep_freed_memory
 from polyhead.train.blend import open_corpora
 from polyhead.train.compiled import compiling
 from polyhead.train.config import TrainConfig
-from polyhead.train.data import Dataset
+from polyhead.train.data import Dataset, Examples
 from polyhead.train.distill import distilled
 from polyhead.train.distributed import Parallel
 from polyhead.train.evaluate import score_dataset, score_texts
@@ -282,6 +282,8 @@ class Trainer:
             train = self._dataset(source, config, "train")
             held = self._dataset(source, config, "valid") if config.held_out else None
         assert train is not None
+        if isinstance(train, Examples):
+            train = replace(train, step=config.batch_size * config.accumulate)
         return train, held
 
     def _source(self, source: Source | Rows) -> Any:
