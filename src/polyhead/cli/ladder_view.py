@@ -100,7 +100,7 @@ def rows_of(state: Mapping[str, Any]) -> list[list[str]]:
         "passes",
         "FLOPs",
         "seconds",
-        "peak memory, MiB",
+        "peak MiB",
     ]
     return [
         head,
@@ -126,7 +126,8 @@ def print_table(state: Mapping[str, Any]) -> None:
     head, *rows = rows_of(state)
     table = Table(box=None, pad_edge=False)
     for column in head:
-        table.add_column(column, justify="left" if column == "rung" else "right")
+        is_name = column == "rung"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         table.add_row(*row)
     Console(soft_wrap=True, highlight=False).print(table)
