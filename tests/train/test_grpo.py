@@ -1,5 +1,7 @@
 """GRPO: the estimates of the paper, and a policy that learns what is rewarded."""
 
+import sys
+
 import pytest
 import torch
 
@@ -97,7 +99,8 @@ def test_a_reward_by_its_place(tokenizer, tmp_path):
     assert found["reward"] <= 0
 
 
-def test_a_file_of_rewards_may_be_named_as_a_module_is(tmp_path):
+def test_a_file_of_rewards_may_be_named_as_a_module_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "json.py").write_text("from beside import f\n")
     (tmp_path / "beside.py").write_text("def f(**_):\n    return [3.0]\n")
     assert named_reward(f"{tmp_path / 'json.py'}:f")() == [3.0]

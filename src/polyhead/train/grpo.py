@@ -201,7 +201,8 @@ def _module(place: str) -> Any:
     spec = importlib.util.spec_from_file_location(f"polyhead_reward_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
-    sys.path.insert(0, str(path.parent))  # it may import its neighbours
+    # It may import its neighbours, which shall not stand before what has their names elsewhere.
+    sys.path.append(str(path.parent))
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
