@@ -1,0 +1,97 @@
+"""Tasks of EleutherAI's lm-evaluation-harness, run by the package itself over our models."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from polyhead.errors import DataError, PolyheadError
+from polyhead.tasks.evaluate.keeping import Kept, fingerprint
+from polyhead.tasks.evaluate.result import Metric, Result
+from polyhead.tasks.evaluate.task import Worker
+
+_Z = 1.959964  # standard errors of a 95 % interval
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task, group or tag of lm-eval's. include_path: a directory with YAML tasks of one's own.
+
+    shots: examples before each question; None: as many as the task says. chat: prompts go into the
+    tokenizer's chat template.
+    """
+
+    name: str
+    include_path: str | None = None
+    shots: int | None = None
+    chat: bool = False
+
+
+def run_harness(
+    task: HarnessTask,
+    worker: Worker,
+    limit: int | None = None,
+    folder: Path | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Result]:
+    """A result for each task that the name stands for, and for the groups over them.
+
+    Intervals are 1.96 of lm-eval's standard errors. folder: for each task's samples, and for the
+    model's answers so far, from which a stopped run goes on. Errors: ConfigError where lm-eval is
+    not installed, DataError for a task that it does not know or has no data of.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from polyhead.tasks.lm_eval import PolyheadLM
+
+    lm = PolyheadLM(
+        worker.model, worker.tokenizer, most_tokens=worker.most_tokens, progress=progress
+    )
+    cache = None
+    if folder is not None:
+        identity = {**asdict(task), "model": fingerprint(worker.model)}
+        kept = Kept(folder, f"{task.name}.lm-eval", identity, force)
+        cache = str(kept.lines.with_suffix(""))
+        if force:
+            Path(f"{cache}_rank0.db").unlink(missing_ok=True)
+    try:
+        manager = TaskManager(include_path=task.include_path)
+        said: Any = simple_evaluate(
+            lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, use_cache=cache,
+            apply_chat_template=task.chat, task_manager=manager, bootstrap_iters=1000,
+        )  # fmt: skip
+    except PolyheadError:
+        raise
+    except Exception as error:  # whatever the package, its data sets and their hub may raise
+        line = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"lm-eval cannot run {task.name!r}: {line}") from error
+    found = {
+        name: _result(name, figures, said)
+        for name, figures in {**said["results"], **said.get("groups", {})}.items()
+    }
+    if folder is not None:
+        for name, rows in said.get("samples", {}).items():
+            lines = "".join(f"{json.dumps(row, default=str, ensure_ascii=False)}\n" for row in rows)
+            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return found
+
+
+def _result(name: str, figures: Mapping[str, Any], said: Mapping[str, Any]) -> Result:
+    metrics: dict[str, Metric] = {}
+    for key, value in figures.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = figures.get(f"{metric}_stderr,{chosen}")
+        interval = None
+        if isinstance(error, int | float) and math.isfinite(error):
+            interval = (value - _Z * error, value + _Z * error)
+        shown = metric if chosen == "none" else f"{metric} ({chosen})"
+        metrics[shown] = Metric(float(value), interval)
+    counted = said.get("n-samples", {}).get(name, {}).get("effective", 0)
+    rows = tuple(said.get("samples", {}).get(name, ()))
+    return Result(task=name, metrics=metrics, samples=counted or len(rows), records=rows)
