@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError, FileError
@@ -201,9 +202,9 @@ def test_files_that_do_not_fit(tmp_path, model, tokenizer, kind, rows, message):
         ph.evaluate(model, tokenizer, f"{kind}={path}")
 
 
-def test_a_choice_that_becomes_no_token(tmp_path, model):
-    # Whoever strips all but words leaves nothing of some choices.
-    tokenizer = ph.Tokenizer.train(["the cat"], kind="chars", special_tokens={"unk": None})
+def test_a_choice_that_becomes_no_token(tmp_path, model, text):
+    tokenizer = ph.Tokenizer.train([text], kind="bpe", vocab_size=300)
+    tokenizer.backend.normalizer = normalizers.Replace("日本", "")
     path = write(tmp_path / "q.jsonl", [{**ROW, "choices": ["cat", "日本"]}])
     task = ph.ChoicesTask(path, before="")
     with pytest.raises(DataError, match="row 1: '日本' becomes no token"):

@@ -151,9 +151,8 @@ def test_logits_are_held_in_pieces(monkeypatch):
 
 
 def test_an_encoder_decoder_reads_the_context_as_its_source():
-    sizes = {**SIZES, "d_ff": 48, "num_decoder_layers": 2}
-    sizes = {key: value for key, value in sizes.items() if key != "max_seq_len"}
-    model = ph.build("t5", seed=0, init_std=0.3, **sizes).eval()
+    sizes = {key: value for key, value in SIZES.items() if key != "max_seq_len"}
+    model = ph.build("t5", seed=0, d_ff=48, **sizes).eval()
     model.generation = {"decoder_start_token_id": 0}
     requests = asked(0)
     found = Scorer(model, most_tokens=150).logprobs(requests)
@@ -166,8 +165,7 @@ def test_an_encoder_decoder_reads_the_context_as_its_source():
 
 
 def test_models_that_write_nothing():
-    sizes = {key: value for key, value in SIZES.items()}
     with pytest.raises(ConfigError, match="decoder"):
-        Scorer(ph.build("bert", **sizes, d_ff=48))
+        Scorer(ph.build("bert", **SIZES, d_ff=48))
     with pytest.raises(ConfigError, match="most_tokens is 0"):
         Scorer(build("gpt2"), most_tokens=0)

@@ -32,7 +32,7 @@ class Args:
       perplexity=FILE  of a text, or of the column "text" of a .jsonl, .tsv or .csv file
       choices=FILE     rows with question, choices (a list) and answer (its place from 0, or text)
       match=FILE       rows with question and answer (a text, or a list of which any counts)
-      NAME             a task, group or tag of lm-eval (pip install polyhead[eval])
+      NAME             a task, group or tag of lm-eval (pip install 'polyhead[eval]')
 
     Examples:
       polyhead eval smollm2-135m --tasks perplexity=book.txt choices=quiz.jsonl --out runs/eval

@@ -25,7 +25,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ImportError as error:
     raise ConfigError(
-        f"tasks of lm-eval need the package ({error}); pip install polyhead[eval]"
+        f"tasks of lm-eval need the package ({error}); pip install 'polyhead[eval]'"
     ) from None
 
 Progress = Callable[[int, int], None]
