@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import torch
+
 from polyhead.adapt.load import load
 from polyhead.adapt.load import tokenizer as load_tokenizer
 from polyhead.errors import ConfigError, DataError
@@ -60,8 +62,8 @@ class PolyheadLM(TemplateLM):
         self._name = model if isinstance(model, str) else model.config.model_type
         if isinstance(model, str):
             tokenizer = tokenizer or load_tokenizer(model)
-            model = load(model, dtype=dtype)
-            model = model if device is None else model.to(device)
+            there = "cuda" if torch.cuda.is_available() else "cpu"
+            model = load(model, dtype=dtype).to(device or there)
         if tokenizer is None:
             raise ConfigError("give the tokenizer that belongs to the model")
         self.model, self.tokenizer = model, tokenizer

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from polyhead.errors import DataError
 from polyhead.tasks.evaluate.intervals import wilson
-from polyhead.tasks.evaluate.prompts import BETWEEN, Prompter, check_shots, filled
+from polyhead.tasks.evaluate.prompts import BETWEEN, Prompter, check_shots, question_of
 from polyhead.tasks.evaluate.result import Metric
 from polyhead.tasks.evaluate.samples import field_of, read_rows
 from polyhead.tasks.evaluate.task import LocalTask, Record, Sample, Unit, Worker, whole
@@ -40,20 +40,18 @@ class ChoicesTask(LocalTask):
         prompter = Prompter(worker.model, worker.tokenizer, self.chat)
         rows = read_rows(self.path)
         check_shots(self.shots, len(rows), self.path)
-        template = self.prompt or f"{{{self.columns.get('question', 'question')}}}"
+        column = self.columns.get("question", "question")
         examples: list[str] = []
         found: list[Sample] = []
         for number, row in enumerate(rows):
             choices, answer = self._choices(row, number)
-            if self.prompt is None:
-                field_of(row, template[1:-1], number, self.path)
-            question = filled(template, row)
+            question = question_of(self.prompt, row, column, number, self.path)
             if number < self.shots:
                 examples.append(question + self.before + choices[answer])
                 continue
             text = BETWEEN.join([*examples, question])
             try:
-                asked = [prompter.pair(text, self.before + choice) for choice in choices]
+                asked = prompter.pairs(text, [self.before + choice for choice in choices])
             except DataError as error:
                 raise DataError(f"{self.path}: row {number + 1}: {error}") from None
             about = {"row": number, "prompt": question, "choices": choices, "answer": answer}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from polyhead.errors import DataError, PolyheadError
-from polyhead.tasks.evaluate.keeping import Kept, fingerprint
+from polyhead.tasks.evaluate.keeping import Kept, fingerprints
 from polyhead.tasks.evaluate.result import Metric, Result
 from polyhead.tasks.evaluate.task import Worker
 
@@ -53,7 +53,7 @@ def run_harness(
     )
     cache = None
     if folder is not None:
-        identity = {**asdict(task), "model": fingerprint(worker.model)}
+        identity = {**asdict(task), **fingerprints(worker)}
         kept = Kept(folder, f"{task.name}.lm-eval", identity, force)
         cache = str(kept.lines.with_suffix(""))
         if force:

@@ -11,8 +11,7 @@ import torch
 from polyhead.errors import FileError
 from polyhead.files.disk import atomic_file
 from polyhead.files.jsons import read_json
-from polyhead.models.model import TaskModel
-from polyhead.tasks.evaluate.task import LocalTask, Record
+from polyhead.tasks.evaluate.task import LocalTask, Record, Worker
 
 _PER_TENSOR = 64  # numbers that stand for it
 
@@ -67,22 +66,24 @@ class Kept:
             ) from None
 
 
-def identity_of(task: LocalTask, model: TaskModel) -> dict[str, Any]:
-    """What tells a task, its file's contents and a model from others."""
+def identity_of(task: LocalTask, worker: Worker) -> dict[str, Any]:
+    """What tells a task, its file's contents and who works at it from others."""
     return {
         "task": task.kind,
         "file": sha256(task.path.read_bytes()).hexdigest(),
         "settings": task.settings(),
-        "model": fingerprint(model),
+        **fingerprints(worker),
     }
 
 
-def fingerprint(model: TaskModel) -> str:
-    """A digest of a model's kind and of a little of each of its weights."""
+def fingerprints(worker: Worker) -> dict[str, str]:
+    """Digests of a model's kind and a little of each of its weights, and of its tokenizer."""
+    model, tokenizer = worker.model, worker.tokenizer
     found = sha256(f"{model.config}".encode())
     for name, value in sorted(model.state_dict().items()):
         found.update(f"{name} {getattr(value, 'dtype', '')}".encode())
         if isinstance(value, torch.Tensor):
             some = value.detach().reshape(-1)[:_PER_TENSOR]
             found.update(some.to("cpu", torch.float64).numpy().tobytes())
-    return found.hexdigest()
+    said = f"{tokenizer.backend.to_str()}{tokenizer.chat_templates}"
+    return {"model": found.hexdigest(), "tokenizer": sha256(said.encode()).hexdigest()}

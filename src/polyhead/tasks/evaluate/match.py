@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.tasks.evaluate.choices import share
-from polyhead.tasks.evaluate.prompts import BETWEEN, Prompter, check_shots, filled
+from polyhead.tasks.evaluate.prompts import BETWEEN, Prompter, check_shots, question_of
 from polyhead.tasks.evaluate.result import Metric
 from polyhead.tasks.evaluate.samples import field_of, read_rows
 from polyhead.tasks.evaluate.task import LocalTask, Record, Sample, Unit, Worker, whole
@@ -65,15 +65,13 @@ class MatchTask(LocalTask):
         prompter = Prompter(worker.model, worker.tokenizer, self.chat)
         rows = read_rows(self.path)
         check_shots(self.shots, len(rows), self.path)
-        template = self.prompt or f"{{{self.columns.get('question', 'question')}}}"
+        column = self.columns.get("question", "question")
         most = room_for(worker.model, self.max_new_tokens)
         examples: list[str] = []
         found: list[Sample] = []
         for number, row in enumerate(rows):
             answers = self._answers(row, number)
-            if self.prompt is None:
-                field_of(row, template[1:-1], number, self.path)
-            question = filled(template, row)
+            question = question_of(self.prompt, row, column, number, self.path)
             if number < self.shots:
                 examples.append(question + self.before + answers[0])
                 continue

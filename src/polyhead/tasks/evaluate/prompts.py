@@ -1,13 +1,14 @@
 """Prompts of samples: a template over a row's columns, examples before it, and a model's ids."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.prompts import encode_chat, encode_prompt
 from polyhead.models.model import TaskModel
+from polyhead.tasks.evaluate.samples import text_of
 from polyhead.tasks.evaluate.scorer import Request
 from polyhead.text.tokenizer import Tokenizer
 
@@ -38,34 +39,40 @@ class Prompter:
             return self.tokenizer.encode(text)
         return encode_prompt(text, self.tokenizer, self.vocab_size)
 
-    def pair(self, context: str, continuation: str) -> Request:
-        """Ids of a context and of what follows, cut where the text of both together is cut.
+    def pairs(self, context: str, continuations: Sequence[str]) -> list[Request]:
+        """Ids of a context and of each of what may follow, cut where those of both together are.
 
-        Spaces at the end of the context go over to the continuation, as in lm-eval's
+        Spaces at the end of the context go over to the continuations, as in lm-eval's
         `TemplateLM._encode_pair`. Errors: DataError for a continuation that becomes no token.
         """
-        if self.writes_apart:
-            ids = self.tokenizer.encode_targets([continuation.lstrip()])[0]
-            request = Request(self.prompt(context), ids)
-        elif self.chat:
-            ids = self.tokenizer.encode(continuation.lstrip(), add_special_tokens=False)
-            request = Request(self.prompt(context), ids)
-        else:
-            bare = context.rstrip(" ") if context.strip() else ""
-            before = encode_prompt(bare, self.tokenizer, self.vocab_size)
-            if bare:
-                whole = encode_prompt(context + continuation, self.tokenizer, self.vocab_size)
-                request = Request(before, whole[len(before) :])
+        bare = context if self.chat or self.writes_apart else context.rstrip()
+        before = self.prompt(bare)
+        found: list[Request] = []
+        for continuation in continuations:
+            if self.writes_apart:
+                ids = self.tokenizer.encode_targets([continuation.lstrip()])[0]
+            elif self.chat:
+                ids = self.tokenizer.encode(continuation.lstrip(), add_special_tokens=False)
+            elif bare:
+                ids = self.prompt(context + continuation)[len(before) :]
             else:
                 ids = self.tokenizer.encode(context + continuation, add_special_tokens=False)
-                request = Request(before, ids)
-        if not request.continuation:
-            raise DataError(f"{continuation!r} becomes no token after the prompt; change it")
-        return request
+            if not ids:
+                raise DataError(f"{continuation!r} becomes no token after the prompt; change it")
+            found.append(Request(before, ids))
+        return found
 
 
-def filled(template: str, row: Mapping[str, Any]) -> str:
-    """A template with the columns it names in braces; ConfigError for one that is not there."""
+def question_of(
+    prompt: str | None, row: Mapping[str, Any], column: str, number: int, path: Path
+) -> str:
+    """A row's question: the template with the columns that it names in braces, or the column.
+
+    Errors: ConfigError for a template that names what is not there, DataError for a row without
+    the column.
+    """
+    if prompt is None:
+        return text_of(row, column, number, path)
 
     def value(found: re.Match[str]) -> str:
         if found[1] not in row:
@@ -74,7 +81,7 @@ def filled(template: str, row: Mapping[str, Any]) -> str:
             )
         return str(row[found[1]])
 
-    return _NAME.sub(value, template)
+    return _NAME.sub(value, prompt)
 
 
 def check_shots(shots: int, rows: int, path: Path) -> None:

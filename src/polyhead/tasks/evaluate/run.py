@@ -149,7 +149,7 @@ def _local(
     kept = None
     records: list[Record] = []
     if folder is not None:
-        kept = Kept(folder, file_name(task.name), identity_of(task, worker.model), force)
+        kept = Kept(folder, file_name(task.name), identity_of(task, worker), force)
         records = kept.records[: len(samples)]
     if progress is not None:
         progress(len(records), len(samples))

@@ -149,7 +149,7 @@ class Scorer:
         hidden = self.model.backbone(ids)  # what is padded stands where no causal row can see it
         members = [group.members[0] for group in batch]
         starts = [len(group.context) - 1 for group in batch]
-        return self._found(hidden, members, list(range(len(batch))), starts)
+        return self._found(hidden, members, starts)
 
     def _branched(self, batch: "list[_Group]", first: Caches | None, shared: int) -> "list[_Found]":
         """Contexts are read over caches, which each of their continuations goes on from."""
@@ -173,7 +173,7 @@ class Scorer:
             whole[:, :1] = hidden
             whole[longer, 1:] = rest
             hidden = whole
-        return self._found(hidden, members, list(range(len(members))), [0] * len(members))
+        return self._found(hidden, members, [0] * len(members))
 
     def _translated(self, batch: "list[_Group]") -> "list[_Found]":
         """Each source is encoded once for all of its continuations."""
@@ -185,7 +185,7 @@ class Scorer:
         members = [member for group in batch for member in group.members]
         read, _ = padded([[self.start, *ids[:-1]] for _, ids in members], self.model.device)
         hidden = backbone.decode(read, memory[owners], Mask(keep=keep[owners]))
-        return self._found(hidden, members, list(range(len(members))), [0] * len(members))
+        return self._found(hidden, members, [0] * len(members))
 
     def _read_once(self, ids: Sequence[int]) -> Caches:
         backbone: Any = self.model.backbone
@@ -194,16 +194,12 @@ class Scorer:
         return caches
 
     def _found(
-        self,
-        hidden: Tensor,
-        members: "Sequence[_Member]",
-        rows: Sequence[int],
-        starts: Sequence[int],
+        self, hidden: Tensor, members: "Sequence[_Member]", starts: Sequence[int]
     ) -> "list[_Found]":
-        """Of each continuation its tokens' log-probabilities; its row's states from `starts` on
-        predict them."""
+        """Of each continuation its tokens' log-probabilities, which the states of its row
+        `[B, T, E]` predict from `starts` on."""
         lengths = [len(ids) for _, ids in members]
-        row = [r for r, length in zip(rows, lengths, strict=True) for _ in range(length)]
+        row = [r for r, length in enumerate(lengths) for _ in range(length)]
         column = [s + i for s, n in zip(starts, lengths, strict=True) for i in range(n)]
         targets = torch.tensor([i for _, ids in members for i in ids], device=hidden.device)
         states = hidden[row, column]
