@@ -102,6 +102,19 @@ def test_what_is_shared_is_read_once():
     assert read(model, questions) == 30 + 5
 
 
+def test_more_choices_than_fit_a_batch():
+    model = build("gpt2")
+    choices = [Request(tuple(range(30)), (i, i + 1)) for i in range(40)]
+    widest = []
+    hook = model.backbone.register_forward_pre_hook(lambda m, x: widest.append(x[0].shape[0]))
+    found = Scorer(model, most_tokens=320).logprobs(choices)
+    hook.remove()
+    assert max(widest) == 10
+    assert [one.logprob for one in found] == pytest.approx(
+        [sum(alone(model, request)[0]) for request in choices], abs=1e-5
+    )
+
+
 def test_a_context_that_does_not_fit_loses_its_beginning():
     model = build("gpt2")
     long = tuple(i % V for i in range(100))

@@ -33,7 +33,6 @@ except ImportError as error:
 Progress = Callable[[int, int], None]
 
 _MOST_NEW_TOKENS = 256  # where a task says nothing, as for lm-eval's own models
-_AT_ONCE = 512  # requests between two looks at the cache and the progress
 # What a task may say of sampling, under the names that both have.
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -101,8 +100,8 @@ class PolyheadLM(TemplateLM):
             # What a chat template wrote has its special tokens already.
             begun = self.tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
             add_special_tokens = not string.startswith(begun)
-        if add_special_tokens and self.backend == "causal":
-            return encode_prompt(string, self.tokenizer, self._vocab_size) if string else []
+        if add_special_tokens and string and self.backend == "causal":
+            return encode_prompt(string, self.tokenizer, self._vocab_size)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     @property
@@ -120,10 +119,13 @@ class PolyheadLM(TemplateLM):
 
     def _scored(self, asked: Sequence[Request]) -> Iterator[Scored]:
         """One answer a request, in their order, some at a time."""
-        # Those of one context stay together, which lm-eval's order grants.
-        for start in range(0, len(asked), _AT_ONCE):
-            yield from self.worker.scorer.logprobs(asked[start : start + _AT_ONCE])
-            self._tell(min(start + _AT_ONCE, len(asked)), len(asked))
+        done = 0
+        for chunk in self.worker.chunks(
+            asked, lambda one: len(one.context) + len(one.continuation)
+        ):
+            yield from self.worker.scorer.logprobs(chunk)
+            done += len(chunk)
+            self._tell(done, len(asked))
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         texts = [request.args[0] for request in requests]

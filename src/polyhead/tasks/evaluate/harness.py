@@ -1,6 +1,7 @@
 """Tasks of EleutherAI's lm-evaluation-harness, run by the package itself over our models."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -59,6 +60,8 @@ def run_harness(
         if force:
             Path(f"{cache}_rank0.db").unlink(missing_ok=True)
     try:
+        # What it logs of tasks that say less than they could is for their authors.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         manager = TaskManager(include_path=task.include_path)
         said: Any = simple_evaluate(
             lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, use_cache=cache,

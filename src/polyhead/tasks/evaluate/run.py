@@ -1,7 +1,7 @@
 """Evaluation: models at tasks, and two models side by side."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from polyhead.tasks.evaluate.match import MatchTask
 from polyhead.tasks.evaluate.perplexity import PerplexityTask
 from polyhead.tasks.evaluate.result import Difference, Result
 from polyhead.tasks.evaluate.scorer import MOST_TOKENS
-from polyhead.tasks.evaluate.task import LocalTask, Record, Sample, Worker
+from polyhead.tasks.evaluate.task import LocalTask, Record, Worker
 from polyhead.text.tokenizer import Tokenizer
 
 Task = LocalTask | HarnessTask
@@ -25,7 +25,6 @@ Progress = Callable[[int, int], None]
 KINDS: dict[str, type[LocalTask]] = {
     task.kind: task for task in (PerplexityTask, ChoicesTask, MatchTask)
 }
-_BATCHES_A_CHUNK = 4  # what an interruption may lose, for batches of rows of like length
 
 
 def evaluate(
@@ -153,7 +152,7 @@ def _local(
         records = kept.records[: len(samples)]
     if progress is not None:
         progress(len(records), len(samples))
-    for chunk in _chunks(samples[len(records) :], worker.most_tokens * _BATCHES_A_CHUNK):
+    for chunk in worker.chunks(samples[len(records) :], lambda sample: sample.size):
         fresh = task.answer(worker, chunk)
         if kept is not None:
             kept.add(fresh)
@@ -168,17 +167,3 @@ def _local(
         note=task.note(records),
         records=tuple(records),
     )
-
-
-def _chunks(samples: Sequence[Sample], most: int) -> Iterator[list[Sample]]:
-    """Samples in their order, some at a time; a few at first, for the time left to be known."""
-    chunk: list[Sample] = []
-    tokens, room = 0, most // _BATCHES_A_CHUNK
-    for sample in samples:
-        chunk.append(sample)
-        tokens += sample.size
-        if tokens >= room:
-            yield chunk
-            chunk, tokens, room = [], 0, most
-    if chunk:
-        yield chunk

@@ -128,7 +128,7 @@ class Scorer:
         return Request(context[-room:], continuation)
 
     def _batches(self, rows: Sequence[Request]) -> "Iterator[list[_Found]]":
-        groups = _groups(rows)
+        groups = _groups(rows, self.most_tokens)
         if self.is_encoder_decoder:
             for batch in _within(groups, self.most_tokens):
                 yield self._translated(batch)
@@ -240,13 +240,18 @@ class _Group(NamedTuple):
         return len(self.context) + max(len(ids) for _, ids in self.members)
 
 
-def _groups(rows: Sequence[Request]) -> list[_Group]:
-    """Requests by their context, those of like length beside each other, the longest first."""
+def _groups(rows: Sequence[Request], most_tokens: int) -> list[_Group]:
+    """Requests by their context, those of like length beside each other, the longest first.
+
+    A context with more continuations than fit a batch comes several times.
+    """
     places = sorted(range(len(rows)), key=lambda place: rows[place].context)
-    groups = [
-        _Group(context, [(place, rows[place].continuation) for place in some])
-        for context, some in groupby(places, key=lambda place: rows[place].context)
-    ]
+    groups: list[_Group] = []
+    for context, some in groupby(places, key=lambda place: rows[place].context):
+        whole = _Group(context, [(place, rows[place].continuation) for place in some])
+        at_once = max(1, most_tokens // whole.width)
+        for start in range(0, len(whole.members), at_once):
+            groups.append(_Group(context, whole.members[start : start + at_once]))
     return sorted(groups, key=lambda group: -group.width)
 
 

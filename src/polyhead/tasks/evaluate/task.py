@@ -1,10 +1,10 @@
 """What tasks over local files share: their settings, and how a model works at them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel
@@ -12,8 +12,11 @@ from polyhead.tasks.evaluate.result import Metric
 from polyhead.tasks.evaluate.scorer import MOST_TOKENS, Scorer
 from polyhead.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 Record = Mapping[str, Any]
 """What is known of one sample: plain data, as it is written to a line of JSON."""
+
+_BATCHES_A_CHUNK = 4  # so that rows of like length find each other
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,18 @@ class Worker:
     def scorer(self) -> Scorer:
         """What the model holds likely."""
         return Scorer(self.model, self.tokenizer, most_tokens=self.most_tokens)
+
+    def chunks(self, items: Sequence[T], size: Callable[[T], int]) -> Iterator[Sequence[T]]:
+        """Items in their order, as many at a time as a stopped run may lose; `size` in tokens.
+
+        A few at first, for the time left to be known soon.
+        """
+        start, tokens, room = 0, 0, self.most_tokens
+        for end, item in enumerate(items, 1):
+            tokens += size(item)
+            if tokens >= room or end == len(items):
+                yield items[start:end]
+                start, tokens, room = end, 0, self.most_tokens * _BATCHES_A_CHUNK
 
 
 class Sample(NamedTuple):
