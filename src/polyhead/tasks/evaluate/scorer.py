@@ -250,8 +250,8 @@ def _groups(rows: Sequence[Request], most_tokens: int) -> list[_Group]:
     for context, some in groupby(places, key=lambda place: rows[place].context):
         whole = _Group(context, [(place, rows[place].continuation) for place in some])
         at_once = max(1, most_tokens // whole.width)
-        for start in range(0, len(whole.members), at_once):
-            groups.append(_Group(context, whole.members[start : start + at_once]))
+        starts = range(0, len(whole.members), at_once)
+        groups += [_Group(context, whole.members[start : start + at_once]) for start in starts]
     return sorted(groups, key=lambda group: -group.width)
 
 
