@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from polyhead.cli import eval as module
+from polyhead.tasks.evaluate.scorer import MOST_TOKENS
 
 ROWS = [
     {"question": f"the quick brown {word}", "choices": ["fox", "lazy dog", "jumps"], "answer": 0}
@@ -31,11 +32,8 @@ def test_all_kinds_as_a_table_and_as_json(cli, plain, files):
     assert lines[0].split()[:3] == ["task", "metric", "value"]
     shown = [line.split()[:2] for line in lines[1:]]
     metrics = ["perplexity", "bits_per_byte", "loss", "accuracy", "accuracy_norm", "exact_match"]
-    assert shown == [[ALL[0]] * 1 + [name] for name in metrics[:3]] + [
-        [ALL[1], "accuracy"],
-        [ALL[1], "accuracy_norm"],
-        [ALL[2], "exact_match"],
-    ]
+    of = [ALL[0]] * 3 + [ALL[1]] * 2 + [ALL[2]]
+    assert shown == [list(pair) for pair in zip(of, metrics, strict=True)]
     assert "windows of one document" in ran.out
     said = cli("eval", plain, "--tasks", *ALL, "--max-new-tokens", 3, "--json")
     (model,) = json.loads(said.out)["models"]
@@ -136,7 +134,8 @@ def test_a_directory_of_another_evaluation(cli, plain, files):
     assert cli(*start, "--shots", 1, "--force").code == 0
 
 
-def test_help_has_examples(cli):
+def test_help_has_examples_and_the_librarys_default(cli):
+    assert module.Args(("m",)).batch_tokens == MOST_TOKENS
     ran = cli("eval", "--help")
     assert ran.code == 0
     assert "polyhead eval smollm2-135m --tasks" in ran.out

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from polyhead.tasks.evaluate.result import Difference, Metric, Result
     from polyhead.tasks.evaluate.run import Task
 
-_MOST_TOKENS = 8192
+_MOST_TOKENS = 8192  # as the library has it, which would import torch
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Args:
 
     Examples:
       polyhead eval smollm2-135m --tasks perplexity=book.txt choices=quiz.jsonl --out runs/eval
-      polyhead eval runs/docs --tasks match=sums.jsonl --shots 4 --stop "\\n" --extract "-?[0-9]+"
+      polyhead eval runs/docs --tasks match=sums.jsonl --shots 4 --stop "\\n" --extract "[0-9]+"
       polyhead eval runs/a runs/b --tasks choices=quiz.jsonl --prompt "Q: {question}\\nA:" --json
       polyhead eval runs/docs --tasks choices=quiz.jsonl --columns question=ctx answer=label
       polyhead eval smollm2-135m --tasks hellaswag,arc_easy --limit 200
@@ -51,7 +51,8 @@ class Args:
     shots: int | None = None
     """Solved examples before each question: the first rows of the file, which are not asked."""
     prompt: str | None = None
-    """What a question looks like, a row's columns in braces; \\n is a new line. {question}."""
+    """What a question looks like, a row's columns in braces, \\n for a new line; {question} if not
+    said."""
     before: str | None = None
     """What stands between a prompt and its answer; a space if not said."""
     chat: bool = False

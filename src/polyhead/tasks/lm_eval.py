@@ -68,7 +68,8 @@ class PolyheadLM(TemplateLM):
         self.model, self.tokenizer = model, tokenizer
         self.worker = Worker(model, tokenizer, int(most_tokens))
         self.backend = "seq2seq" if self.worker.scorer.is_encoder_decoder else "causal"
-        self._batch_size = None if batch_size in (None, "auto") else int(batch_size)
+        sized = batch_size is not None and not str(batch_size).startswith("auto")
+        self._batch_size = int(batch_size) if sized else None
         self._progress = progress
         self._device = model.device
 
@@ -78,11 +79,13 @@ class PolyheadLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        first = self.tokenizer.bos_id
-        first = self.tokenizer.eos_id if first is None else first
-        if first is None:
+        if self._first is None:
             raise DataError("the tokenizer has neither a bos nor an eos token to begin a text with")
-        return first
+        return self._first
+
+    @property
+    def _first(self) -> int | None:
+        return self.tokenizer.eos_id if self.tokenizer.bos_id is None else self.tokenizer.bos_id
 
     @property
     def max_length(self) -> int:
@@ -98,8 +101,9 @@ class PolyheadLM(TemplateLM):
     ) -> list[int]:
         if add_special_tokens is None:
             # What a chat template wrote has its special tokens already.
-            begun = self.tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
-            add_special_tokens = not string.startswith(begun)
+            first = [] if self._first is None else [self._first]
+            begun = self.tokenizer.decode(first, skip_special_tokens=False)
+            add_special_tokens = not begun or not string.startswith(begun)
         if add_special_tokens and string and self.backend == "causal":
             return encode_prompt(string, self.tokenizer, self._vocab_size)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
