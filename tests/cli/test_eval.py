@@ -125,6 +125,20 @@ def test_what_cannot_be_is_one_line(cli, files, words, message):
     assert ran.out == ""
 
 
+@pytest.mark.parametrize(
+    ("there", "flags", "message"),
+    [
+        (None, (), "'hellaswag' is a task of lm-eval, which is not installed"),
+        ("spec", ("--include-path", "none"), "none is no directory"),
+    ],
+)
+def test_tasks_of_lm_eval_are_looked_at_first(cli, files, monkeypatch, there, flags, message):
+    monkeypatch.setattr("polyhead.tasks.evaluate.harness.find_spec", lambda name: there)
+    ran = cli("eval", "no-such-model", "--tasks", "hellaswag,arc_easy", *flags)
+    assert ran.code == 2
+    assert message in ran.err
+
+
 def test_a_directory_of_another_evaluation(cli, plain, files):
     start = ("eval", plain, "--tasks", "choices=quiz.jsonl", "--out", "out")
     assert cli(*start).code == 0

@@ -123,6 +123,7 @@ doc_to_choice: choices
 metric_list:
   - metric: acc
   - metric: acc_norm
+  - metric: acc_bytes
 """
 MATCH = """\
 generation_kwargs:
@@ -146,7 +147,7 @@ def tasks(tmp_path, monkeypatch) -> Path:
     rows = [
         {
             "question": f"the quick brown {word}",
-            "choices": ["fox", "lazy dog", "jumps over"],
+            "choices": ["fox", "lazy dog", "wörld 日本"],
             "answer": number % 3,
             "text": "dog",
         }
@@ -186,6 +187,12 @@ def test_tasks_give_what_they_give_over_transformers(both, tasks):
         expected = said["results"][name][f"{metric},none"]
         assert found[name][metric].value == pytest.approx(expected, rel=1e-4), (name, metric)
         assert found[name].samples == len(WORDS)
+    # Ours over the same rows, without the package.
+    (own,) = ph.evaluate(
+        ours.model, ours.tokenizer, f"choices={tasks.parent / 'rows.jsonl'}"
+    ).values()
+    assert own["accuracy"].value == said["results"]["tiny_quiz"]["acc,none"]
+    assert own["accuracy_norm"].value == said["results"]["tiny_quiz"]["acc_bytes,none"]
 
 
 def test_a_task_of_lm_evals_is_kept_and_goes_on(saved, tasks, tmp_path, monkeypatch):
@@ -200,10 +207,16 @@ def test_a_task_of_lm_evals_is_kept_and_goes_on(saved, tasks, tmp_path, monkeypa
     assert ph.evaluate(model, tokenizer, task, out=out)["tiny_quiz"]["acc"] == first["acc"]
 
 
-def test_a_task_that_is_not_known(saved, tasks):
+def test_a_task_that_is_not_known(saved, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    from polyhead.tasks.evaluate import harness
+
+    manager = TaskManager(include_defaults=False)
+    monkeypatch.setattr(harness, "_manager", lambda task: manager)
     model, tokenizer = ph.load(saved), ph.tokenizer(saved)
     with pytest.raises(DataError, match="lm-eval cannot run 'no_such_task'"):
-        ph.evaluate(model, tokenizer, ph.HarnessTask("no_such_task", include_path=str(tasks)))
+        ph.evaluate(model, tokenizer, "no_such_task")
 
 
 def test_a_model_needs_its_tokenizer(saved):

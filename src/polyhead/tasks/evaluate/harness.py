@@ -5,10 +5,12 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from polyhead.errors import DataError, PolyheadError
+from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
 from polyhead.tasks.evaluate.keeping import Kept, fingerprints
 from polyhead.tasks.evaluate.result import Metric, Result
 from polyhead.tasks.evaluate.task import Worker
@@ -29,6 +31,16 @@ class HarnessTask:
     shots: int | None = None
     chat: bool = False
 
+    def check(self) -> None:
+        """Raise ConfigError where lm-eval is not installed, FileError for a directory not there."""
+        if find_spec("lm_eval") is None:
+            raise ConfigError(
+                f"{self.name!r} is a task of lm-eval, which is not installed (pip install "
+                "'polyhead[eval]'); for a file write perplexity=, choices= or match= before it"
+            )
+        if self.include_path is not None and not Path(self.include_path).is_dir():
+            raise FileError(f"{self.include_path} is no directory; name one with YAML tasks")
+
 
 def run_harness(
     task: HarnessTask,
@@ -45,7 +57,6 @@ def run_harness(
     not installed, DataError for a task that it does not know or has no data of.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     from polyhead.tasks.lm_eval import PolyheadLM
 
@@ -62,10 +73,9 @@ def run_harness(
     try:
         # What it logs of tasks that say less than they could is for their authors.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        manager = TaskManager(include_path=task.include_path)
         said: Any = simple_evaluate(
             lm, tasks=[task.name], num_fewshot=task.shots, limit=limit, use_cache=cache,
-            apply_chat_template=task.chat, task_manager=manager, bootstrap_iters=1000,
+            apply_chat_template=task.chat, task_manager=_manager(task), bootstrap_iters=1000,
         )  # fmt: skip
     except PolyheadError:
         raise
@@ -81,6 +91,24 @@ def run_harness(
             lines = "".join(f"{json.dumps(row, default=str, ensure_ascii=False)}\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     return found
+
+
+def _manager(task: HarnessTask) -> Any:
+    """What finds a task: one's own directory alone where it is there, for lm-eval's own thousands
+    of files take seconds to look through."""
+    from lm_eval.tasks import TaskManager
+
+    if task.include_path is None:
+        return _defaults()
+    own = TaskManager(include_path=task.include_path, include_defaults=False)
+    return own if task.name in own.all_subtasks else TaskManager(include_path=task.include_path)
+
+
+@cache
+def _defaults() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _result(name: str, figures: Mapping[str, Any], said: Mapping[str, Any]) -> Result:

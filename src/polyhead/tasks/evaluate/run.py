@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from polyhead.errors import ConfigError, DataError, FileError
+from polyhead.errors import ConfigError, DataError
 from polyhead.models.model import TaskModel
 from polyhead.tasks.evaluate.choices import ChoicesTask
 from polyhead.tasks.evaluate.harness import HarnessTask, run_harness
@@ -85,7 +85,8 @@ def task_type(word: str) -> type[LocalTask] | type[HarnessTask]:
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Errors: ConfigError for no task, or two under one name; FileError for a file not there."""
+    """Raise ConfigError for no task, two under one name, or lm-eval's without lm-eval; FileError
+    for a file that is not there."""
     names = [file_name(task.name) for task in tasks]
     if not names:
         raise ConfigError("name at least one task, such as choices=quiz.jsonl")
@@ -93,8 +94,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
         if name in names[:place]:
             raise ConfigError(f"two tasks are called {name}; name each once, or rename a file")
     for task in tasks:
-        if isinstance(task, LocalTask) and not task.path.is_file():
-            raise FileError(f"{task.path} is no file; name one that is there")
+        task.check()
 
 
 def compare(

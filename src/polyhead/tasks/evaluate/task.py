@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, FileError
 from polyhead.models.model import TaskModel
 from polyhead.tasks.evaluate.result import Metric
 from polyhead.tasks.evaluate.scorer import MOST_TOKENS, Scorer
@@ -79,6 +79,11 @@ class LocalTask:
                 raise ConfigError(
                     f"columns has {name!r}; {self.kind} reads {', '.join(self.reads)}"
                 )
+
+    def check(self) -> None:
+        """Raise FileError where the file is not there."""
+        if not self.path.is_file():
+            raise FileError(f"{self.path} is no file; name one that is there")
 
     @property
     def name(self) -> str:
