@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError
@@ -101,9 +102,10 @@ def test_it_is_known_by_name(saved):
 
     assert get_model("polyhead") is PolyheadLM
     lm = get_model("polyhead").create_from_arg_string(
-        f"model={saved},dtype=float32", {"batch_size": "2", "device": "cpu"}
+        f"model={saved},dtype=float32", {"batch_size": "auto", "device": "cuda:0"}
     )
     assert lm.max_length == 48
+    assert lm.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 TASK = """\

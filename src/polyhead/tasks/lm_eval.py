@@ -61,8 +61,7 @@ class PolyheadLM(TemplateLM):
         self._name = model if isinstance(model, str) else model.config.model_type
         if isinstance(model, str):
             tokenizer = tokenizer or load_tokenizer(model)
-            there = "cuda" if torch.cuda.is_available() else "cpu"
-            model = load(model, dtype=dtype).to(device or there)
+            model = load(model, dtype=dtype).to(_device(device))
         if tokenizer is None:
             raise ConfigError("give the tokenizer that belongs to the model")
         self.model, self.tokenizer = model, tokenizer
@@ -211,6 +210,14 @@ class PolyheadLM(TemplateLM):
     def _tell(self, done: int, every: int) -> None:
         if self._progress is not None:
             self._progress(done, every)
+
+
+def _device(name: str | None) -> str:
+    """A device that is there: lm-eval's command line asks for a GPU whether there is one or not."""
+    there = torch.cuda.is_available()
+    if name is None or (name.startswith("cuda") and not there):
+        return "cuda" if there else "cpu"
+    return name
 
 
 if __name__ == "__main__":
