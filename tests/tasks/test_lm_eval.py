@@ -9,6 +9,8 @@ import torch
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError
+from polyhead.tasks.evaluate.intervals import wilson
+from polyhead.tasks.evaluate.run import compare
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed"
@@ -204,7 +206,9 @@ def test_a_task_of_lm_evals_is_kept_and_goes_on(saved, tasks, tmp_path, monkeypa
     task, out = ph.HarnessTask("tiny_quiz", include_path=str(tasks)), tmp_path / "out"
     first = ph.evaluate(model, tokenizer, task, out=out)["tiny_quiz"]
     assert len((out / "tiny_quiz.jsonl").read_text().splitlines()) == len(WORDS)
-    assert first["acc"].interval is not None
+    assert first["acc"].interval == wilson(round(first["acc"].value * len(WORDS)), len(WORDS))
+    same = compare([task], {"tiny_quiz": first}, {"tiny_quiz": first})
+    assert [one.interval for one in same] == [(0, 0)] * 3
     monkeypatch.setattr(PolyheadLM, "_scored", lambda *a: pytest.fail("asked again"))
     assert ph.evaluate(model, tokenizer, task, out=out)["tiny_quiz"]["acc"] == first["acc"]
 

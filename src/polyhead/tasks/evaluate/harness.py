@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
-from polyhead.tasks.evaluate.keeping import Kept, fingerprints
+from polyhead.tasks.evaluate.intervals import wilson
+from polyhead.tasks.evaluate.keeping import Kept, file_name, fingerprints
 from polyhead.tasks.evaluate.result import Metric, Result
-from polyhead.tasks.evaluate.task import Worker
+from polyhead.tasks.evaluate.task import Unit, Worker
 
 _Z = 1.959964  # standard errors of a 95 % interval
 
@@ -52,9 +53,10 @@ def run_harness(
 ) -> dict[str, Result]:
     """A result for each task that the name stands for, and for the groups over them.
 
-    Intervals are 1.96 of lm-eval's standard errors. folder: for each task's samples, and for the
-    model's answers so far, from which a stopped run goes on. Errors: ConfigError where lm-eval is
-    not installed, DataError for a task that it does not know or has no data of.
+    Intervals are Wilson's of what is right or wrong, else 1.96 of lm-eval's standard errors.
+    folder: for each task's samples, and for the model's answers so far, from which a stopped run
+    goes on. Errors: ConfigError where lm-eval is not installed, DataError for a task that it does
+    not know or has no data of.
     """
     from lm_eval import simple_evaluate
 
@@ -66,7 +68,7 @@ def run_harness(
     cache = None
     if folder is not None:
         identity = {**asdict(task), **fingerprints(worker)}
-        kept = Kept(folder, f"{task.name}.lm-eval", identity, force)
+        kept = Kept(folder, f"{file_name(task.name)}.lm-eval", identity, force)
         cache = str(kept.lines.with_suffix(""))
         if force:
             Path(f"{cache}_rank0.db").unlink(missing_ok=True)
@@ -89,7 +91,7 @@ def run_harness(
     if folder is not None:
         for name, rows in said.get("samples", {}).items():
             lines = "".join(f"{json.dumps(row, default=str, ensure_ascii=False)}\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+            (folder / f"{file_name(name)}.jsonl").write_text(lines, encoding="utf-8")
     return found
 
 
@@ -111,18 +113,41 @@ def _defaults() -> Any:
     return TaskManager()
 
 
+def units_of(result: Result) -> dict[str, list[Unit]]:
+    """The samples of each metric that is a mean over them, to be paired with another model's."""
+    found: dict[str, list[Unit]] = {}
+    for shown, metric in result.metrics.items():
+        name, _, chosen = shown.partition(" (")
+        values = _values(result.records, name, chosen.removesuffix(")") or "none")
+        if values and math.isclose(sum(values.values()) / len(values), metric.value, abs_tol=1e-9):
+            found[shown] = [Unit(key, value, 1) for key, value in values.items()]
+    return found
+
+
 def _result(name: str, figures: Mapping[str, Any], said: Mapping[str, Any]) -> Result:
+    rows = tuple(said.get("samples", {}).get(name, ()))
     metrics: dict[str, Metric] = {}
     for key, value in figures.items():
         metric, comma, chosen = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = figures.get(f"{metric}_stderr,{chosen}")
+        values = _values(rows, metric, chosen).values()
         interval = None
-        if isinstance(error, int | float) and math.isfinite(error):
+        if values and set(values) <= {0, 1}:
+            interval = wilson(round(sum(values)), len(values))
+        elif isinstance(error, int | float) and math.isfinite(error):
             interval = (value - _Z * error, value + _Z * error)
         shown = metric if chosen == "none" else f"{metric} ({chosen})"
         metrics[shown] = Metric(float(value), interval)
     counted = said.get("n-samples", {}).get(name, {}).get("effective", 0)
-    rows = tuple(said.get("samples", {}).get(name, ()))
     return Result(task=name, metrics=metrics, samples=counted or len(rows), records=rows)
+
+
+def _values(rows: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> dict[Any, float]:
+    """A metric of each sample, by its number, where it has one; chosen: lm-eval's filter."""
+    return {
+        row["doc_id"]: float(row[metric])
+        for row in rows
+        if row.get("filter", "none") == chosen and isinstance(row.get(metric), int | float)
+    }

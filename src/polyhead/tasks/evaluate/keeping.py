@@ -1,6 +1,7 @@
 """What is known of samples already, on disk, so that a run that was stopped goes on."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -64,6 +65,13 @@ class Kept:
             raise FileError(
                 f"{self.lines} holds lines that are no JSON; delete it, or use force"
             ) from None
+
+
+def file_name(task: str) -> str:
+    """What a task's files are called: `choices.quiz` of `choices=data/quiz.jsonl`."""
+    kind, equals, path = task.partition("=")
+    name = f"{kind}.{Path(path).stem}" if equals else kind
+    return re.sub(r"[^\w.-]", "_", name)
 
 
 def identity_of(task: LocalTask, worker: Worker) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Evaluation: models at tasks, and two models side by side."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 from polyhead.errors import ConfigError, DataError
 from polyhead.models.model import TaskModel
 from polyhead.tasks.evaluate.choices import ChoicesTask
-from polyhead.tasks.evaluate.harness import HarnessTask, run_harness
+from polyhead.tasks.evaluate.harness import HarnessTask, run_harness, units_of
 from polyhead.tasks.evaluate.intervals import paired_interval
-from polyhead.tasks.evaluate.keeping import Kept, identity_of
+from polyhead.tasks.evaluate.keeping import Kept, file_name, identity_of
 from polyhead.tasks.evaluate.match import MatchTask
 from polyhead.tasks.evaluate.perplexity import PerplexityTask
 from polyhead.tasks.evaluate.result import Difference, Result
@@ -103,13 +102,13 @@ def compare(
     """By how much the second model's figures are above the first's, sample by sample.
 
     Windows of a text are samples of both only where the tokenizers agree; there is no interval
-    where they do not, nor for tasks of lm-eval.
+    where they do not, nor for a figure of lm-eval's that is no mean over samples.
     """
     found: list[Difference] = []
     by_name = {task.name: task for task in tasks if isinstance(task, LocalTask)}
     for name in (name for name in first if name in second):
         units = [
-            by_name[name].units(one[name].records) if name in by_name else {}
+            by_name[name].units(one[name].records) if name in by_name else units_of(one[name])
             for one in (first, second)
         ]
         for metric, mine in first[name].metrics.items():
@@ -125,13 +124,6 @@ def compare(
             value = second[name][metric].value - mine.value
             found.append(Difference(task=name, metric=metric, value=value, interval=interval))
     return found
-
-
-def file_name(task: str) -> str:
-    """What a task's files are called: `choices.quiz` of `choices=data/quiz.jsonl`."""
-    kind, equals, path = task.partition("=")
-    name = f"{kind}.{Path(path).stem}" if equals else kind
-    return re.sub(r"[^\w.-]", "_", name)
 
 
 def _local(
