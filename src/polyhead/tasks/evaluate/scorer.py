@@ -162,18 +162,16 @@ class Scorer:
         owners = [row for row, group in enumerate(batch) for _ in group.members]
         members = [member for group in batch for member in group.members]
         # What follows the context's last token is the first that is asked.
-        hidden = hidden[torch.arange(count, device=ids.device), keep.sum(1) - 1][owners][:, None]
-        longer = [row for row, (_, ids) in enumerate(members) if len(ids) > 1]
-        if longer:
-            caches.select([owners[row] for row in longer])
-            ids, keep = padded([members[row][1][:-1] for row in longer], self.model.device)
+        hidden = hidden[torch.arange(count, device=ids.device), keep.sum(1) - 1][owners]
+        most = max(len(ids) for _, ids in members)
+        states = hidden.new_zeros(len(members), most, hidden.shape[1])
+        states[:, 0] = hidden
+        for rows in _alike([len(ids) - 1 for _, ids in members]):
+            branches = _forked(caches, [owners[row] for row in rows])
+            ids, keep = padded([members[row][1][:-1] for row in rows], self.model.device)
             mask = None if bool(keep.all()) else keep
-            rest = backbone(ids, attention_mask=mask, caches=caches)
-            whole = hidden.new_zeros(len(members), 1 + rest.shape[1], rest.shape[2])
-            whole[:, :1] = hidden
-            whole[longer, 1:] = rest
-            hidden = whole
-        return self._found(hidden, members, [0] * len(members))
+            states[rows, 1 : 1 + ids.shape[1]] = backbone(ids, attention_mask=mask, caches=branches)
+        return self._found(states, members, [0] * len(members))
 
     def _translated(self, batch: "list[_Group]") -> "list[_Found]":
         """Each source is encoded once for all of its continuations."""
@@ -283,6 +281,13 @@ def _within(groups: Sequence[_Group], most_tokens: int) -> Iterator[list[_Group]
         rows += len(group.members)
     if batch:
         yield batch
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows whose lengths differ by less than a factor of two; those of length 0 are left out."""
+    order = sorted((row for row in range(len(lengths)) if lengths[row]), key=lengths.__getitem__)
+    for _, rows in groupby(order, key=lambda row: lengths[row].bit_length()):
+        yield list(rows)
 
 
 def _forked(caches: Caches, rows: Sequence[int]) -> Caches:
