@@ -27,6 +27,7 @@ MOST_TOKENS = 8192
 """That a batch holds, padding included; a single longer row is a batch of its own."""
 
 _MOST_LOGITS = 1 << 24  # numbers held at once: 64 MB in float32
+_LEAST_FILLED = 0.75  # of a batch's width, by each of its rows
 _WORTH_SHARING = 16  # tokens that all contexts begin with
 
 
@@ -270,11 +271,12 @@ def _shared(groups: Sequence[_Group]) -> int:
 
 
 def _within(groups: Sequence[_Group], most_tokens: int) -> Iterator[list[_Group]]:
-    """Groups of falling width together, as many as fit."""
+    """Groups of falling width together, as many as fit, and none that is mostly padding."""
     batch: list[_Group] = []
     rows = 0
     for group in groups:
-        if batch and (rows + len(group.members)) * batch[0].width > most_tokens:
+        full = bool(batch) and (rows + len(group.members)) * batch[0].width > most_tokens
+        if full or (batch and group.width < _LEAST_FILLED * batch[0].width):
             yield batch
             batch, rows = [], 0
         batch.append(group)
