@@ -7,6 +7,8 @@ trained on the ratings, judges what they write: how often the mood is the one as
 how often what DPO writes is nearer to it than what LoRA alone writes.
 """
 
+import ctypes
+import gc
 import html
 import random
 import subprocess
@@ -18,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from recipes.common import arguments, best_of, pairs, tell
 from recipes.posts import tune
 
@@ -63,7 +64,7 @@ def main() -> None:
     chosen = _written(model, tokenizer, given)
     rates["dpo"] = _hits(judge, chosen)
     wins, low, high = _wins(judge, chosen, plain)
-    memory = {kind: _in_own_process(kind) for kind in ("lora", "qlora")}
+    memory = {kind: _in_own_process(kind) for kind in ("lora_float32", "lora", "qlora")}
     for mood in MOODS:
         print(f"{mood}: {plain[mood][0]!r} (LoRA), {chosen[mood][0]!r} (DPO)")
     tell(
@@ -164,22 +165,41 @@ def _in_own_process(kind: str) -> float:
 
 
 def _peak(kind: str, rows: Rows) -> float:
-    """The most memory in MiB that a few steps hold above Python and torch, the model included."""
+    """The most memory in MiB that a few steps take, the model included.
+
+    Beside what the same steps of a tiny model have left in the process: libraries, threads, caches.
+    """
     tokenizer = ph.tokenizer(BASE)
-    torch.ones(8, 8) @ torch.ones(8, 8)
-    empty = _status("VmRSS")
-    model = ph.load(BASE, dtype="bfloat16")
+    tiny = dict(d_model=8, d_ff=8, num_layers=1, num_heads=1, max_seq_len=64)
+    _few_steps(
+        ph.build("llama", vocab_size=tokenizer.vocab_size, **tiny), tokenizer, rows, "float32"
+    )
+    before = _status("VmRSS")
+    dtype = "float32" if kind == "lora_float32" else "bfloat16"
+    model = ph.load(BASE, dtype=dtype)
     if kind == "qlora":
         model = ph.quantize(model, "nf4")
+    _give_back()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    _few_steps(model, tokenizer, rows, dtype)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _few_steps(model: Any, tokenizer: Any, rows: Rows, dtype: Any) -> None:
     ph.add_adapter(model, ADAPTER)
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
-            steps=6, batch_size=4, context=64, lr=1e-4, dtype="bfloat16", recompute="blocks",
+            steps=6, batch_size=4, context=64, lr=1e-4, dtype=dtype, recompute="blocks",
             held_out=0.0, out=f"{folder}/run",
         )  # fmt: skip
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         ph.Trainer(model, tokenizer, config, objective="chat", quiet=True).fit(rows[:64])
-    return (_status("VmHWM") - empty) / 1024
+    _give_back()
+
+
+def _give_back() -> None:
+    """What was freed stays with the process otherwise, and would count."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(key: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.cli.conftest import save_model
 from tests.tasks.test_images import clip, pictures, vision
 from tests.tasks.test_translate import make as translator
 from tests.tasks.tiny import make
@@ -45,10 +46,10 @@ def test_python(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     if note.startswith("needs: "):
-        fixtures = {"weights": "smollm2", "minilm": "minilm", "tiny": "tiny", "ranks": "torchrun"}
-        needed = fixtures[note[7:]]
+        fixtures = {"weights": "smollm2", "ranks": "torchrun"}
+        needed = fixtures.get(note[7:], note[7:])
         there = request.getfixturevalue(needed)
-        if needed == "tiny":
+        if needed in ("tiny", "quiz"):
             monkeypatch.chdir(there)
     exec(compile(body, "example", "exec"), {})
 
@@ -63,7 +64,8 @@ def test_commands(
 ) -> None:
     commands = [shlex.split(line, comments=True) for line in body.splitlines()]
     assert all(words[0] in ("polyhead", "make") for words in commands)
-    monkeypatch.chdir(request.getfixturevalue("tiny") if note == "run: tiny" else tmp_path)
+    stands = note[5:] in ("tiny", "quiz")
+    monkeypatch.chdir(request.getfixturevalue(note[5:]) if stands else tmp_path)
     if note in ("run: table", "run: tasks"):
         rows = [f"{text}\t{label}" for text, label in POSTS * 10]
         (tmp_path / "posts.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
@@ -131,6 +133,20 @@ def story(path: Path) -> None:
     shape = dict(d_model=32, num_layers=2, num_heads=4, max_seq_len=512)
     ph.build("gpt2", vocab_size=tokenizer.vocab_size + 6, **shape).save(path)
     tokenizer.save(path)
+
+
+@pytest.fixture
+def quiz(tmp_path: Path) -> Path:
+    """A folder where the models and files of docs/evaluation.md stand, small and untaught."""
+    save_model(tmp_path / "runs" / "gpt", None)
+    save_model(tmp_path / "runs" / "other", None, seed=1)
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    rows = [{"question": f"the {word}", "choices": ["fox", "lazy dog"], "answer": 0, "n": number}
+            for number, word in enumerate("quick brown fox jumps over lazy".split())]  # fmt: skip
+    (tmp_path / "quiz.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    asks = [{"question": row["question"], "answer": ["fox", "dog"]} for row in rows]
+    (tmp_path / "asks.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in asks))
+    return tmp_path
 
 
 def test_the_table_of_objectives_has_every_name_column_and_option() -> None:

@@ -169,7 +169,11 @@ def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
     add_adapter(model, LoraConfig(dora=True), "long")
     with pytest.raises(ph.ConfigError, match="'long' is a DoRA"):
         use_adapters(model, {"long": 0.5})
-    for wrong, message in (({"rank": 0}, "rank is 0"), ({"dropout": 1.0}, "dropout is 1.0")):
+    for wrong, message in (
+        ({"rank": 0}, "rank is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+    ):
         with pytest.raises(ph.ConfigError, match=message):
             LoraConfig(**wrong)
     save_adapter(model, tmp_path / "kept")
@@ -181,13 +185,18 @@ def test_what_cannot_be_adapted_is_said(tmp_path: Path) -> None:
         ph.FileError, match=r"adapts .* from 16 to 16 numbers, and the model has 24"
     ):
         load_adapter(made(d_model=24), tmp_path / "kept")
-    with pytest.raises(ph.FileError, match=r"which gpt2 does not have.*for another model"):
+    with pytest.raises(
+        ph.FileError, match=r"adapts model\.layers.*which gpt2 does not have.*another"
+    ):
         load_adapter(made("gpt2"), tmp_path / "kept")
     said = (tmp_path / "kept" / "adapter_config.json").read_text()
     for old, new, message in (
         ('"LORA"', '"IA3"', "of the kind 'IA3'"),
         ('"bias": "none"', '"bias": "all"', "bias = 'all' is not supported"),
         ('"lora_alpha": 16.0', '"lora_alpha": "much"', "wrong value"),
+        ('"alpha_pattern": {}', '"alpha_pattern": {"(": 3}', "alpha_pattern has a wrong value"),
+        ('"alpha_pattern": {}', '"alpha_pattern": ["q"]', "alpha_pattern has a wrong value"),
+        ('"alpha_pattern": {}', '"alpha_pattern": {".*": "x"}', "alpha_pattern has a wrong value"),
     ):
         (tmp_path / "kept" / "adapter_config.json").write_text(said.replace(old, new))
         with pytest.raises(ph.FileError, match=message):

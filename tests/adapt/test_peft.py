@@ -12,6 +12,7 @@ import polyhead as ph
 from polyhead.adapt.adapters import add_adapter, merge_adapters, unmerge_adapters
 from polyhead.adapt.lora import LoraConfig
 from polyhead.adapt.peft import load_adapter, save_adapter
+from polyhead.errors import FileError
 
 peft = pytest.importorskip("peft")
 CLOSE = 1e-5
@@ -47,6 +48,27 @@ CASES: dict[str, tuple[Any, Any, Any, str | None, Any, tuple[str, ...]]] = {
         transformers.BertForSequenceClassification,
         transformers.BertConfig(**SMALL, num_attention_heads=4, num_labels=3),
         ["query", "dense"], "SEQ_CLS", ("query", "attention.v"), ("head",),
+    ),
+    "bert-bare": (
+        transformers.BertModel, transformers.BertConfig(**SMALL, num_attention_heads=4),
+        ["query", "output.dense"], "FEATURE_EXTRACTION", ("query", "ffn.down"), ("pooler",),
+    ),
+    "bert-tied-head": (
+        transformers.BertForMaskedLM, transformers.BertConfig(**SMALL, num_attention_heads=4),
+        ["value"], None, ("attention.q",), ("head",),
+    ),
+    "gpt2-tied-embedding": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(
+            vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1,
+            eos_token_id=2,
+        ),
+        ["c_proj"], "CAUSAL_LM", ("k",), ("embedding",),
+    ),
+    "roberta-classes": (
+        transformers.RobertaForSequenceClassification,
+        transformers.RobertaConfig(**SMALL, num_attention_heads=4, num_labels=3, pad_token_id=1),
+        ["key"], "SEQ_CLS", ("attention.q",), ("head",),
     ),
     "t5": (
         transformers.T5ForConditionalGeneration,
@@ -84,7 +106,8 @@ def inputs_of(config: Any) -> dict[str, Tensor]:
 def answer(model: Any, config: Any) -> Tensor:
     with torch.no_grad():
         found = model.eval()(**inputs_of(config))
-    return getattr(found, "logits", found)
+    found = getattr(found, "logits", found)
+    return getattr(found, "last_hidden_state", found)
 
 
 def shaken(model: torch.nn.Module) -> None:
@@ -154,3 +177,42 @@ def test_ours_is_read_there(case: str, dora: bool, base: Path, tmp_path: Path) -
     other = ph.load(base)
     load_adapter(other, tmp_path / "ours")
     torch.testing.assert_close(answer(other, config), wanted, atol=CLOSE, rtol=CLOSE)
+
+
+def saved_by_peft(folder: Path, tied: bool, **more: Any) -> tuple[Path, Path, Tensor]:
+    """A base, an adapter beside it, and what both answer."""
+    config = transformers.LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=tied)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "base")
+    base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
+    made = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+    wrapped = peft.get_peft_model(base, made)
+    shaken(wrapped)
+    wrapped.save_pretrained(folder / "theirs")
+    return folder / "base", folder / "theirs", answer(wrapped, config)
+
+
+REFUSED: dict[str, tuple[bool, dict[str, Any], str]] = {
+    "embedding apart": (True, {"modules_to_save": ["embed_tokens"]}, "apart from lm_head.weight"),
+    "head apart": (True, {"modules_to_save": ["lm_head"]}, "lm_head.weight apart from model.embed"),
+    "another base": (False, {"init_lora_weights": "pissa"}, "'pissa' changed the base's weights"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_answer_otherwise_here_is_refused(case: str, tmp_path: Path) -> None:
+    tied, more, said = REFUSED[case]
+    base, adapter, _ = saved_by_peft(tmp_path, tied, **more)
+    with pytest.raises(FileError, match=said):
+        load_adapter(ph.load(base), adapter)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_learned_tied_is_read(tmp_path: Path) -> None:
+    told = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    base, adapter, wanted = saved_by_peft(tmp_path, True, **told)
+    model = ph.load(base)
+    load_adapter(model, adapter)
+    found = answer(model, transformers.LlamaConfig())
+    torch.testing.assert_close(found, wanted, atol=CLOSE, rtol=CLOSE)

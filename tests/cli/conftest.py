@@ -32,7 +32,7 @@ def cli(capsys) -> Callable[..., Ran]:
     return run
 
 
-def save_model(folder: Path, chat_template: str | None, kind: str = "llama") -> Path:
+def save_model(folder: Path, chat_template: str | None, kind: str = "llama", seed: int = 0) -> Path:
     tokenizer = Tokenizer.train(
         [TEXT],
         kind="bpe",
@@ -41,7 +41,7 @@ def save_model(folder: Path, chat_template: str | None, kind: str = "llama") -> 
         chat_template=chat_template,
     )
     sizes = {"d_model": 16, "num_layers": 2, "num_heads": 2, "max_seq_len": 128, "d_ff": 32}
-    model = build(kind, seed=0, vocab_size=tokenizer.vocab_size, **sizes)
+    model = build(kind, seed=seed, vocab_size=tokenizer.vocab_size, **sizes)
     model.generation = {"eos_token_id": tokenizer.eos_id}
     model.save(folder)
     tokenizer.save(folder, force=True)

@@ -53,6 +53,7 @@ def test_every_rung_spends_the_budget_and_is_scored_alike(cli, file, tmp_path):
         words = Tokenizer.load(ladder_model(run))
         score = perplexity(model, words, held_out, context=16, stride=4)
         assert one["bits_per_byte"] == pytest.approx(score.bits_per_byte, abs=1e-4)
+        assert one["memory_bytes"] > 1 << 20
         assert one["parameters"] == model.num_parameters()
     page = (out / "report.html").read_text()
     for word in ("The ladder", "Comparison", "% of the budget", "What it writes", "window-mlp"):

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 import polyhead as ph
+from polyhead.compress import layers
 from polyhead.compress.formats import FORMATS, Int8, Nf4, Nf6, normal_float
 from polyhead.compress.quantize import weight_bytes
 from polyhead.errors import ConfigError
+from polyhead.train import objectives
+from polyhead.train.objectives import head_cross_entropy
 
 IDS = torch.tensor([[1, 5, 9, 3, 7, 2, 8]])
 SIZES = dict(d_model=64, num_layers=2, num_heads=4, max_seq_len=32)
@@ -182,3 +185,34 @@ def test_generation_from_few_bits():
     for _ in range(3):
         ids = torch.cat([ids, packed(ids)[:, -1:].argmax(-1)], 1)
     assert ids.shape == (1, 10)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_large_matrix_is_never_whole(form, monkeypatch):
+    """Products by stretches are those of the whole, both ways, and in a head's loss too."""
+    model = ph.quantize(made("llama-tied"), form)
+    labels = IDS.roll(-1, 1)
+    hidden = torch.randn(1, 7, 64, requires_grad=True)
+
+    def found():
+        hidden.grad = None
+        losses = [
+            head_cross_entropy(model.head, hidden, labels),
+            model.head(hidden).logsumexp(-1).sum(),
+        ]
+        sum(losses).backward()
+        return *(loss.detach() for loss in losses), hidden.grad.clone()
+
+    whole, sizes = found(), []
+    monkeypatch.setattr(layers, "_AT_ONCE", 64 * 9)
+    monkeypatch.setattr(objectives, "CHUNK_LOGITS", 70 * 3)
+    unpack = FORMATS[form].unpack
+
+    def counted(self, rows=slice(None)):
+        sizes.append(len(found := unpack(self, rows)))
+        return found
+
+    monkeypatch.setattr(FORMATS["int8" if form == "int8" else "nf6"], "unpack", counted)
+    for a, b in zip(found(), whole, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+    assert 0 < max(sizes) <= 9

@@ -5,7 +5,6 @@ import torch
 
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.generator import TextGenerator
-from polyhead.generate.prefix import PrefixCache
 from polyhead.models.assemble import build
 from polyhead.text.tokenizer import Tokenizer
 from polyhead.train.config import TrainConfig
@@ -70,9 +69,9 @@ def test_generates_alone_what_it_generates_in_a_batch(name):
     static = TextGenerator(writer.model, words, static=True).generate(prompts, config)
     assert [str(t) for t in static] == [str(t) for t in together]
     config = GenerationConfig(max_new_tokens=6, temperature=0)
-    prefix = PrefixCache()
+    engine = writer.own_engine()
     for prompt in ("the qui", "the quick", "the q"):
-        streamed = "".join(writer.stream(prompt, config, prefix=prefix))
+        streamed = "".join(writer.stream(prompt, config, engine=engine))
         assert streamed == str(writer.generate(prompt, config))
 
 

@@ -12,6 +12,7 @@ from polyhead.text.tokenizer import Tokenizer
 from polyhead.train.chatting import conversations
 from polyhead.train.config import TrainConfig
 from polyhead.train.dialogue import spoken
+from polyhead.train.log import read_log
 from polyhead.train.objectives import IGNORE, causal_lm
 from polyhead.train.records import read_table
 from polyhead.train.registry import OBJECTIVES
@@ -162,3 +163,21 @@ def test_a_model_learns_to_answer_and_to_stop(tmp_path):
         )
         settings = ph.GenerationConfig(max_new_tokens=20, temperature=0)
         assert str(chat.generate(ids, settings)).strip() == row["answer"]
+
+
+def test_a_step_is_the_same_in_one_batch_and_in_twelve(tokenizer, tmp_path):
+    """Rows of like length share a step, not a batch: accumulating changes no loss."""
+    rows = [{"prompt": "a cat", "answer": "sat " * (1 + at % 7)} for at in range(60)]
+    losses = []
+    for size in (12, 4, 1):
+        model = ph.build("llama", seed=0, vocab_size=tokenizer.vocab_size, d_model=16, d_ff=24,
+                         num_layers=1, num_heads=2)  # fmt: skip
+        config = TrainConfig(
+            steps=4, batch_size=size, accumulate=12 // size, context=48, warmup=1, log_every=1,
+            held_out=0.0, out=str(tmp_path / str(size)),
+        )  # fmt: skip
+        ph.Trainer(model, tokenizer, config, objective="chat", quiet=True).fit(rows)
+        log = read_log(tmp_path / str(size) / "log.jsonl")
+        losses.append([line["loss"] for line in log if "lr" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)

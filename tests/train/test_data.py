@@ -221,6 +221,17 @@ def test_rows_of_like_length_share_a_batch(count, size, seed):
         assert all(len(set(batch)) == size for batch in batches)
 
 
+@given(st.integers(1, 400), st.sampled_from([12, 6, 4, 1]), st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_a_step_has_the_same_rows_however_it_is_cut(count, size, seed):
+    step = 12
+    lengths = np.random.default_rng(seed).integers(1, 99, count)
+    rows = Examples(range(count), list, seed, "", lengths, step)
+    whole = [rows.batch(at, step) for at in range(20)]
+    parts = [rows.batch(at, size) for at in range(20 * step // size)]
+    assert [row for part in parts for row in part] == [row for one in whole for row in one]
+
+
 @given(st.integers(1, 200), st.floats(0, 0.99), st.integers(0, 2**31))
 @settings(max_examples=100, deadline=None)
 def test_rows_are_held_out_once(count, share, seed):

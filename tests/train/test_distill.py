@@ -157,3 +157,12 @@ def test_a_sink_that_is_none_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(ConfigError, match="pip install trackio"):
         sinks.sink("trackio")
+
+
+def test_a_teacher_that_reads_what_is_to_be_guessed_is_refused(tokenizer, tmp_path):
+    encoder = ph.build(
+        "bert", vocab_size=tokenizer.vocab_size, d_model=32, d_ff=64, num_layers=1, num_heads=2
+    )
+    config = TrainConfig(steps=1, context=16, out=str(tmp_path))
+    with pytest.raises(ConfigError, match="bert, is of the kind encoder"):
+        ph.Trainer(tiny(tokenizer.vocab_size), tokenizer, config, teacher=encoder)

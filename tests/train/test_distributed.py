@@ -27,6 +27,7 @@ CASES = {
         {"parallel": "fsdp", "recompute": "blocks", "ema": 0.9}, 1e-5,
     ),
     "ddp-muon-bfloat16": ({}, {"optimizer": "muon", "dtype": "bfloat16", "ema": 0.9}, 2e-2),
+    "fsdp-schedule-free": ({}, {"parallel": "fsdp", "optimizer": "schedule-free"}, 1e-5),
     "ddp-pruned": (
         {"teacher": "self"}, {"prune": 0.5, "prune_every": 2, "ema": 0.9}, 1e-5,
     ),

@@ -1,5 +1,7 @@
 """GRPO: the estimates of the paper, and a policy that learns what is rewarded."""
 
+import sys
+
 import pytest
 import torch
 
@@ -7,7 +9,16 @@ import polyhead as ph
 from polyhead.errors import ConfigError, DataError, PolyheadError
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
-from polyhead.train.grpo import advantages_of, grpo_objective, named_reward, policy_losses
+from polyhead.train.grpo import (
+    advantages_of,
+    grpo,
+    grpo_objective,
+    named_reward,
+    policy_losses,
+    prompted,
+)
+from polyhead.train.records import read_table
+from polyhead.train.registry import OBJECTIVES
 
 from .test_checkpoint import Stop, assert_same, final_state, stop_at
 
@@ -88,6 +99,49 @@ def test_a_reward_by_its_place(tokenizer, tmp_path):
     assert found["reward"] <= 0
 
 
+def test_a_file_of_rewards_may_be_named_as_a_module_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "json.py").write_text("from beside import f\n")
+    (tmp_path / "beside.py").write_text("def f(**_):\n    return [3.0]\n")
+    assert named_reward(f"{tmp_path / 'json.py'}:f")() == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("def f(:", "SyntaxError"),
+        ("raise RuntimeError('boom')", "RuntimeError: boom"),
+        ("f = 3", "is 3: it must be a function"),
+        ("g = 3", "no attribute 'f'"),
+    ],
+)
+def test_what_is_no_reward_is_told(tmp_path, code, said):
+    (tmp_path / "broken.py").write_text(code)
+    with pytest.raises(ConfigError, match=said):
+        named_reward(f"{tmp_path / 'broken.py'}:f")
+
+
+@pytest.mark.parametrize("seed", [0, 3_000_000_000])
+def test_the_first_step_follows_the_distribution_that_it_drew_from(tokenizer, tmp_path, seed):
+    """At temperature t the policy is softmax(logits / t): its gradient, by hand."""
+    model = ph.build("llama", seed=0, vocab_size=tokenizer.vocab_size, init_std=0.3, **SIZES)
+    config = TrainConfig(context=24, held_out=0.0, seed=seed, out=str(tmp_path))
+    table = read_table(ROWS, OBJECTIVES["grpo"].columns)
+    options = {"reward": letters, "group": 4, "max_new_tokens": 6, "temperature": 1.7}
+    batch = prompted(table, tokenizer, model, config, "all", **options).batch(0, 4)
+    grpo(model, batch).total.backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    answers, rewards = batch.rollout(model, batch)
+    log_probs = (model(answers.input_ids, attention_mask=answers.mask()) / 1.7).log_softmax(-1)
+    each = log_probs.gather(-1, answers.labels.clamp_min(0)[..., None])[..., 0]
+    counts = answers.labels != -100
+    means = (each * counts).sum(1) / counts.sum(1)
+    (-means * advantages_of(rewards).flatten()).sum().backward()
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "said"),
     [
@@ -96,6 +150,13 @@ def test_a_reward_by_its_place(tokenizer, tmp_path):
         ({"reward": lambda **_: [1.0]}, PolyheadError, "1 values for 16 completions"),
         ({"reward": lambda completions, **_: [float("nan")] * len(completions)}, PolyheadError,
          "no number"),
+        ({"reward": lambda **_: None}, PolyheadError, "TypeError.*prompts, completions, answer"),
+        ({"reward": lambda: [1.0]}, PolyheadError, "unexpected keyword"),
+        ({"reward": lambda completions, **_: ["x"] * len(completions)}, PolyheadError, "'x'"),
+        ({"temperature": 0.0}, ConfigError, "temperature is 0.0"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens is 0"),
+        ({"clip": -0.1}, ConfigError, "clip is -0.1"),
+        ({"kl": -0.1}, ConfigError, "kl -0.1"),
         ({"group": 1}, ConfigError, "2 or more"),
         ({"max_new_tokens": 22}, DataError, "raise context"),
         ({"kl": 0.1}, ConfigError, "train an adapter"),

@@ -13,7 +13,7 @@ from polyhead.files.safetensors import open_checkpoint
 from polyhead.train import checkpoint
 from polyhead.train.config import TrainConfig
 from polyhead.train.guards import WARM, Average, Guard
-from polyhead.train.log import read_log
+from polyhead.train.log import TIMES, read_log, standing
 from polyhead.train.loop import Trainer
 from polyhead.train.objectives import Loss, causal_lm
 
@@ -108,6 +108,39 @@ def test_a_leap_rewinds_and_passes_by_the_data(run, tokenizer):
     assert all(p.abs().max() < 10 for p in trainer.model.parameters())
 
 
+def test_a_leap_before_there_is_a_checkpoint_is_told(run, tokenizer):
+    settings = {"steps": WARM + 8, "rewind": 8.0, "checkpoint_every": 0, "lr": 1e-4}
+    trainer, calls = run_with(
+        tokenizer, run, lambda call: 1000.0 if call == WARM + 5 else 1.0, **settings
+    )
+    trainer.fit([text(60)])
+    (line,) = [line for line in read_log(run / "log.jsonl") if "spike" in line]
+    assert (line["step"], "rewound_to" in line) == (WARM + 6, False)
+    assert len(calls) == WARM + 8
+
+
+def test_a_run_that_goes_on_has_its_leaps_in_the_log(run, tokenizer):
+    settings = {"steps": WARM + 15, "rewind": 8.0, "checkpoint_every": 8, "lr": 1e-4}
+    leap = {"spoil": lambda call: 1000.0 if call == WARM + 5 else 1.0, **settings}
+    run_with(tokenizer, run / "whole", **leap)[0].fit([text(60)])
+    cut, _ = run_with(tokenizer, run / "cut", **leap)
+
+    def stop(trainer, record):
+        if record["step"] == WARM + 9 and checkpoint.latest(run / "cut").name.endswith("32"):
+            raise KeyboardInterrupt
+
+    cut.callbacks = [stop]
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit([text(60)])
+    again, _ = run_with(tokenizer, run / "cut", **{**leap, "spoil": lambda call: 1.0})
+    again.fit([text(60)], resume=True)
+    logs = [read_log(run / name / "log.jsonl") for name in ("whole", "cut")]
+    whole, cut = ([{k: v for k, v in line.items() if k not in TIMES} for line in x] for x in logs)
+    assert cut == whole
+    steps = [line["step"] for line in standing(whole) if "lr" in line]
+    assert steps == list(range(1, WARM + 16))
+
+
 def test_leaps_without_end_stop_the_run(run, tokenizer):
     settings = {"steps": 60, "rewind": 8.0, "checkpoint_every": 5, "skips": 2, "lr": 1e-4}
     trainer, _ = run_with(
@@ -128,6 +161,12 @@ def test_an_outlier_is_brought_back(run, tokenizer):
         trainer.fit([text(60)])
         state = open_checkpoint(checkpoint.latest(run / str(zclip)) / "trainer")
         moments = [state[name] for name in state if name.startswith("exp_avg.")]
+        clipped = [
+            line["clipped"]
+            for line in read_log(run / str(zclip) / "log.jsonl")
+            if "clipped" in line
+        ]
+        assert sum(clipped[WARM:]) >= 1 if zclip else not clipped
         norms[zclip] = math.sqrt(sum(float(m.square().sum()) for m in moments))
     assert norms[2.5] < norms[0.0] / 5
 

@@ -19,7 +19,7 @@ from polyhead.train.preference import (
 )
 from polyhead.train.ranks import Ranks
 from polyhead.train.records import read_table
-from polyhead.train.registry import OBJECTIVES
+from polyhead.train.registry import OBJECTIVES, settled
 
 from .test_checkpoint import Stop, assert_same, final_state, stop_at
 
@@ -193,3 +193,18 @@ def test_without_a_run_there_is_no_reference(tokenizer, tmp_path):
 def test_pairs_count_once():
     batch = PairBatch(torch.ones(6, 4).long(), torch.ones(6, 4).long())
     assert batch.tokens() == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"variant": "dop"}, "variant is 'dop': choose one of dpo, ipo, length-normalised"),
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"beta": -1.0, "variant": "ipo"}, "beta is -1.0"),
+        ({"smoothing": 0.5}, "smoothing is 0.5"),
+        ({"smoothing": 0.1, "variant": "ipo"}, "ipo takes every judgement"),
+    ],
+)
+def test_options_that_make_no_loss_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        settled(OBJECTIVES["dpo"], options)

@@ -92,6 +92,14 @@ def test_a_falling_loss_is_drawn_falling():
     assert heights == sorted(heights)
 
 
+@pytest.mark.parametrize("value", [1e-3, 0.4, 7.0, 3e8])
+def test_a_curve_that_stays_where_it_is_does_not_look_like_zero(value):
+    drawing = line_chart({"lr": [(1, value), (2, value)]})
+    marks = [float(text) for text in re.findall(r'end">([-\d.e+]+)<', drawing)]
+    assert min(marks) > value / 2
+    assert min(marks) <= value <= max(marks)
+
+
 def test_bars_are_in_proportion():
     widths = numbers(bar_chart([("a", 1.0), ("b", 2.0)]), "width")
     assert widths[1] == pytest.approx(2 * widths[0])

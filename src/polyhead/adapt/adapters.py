@@ -158,7 +158,8 @@ def _unmerged_layers(model: nn.Module) -> list[Adapted]:
 
 
 def trained_parts(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    """The parts of a model that names, or their ends, name; ConfigError where one names none."""
+    """The parts of a model that names, or their ends, name, with those tied to them; ConfigError
+    where one names none."""
     found: list[tuple[str, nn.Module]] = []
     for name in names:
         some = [
@@ -169,6 +170,13 @@ def trained_parts(model: nn.Module, names: Sequence[str]) -> list[tuple[str, nn.
         if not some:
             raise ConfigError(f"the model has no part {name!r} to train; name one as it is called")
         found += some
+    moved = {id(weight) for _, part in found for weight in part.parameters()}
+    there = {path for path, _ in found}
+    for path, part in model.named_modules():
+        own = part.parameters(recurse=False)
+        inside = any(path.startswith(f"{other}.") for other in there)
+        if path not in there and not inside and any(id(weight) in moved for weight in own):
+            found.append((path, part))
     return found
 
 

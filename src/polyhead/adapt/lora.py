@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -39,6 +40,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigError(f"rank is {self.rank}: it must be 1 or more")
+        if not math.isfinite(self.alpha):
+            raise ConfigError(f"alpha is {self.alpha}: it must be a finite number")
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout is {self.dropout}: it must be from 0 to below 1")
         if isinstance(self.targets, str) and self.targets != "all-linear":
@@ -95,6 +98,8 @@ class Adapted(nn.Module):
     """
 
     weight: Any
+    in_features: int
+    out_features: int
     adapters: nn.ModuleDict
     shares: dict[str, float]
     merged: Tensor | None
@@ -138,11 +143,13 @@ def adapted(layer: nn.Module) -> Adapted:
 
 def fresh(layer: Adapted, config: LoraConfig) -> Delta:
     """An adapter that changes nothing yet: A drawn as Kaiming uniform, B zero."""
-    weight = layer.whole()
-    a = weight.new_empty(config.rank, weight.shape[1])
+    # A packed weight is not unpacked to be looked at.
+    packed = getattr(layer, "packed", None)
+    dtype = layer.weight.dtype if packed is None else packed.dtype
+    a = torch.empty(config.rank, layer.in_features, dtype=dtype)
     nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    b = weight.new_zeros(weight.shape[0], config.rank)
-    magnitude = weight.detach().norm(dim=1) if config.dora else None
+    b = a.new_zeros(layer.out_features, config.rank)
+    magnitude = layer.whole().detach().norm(dim=1) if config.dora else None
     return Delta(a, b, config.scale, config.dropout, magnitude)
 
 

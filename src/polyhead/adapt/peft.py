@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.adapt.adapters import DEFAULT, adapters_of, place_adapter, trained_parts
+from polyhead.adapt.adapters import DEFAULT, adapters_of, place_adapter
 from polyhead.adapt.base import base_digest
 from polyhead.adapt.lora import Adapted, Delta, LoraConfig, adapted_layers
 from polyhead.adapt.names import Place, linear_places
+from polyhead.adapt.whole import check_tied, saved_modules, written_whole
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.disk import atomic_file
 from polyhead.files.jsons import read_json
 from polyhead.files.safetensors import SafetensorsFile
 from polyhead.files.safetensors_write import write_file
-from polyhead.models.keys import to_ours, to_theirs
+from polyhead.models.assemble import known_names
+from polyhead.models.keys import to_ours
 from polyhead.models.model import BESIDE, TaskModel, checkpoint_rules
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -32,6 +34,8 @@ _BASE_NAME = "base_model_name_or_path"
 _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 # What PEFT can do beside and this library does not read, with the value that means it is not done.
 _NOT_READ = {"bias": "none", "layer_replication": None, "megatron_config": None, "lora_bias": False}
+# How A and B began, where that left the base as it was; others took from it what they were given.
+_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(
@@ -53,15 +57,17 @@ def save_adapter(
     layers = {path: layer for path, layer in adapted_layers(model) if name in layer.adapters}
     tensors: dict[str, Tensor] = {}
     settings: dict[str, tuple[int, float]] = {}
+    bare = _prefix_left_out(model)
     for place in _modules(linear_places(model), layers):
         a, b, magnitude = _joined(model, place, name)
-        tensors[f"{_PREFIX}{place.theirs}{_A}"], tensors[f"{_PREFIX}{place.theirs}{_B}"] = a, b
+        theirs = place.theirs.removeprefix(bare)
+        tensors[f"{_PREFIX}{theirs}{_A}"], tensors[f"{_PREFIX}{theirs}{_B}"] = a, b
         if magnitude is not None:
-            tensors[f"{_PREFIX}{place.theirs}{_MAGNITUDE}"] = magnitude
+            tensors[f"{_PREFIX}{theirs}{_MAGNITUDE}"] = magnitude
         scale = next(_deltas(model, place, name)).scale
         alpha = scale * (math.sqrt(len(a)) if config.rslora else len(a))
-        settings[place.theirs] = len(a), alpha
-    whole = _written_whole(model, config)
+        settings[theirs] = len(a), alpha
+    whole = {key.removeprefix(bare): value for key, value in written_whole(model, config).items()}
     tensors |= {_PREFIX + theirs: tensor for theirs, tensor in whole.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # Copies: memory that a file was written from is no longer FSDP's to free.
@@ -89,23 +95,27 @@ def load_adapter(
     stated = read_json(folder / CONFIG)
     config = _config(stated, folder)
     tensors, ranks = _tensors(folder)
+    names = known_names(model.config, tensors)
+    tensors = {now: tensors[name] for now, name in names.items()}
     places: dict[str, list[Place]] = {}
     for place in linear_places(model).values():
         places.setdefault(place.theirs, []).append(place)
     deltas: dict[str, Delta] = {}
     for key in [key for key in tensors if key.endswith(_A)]:
-        theirs = key.removesuffix(_A)
+        theirs, named = key.removesuffix(_A), names[key].removesuffix(_A)
         a, b, magnitude = (tensors.pop(theirs + end, None) for end in (_A, _B, _MAGNITUDE))
         if theirs not in places or a is None or b is None:
             raise FileError(
-                f"{folder} adapts {theirs}, which {model.config.model_type} does not have as a "
+                f"{folder} adapts {named}, which {model.config.model_type} does not have as a "
                 "linear layer: it is for another model"
             )
-        alpha = _matching(stated.get("alpha_pattern") or {}, theirs, config.alpha)
-        own = replace(config, rank=len(a), alpha=float(alpha))
+        alpha = _alpha(stated.get("alpha_pattern") or {}, named, config.alpha, folder)
+        own = replace(config, rank=len(a), alpha=alpha)
         split = _split(model, places[theirs], a, b, magnitude, own, folder)
         deltas |= _told_apart(split, ranks)
     rules = checkpoint_rules(model.config, model.head_kind)
+    if not stated.get("ensure_weight_tying"):
+        check_tied(rules, tensors, folder)
     shapes = {
         key.removeprefix("backbone."): value.shape
         for key, value in model.state_dict().items()
@@ -255,13 +265,10 @@ def _weight(layer: Any) -> Tensor:
     return layer.whole() if isinstance(layer, Adapted) else layer.weight
 
 
-def _written_whole(model: TaskModel, config: LoraConfig) -> dict[str, Tensor]:
-    """The tensors of parts that learned whole, under the checkpoint's names."""
-    ours: dict[str, Tensor] = {}
-    for path, part in trained_parts(model, config.trained):
-        own = path.removeprefix("backbone.")
-        ours |= {f"{own}.{key}": value.detach() for key, value in part.state_dict().items()}
-    return to_theirs(checkpoint_rules(model.config, model.head_kind), ours) if ours else {}
+def _prefix_left_out(model: TaskModel) -> str:
+    """What names of a backbone begin with in a model with a head, and do not without one."""
+    is_bare = model.head_kind in ("none", "embed")
+    return model.config.row(model.config.model_type).prefix if is_bare else ""
 
 
 def _described(
@@ -278,9 +285,10 @@ def _described(
     kinds = {"classify": "SEQ_CLS", "tag": "TOKEN_CLS", "answer": "QUESTION_ANS"}
     written = {"decoder": "CAUSAL_LM", "encoder-decoder": "SEQ_2_SEQ_LM"}
     kind = written.get(getattr(model.config, "kind", "decoder"))
+    task = kinds.get(model.head_kind, kind if model.head_kind == "lm" else None)
     return {
         "peft_type": "LORA",
-        "task_type": kinds.get(model.head_kind, kind if model.head_kind == "lm" else None),
+        "task_type": task,
         _BASE_NAME: base,
         "inference_mode": True,
         "r": usual[0],
@@ -292,7 +300,7 @@ def _described(
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "fan_in_fan_out": any(place.transposed for place in linear_places(model).values()),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in whole}) or None,
+        "modules_to_save": saved_modules(whole, task),
         "bias": "none",
     }
 
@@ -300,8 +308,9 @@ def _described(
 def _targets(model: TaskModel, adapted: Collection[str]) -> list[str]:
     """The last words of the modules' names where they name no other module, else whole names."""
     words = {theirs.rpartition(".")[2] for theirs in adapted}
+    bare = _prefix_left_out(model)
     named = {
-        place.theirs
+        place.theirs.removeprefix(bare)
         for place in linear_places(model).values()
         if place.theirs.rpartition(".")[2] in words
     }
@@ -314,6 +323,11 @@ def _config(stated: Mapping[str, Any], folder: Path) -> LoraConfig:
     for key, plain in _NOT_READ.items():
         if stated.get(key, plain) not in (plain, None):
             raise FileError(f"{folder}: {key} = {stated[key]!r} is not supported")
+    if (begun := stated.get("init_lora_weights")) not in _BEGINNINGS:
+        raise FileError(
+            f"{folder}: init_lora_weights = {begun!r} changed the base's weights; save it as a "
+            "plain LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
     try:
         return LoraConfig(
             rank=int(stated.get("r", 8)),
@@ -343,9 +357,12 @@ def _file(folder: Path) -> SafetensorsFile:
     return SafetensorsFile(folder / WEIGHTS)
 
 
-def _matching(pattern: Mapping[str, Any], theirs: str, usual: float) -> Any:
-    """PEFT's patterns: a key is an expression for the end of a module's name."""
-    for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", theirs):
-            return value
+def _alpha(patterns: Any, theirs: str, usual: float, folder: Path) -> float:
+    """By PEFT's patterns: a key is an expression for the end of a module's name."""
+    try:
+        for key, value in patterns.items():
+            if re.fullmatch(rf"(.*\.)?({key})", theirs):
+                return float(value)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise FileError(f"{folder / CONFIG}: alpha_pattern has a wrong value: {error}") from None
     return usual

@@ -18,6 +18,7 @@ from polyhead.models.model import TaskModel
 from polyhead.models.ngram import NGram
 from polyhead.tasks.perplexity import perplexity, scorable
 from polyhead.text.tokenizer import Tokenizer
+from polyhead.train.allocator import forget_peak
 from polyhead.train.config import TrainConfig
 from polyhead.train.log import read_log
 from polyhead.train.loop import Interrupted, Trainer
@@ -139,6 +140,7 @@ def train(name: str, course: Course, view: "LadderView") -> dict[str, Any]:
     args, plan = course.args, _plan(name, course)
     model = built(plan, args.seed)
     config = _config(plan, course)
+    forget_peak()
     view.start(name, f"{model.num_parameters():,} parameters", config.steps)
     trainer = Trainer(
         model,
@@ -172,6 +174,7 @@ def train(name: str, course: Course, view: "LadderView") -> dict[str, Any]:
         "tokens": tokens,
         "flops": plan.flops_per_token * tokens,
         "seconds": sum(record.get("seconds", 0.0) for record in records),
+        "memory_bytes": max((record.get("memory_bytes", 0) for record in records), default=0),
         "bits_per_byte": score.bits_per_byte,
         "sample": _sample(model, course),
         "directory": config.out,

@@ -153,11 +153,12 @@ def _write(
     found: dict[str, dict[str, Any]],
 ) -> None:
     from polyhead.cli.reporting import charts_of, samples_of
+    from polyhead.train.log import standing
     from polyhead.train.report import Chart, Report, write_report
 
     losses = [
         Chart(title, {
-            name: [(r["step"], r[key]) for r in records if key in r]
+            name: [(r["step"], r[key]) for r in standing(records) if key in r]
             for name, records in logs.items()
         }, "In nats, by step; lower is better.")
         for title, key in (("Training loss", "loss"), ("Held-out loss", "valid_loss"))

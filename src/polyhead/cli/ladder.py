@@ -49,7 +49,7 @@ class Args:
     """Directory of the ladder."""
     flops: str = "4T"
     """Forward and backward FLOPs of each trained rung: a number, as 4e12, or with a suffix, as 4T
-    (K, M, G, T, P, E). 4T takes 5 to 10 minutes in all on two cores."""
+    (K, M, G, T, P, E)."""
     rungs: tuple[str, ...] = NAMES
     """Which, in this order."""
     context: int = 128

@@ -100,6 +100,7 @@ def rows_of(state: Mapping[str, Any]) -> list[list[str]]:
         "passes",
         "FLOPs",
         "seconds",
+        "peak MiB",
     ]
     return [
         head,
@@ -113,6 +114,7 @@ def rows_of(state: Mapping[str, Any]) -> list[list[str]]:
                 f"{one['tokens'] / train_tokens:.1f}",
                 f"{one['flops']:.3g}" if one["flops"] else "counts",
                 f"{one['seconds']:.0f}",
+                f"{one['memory_bytes'] / 2**20:.0f}" if one.get("memory_bytes") else "–",
             ]
             for name, one in _results(state).items()
         ),
@@ -124,7 +126,8 @@ def print_table(state: Mapping[str, Any]) -> None:
     head, *rows = rows_of(state)
     table = Table(box=None, pad_edge=False)
     for column in head:
-        table.add_column(column, justify="left" if column == "rung" else "right")
+        is_name = column == "rung"
+        table.add_column(column, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         table.add_row(*row)
     Console(soft_wrap=True, highlight=False).print(table)

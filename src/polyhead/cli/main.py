@@ -34,6 +34,7 @@ VERBS = {
     "translate": "translate texts, or the lines of a file",
     "summarize": "make texts short",
     "diff": "show what parts change between two families or checkpoints",
+    "eval": "evaluate a model, or compare two, at tasks and files",
     "perplexity": "measure how well a model predicts a text",
     "convert": "rewrite a model as Hugging Face directory or GGUF file",
     "pull": "fetch a model by name; without a name, list the names",

@@ -10,7 +10,7 @@ from polyhead.explain.capture import capture
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 from polyhead.train.blend import prepared_of, texts_of
-from polyhead.train.log import read_log
+from polyhead.train.log import read_log, standing
 from polyhead.train.prepared import open_prepared
 from polyhead.train.report import AttentionMap, Chart, Point
 
@@ -27,7 +27,7 @@ _CHARTS: tuple[tuple[str, tuple[str, ...], float, str], ...] = (
 
 def curves_of(run: Path) -> dict[str, list[Point]]:
     """Bits per byte by step, or else the loss, while training and on what is held out."""
-    records = read_log(run / "log.jsonl")
+    records = standing(read_log(run / "log.jsonl"))
     name = "bits_per_byte" if any("bits_per_byte" in r for r in records) else "loss"
     return {
         "training": [(r["step"], r[name]) for r in records if name in r],
@@ -40,7 +40,9 @@ def charts_of(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
     charts: list[Chart] = []
     for title, keys, scale, caption in _CHARTS:
         curves = {
-            name: [(r["step"], r[key] * scale) for r in records for key in keys if key in r]
+            name: [
+                (r["step"], r[key] * scale) for r in standing(records) for key in keys if key in r
+            ]
             for name, records in logs.items()
         }
         charts.append(Chart(title, curves, caption))
@@ -49,7 +51,8 @@ def charts_of(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Chart]:
 
 def samples_of(run: Path) -> list[tuple[int, str]]:
     """A few samples from the first to the last."""
-    found = [(r["step"], r["sample"]) for r in read_log(run / "log.jsonl") if "sample" in r]
+    records = standing(read_log(run / "log.jsonl"))
+    found = [(r["step"], r["sample"]) for r in records if "sample" in r]
     if len(found) <= _SHOWN_SAMPLES:
         return found
     last = len(found) - 1

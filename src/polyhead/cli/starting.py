@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {"d_model": 128, "num_layers": 4, "num_heads": 4}
 SENTINELS = 100  # as T5 has
 # The family of a fresh model where --model says nothing.
 FAMILIES = {
-    "causal-lm": "gpt2",
+    **dict.fromkeys(("causal-lm", "chat", "dpo", "grpo"), "gpt2"),
     "seq2seq": "transformer",
     "span-corruption": "t5",
     "sop": "albert",

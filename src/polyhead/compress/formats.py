@@ -12,7 +12,7 @@ Rows = slice | Tensor
 """Which rows: a stretch, or their numbers `[n]`."""
 _ALL = slice(None)
 BLOCK, GROUP = 64, 256  # weights of a scale, scales of a step (Dettmers et al. 2023, section 3)
-_AT_ONCE = 1 << 20  # weights that are unpacked at a time, so that they stay in a cache
+_AT_ONCE = 1 << 18  # weights that are unpacked at a time, so that they stay in a cache
 
 
 class PackedWeight(nn.Module):
@@ -121,8 +121,9 @@ class Nf4(PackedWeight):
         ):
             # A stretch is a view, which numbers are not.
             part = slice(int(part[0]), int(part[-1]) + 1) if isinstance(rows, slice) else part
-            levels = self._levels(part).unflatten(1, (-1, BLOCK)) * scale[..., None]
-            out.copy_(levels.flatten(1)[:, :width])
+            levels = self._levels(part)
+            levels.unflatten(1, (-1, BLOCK)).mul_(scale[..., None])
+            out.copy_(levels[:, :width])
         return found
 
 

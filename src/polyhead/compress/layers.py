@@ -17,6 +17,9 @@ from polyhead.nn.embedding import Table
 from polyhead.nn.head import LanguageHead
 from polyhead.nn.moe import Experts
 
+_ALL = slice(None)
+_AT_ONCE = 1 << 22  # weights that are unpacked for a product: a layer's, not a vocabulary's
+
 
 class _Product(torch.autograd.Function):
     """x wᵀ that remembers neither x nor the unpacked weight."""
@@ -24,18 +27,55 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedWeight, rows: slice) -> Tensor:
         ctx.weight, ctx.rows = weight, rows
-        return F.linear(x, weight.unpack(rows))
+        return times(x, weight, rows)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
     ) -> tuple[Tensor, None, None]:
-        return grad @ ctx.weight.unpack(ctx.rows), None, None
+        return times_transposed(grad, ctx.weight, ctx.rows), None, None
 
 
-def product(x: Tensor, weight: PackedWeight, rows: slice = slice(None)) -> Tensor:
+def product(x: Tensor, weight: PackedWeight, rows: slice = _ALL) -> Tensor:
     """x `[..., W]` by the rows of a packed matrix `[R, W]`: `[..., R]`."""
     return _Product.apply(x, weight, rows)
+
+
+def times(x: Tensor, weight: PackedWeight, rows: slice = _ALL) -> Tensor:
+    """The product without its gradient. A large matrix, as of a vocabulary, is never whole."""
+    stretches = _stretches(weight, rows)
+    if len(stretches) == 1:
+        return F.linear(x, weight.unpack(rows))
+    start = stretches[0].start
+    found = x.new_empty(*x.shape[:-1], stretches[-1].stop - start)
+    for some in stretches:
+        found[..., some.start - start : some.stop - start] = F.linear(x, weight.unpack(some))
+    return found
+
+
+def times_transposed(y: Tensor, weight: PackedWeight, rows: slice = _ALL) -> Tensor:
+    """y `[..., R]` by the matrix's columns: `[..., W]`, summed over stretches in float32."""
+    stretches = _stretches(weight, rows)
+    if len(stretches) == 1:
+        return y @ weight.unpack(rows)
+    start, total = stretches[0].start, torch.zeros((), device=y.device)
+    for some in stretches:
+        total = total + y[..., some.start - start : some.stop - start] @ weight.unpack(some)
+    return total.to(y.dtype)
+
+
+def _stretches(weight: PackedWeight, rows: slice) -> list[slice]:
+    """The rows, as many at a time as may be unpacked together."""
+    start, stop, _ = rows.indices(weight.shape[0])
+    some = max(1, _AT_ONCE // weight.shape[1])
+    return [slice(at, min(at + some, stop)) for at in range(start, stop, some)] or [rows]
+
+
+def packed_weight(layer: nn.Module) -> PackedWeight | None:
+    """What a layer's product reads, where that is kept in few bits."""
+    if isinstance(layer, TiedHead):
+        return layer.embedding.packed
+    return layer.packed if isinstance(layer, PackedLayer) else None
 
 
 class PackedLayer(nn.Module):

@@ -161,6 +161,11 @@ class GenerationConfig:
         return not (self.json_schema is None and self.regex is None and self.grammar is None)
 
     @property
+    def is_formal(self) -> bool:
+        """Whether a grammar or a trie says when the text is complete."""
+        return self.constrained or self.trie is not None
+
+    @property
     def forced_ids(self) -> tuple[int, ...]:
         """What every text begins with. Grammars and tries are about what follows it."""
         first = () if self.forced_bos_token_id is None else (self.forced_bos_token_id,)

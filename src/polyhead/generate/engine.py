@@ -1,6 +1,7 @@
 """Many requests at once: schedule, run, postprocess."""
 
-from typing import Any
+from concurrent.futures import FIRST_COMPLETED, wait
+from typing import Any, cast
 
 import torch
 
@@ -18,6 +19,8 @@ from polyhead.generate.scheduler import Scheduler
 from polyhead.generate.speculative import Proposer
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
+
+_PATIENCE = 0.05
 
 
 class Engine:
@@ -46,12 +49,13 @@ class Engine:
             model.backbone, config.max_rows, most, tokens, block_size=config.block_size,
             kv=config.kv, source_tokens=config.source_tokens or tokens,
         )  # fmt: skip
-        self.intake = Intake(model, tokenizer, self.memory, config)
         self.scheduler = Scheduler(self.memory, config.chunk, config.idle_chunk)
         self.runner = Runner(model, self.memory, config.static, config.compile)
         # Texts that were sent back keep their slots, and the last token drawn is not held.
-        vocab_size, slots = self.intake.vocab_size, 4 * config.max_rows
+        vocab_size: int = getattr(model.config, "vocab_size")  # noqa: B009
+        slots = 4 * config.max_rows
         self.sampler = Sampler(slots, most + 1, vocab_size, model.device, tokenizer)
+        self.intake = Intake(model, tokenizer, self.memory, self.sampler, config)
         self.postprocess = Postprocess(self.runner, self.scheduler, self.sampler, proposer)
 
     @property
@@ -99,7 +103,10 @@ class Engine:
         """Move on every request that can be moved; those that came to their end since the last."""
         with evaluating(self.model), torch.inference_mode():
             self._propose()
+            self._refuse()
             plan = self.scheduler.schedule()
+            if not plan:
+                self._wait()
             pieces = [_piece(text, count) for text, count in plan]
             found = self.runner.read(pieces)
             for piece in pieces:
@@ -108,6 +115,18 @@ class Engine:
                 self.postprocess(found)
         ended, self.postprocess.ended = self.postprocess.ended, []
         return ended
+
+    def _refuse(self) -> None:
+        """End those whose grammar turned out to be none."""
+        for request in list(self.scheduler.waiting):
+            if request.is_ready and request.compiled and (error := request.compiled.exception()):
+                self.postprocess.fail(request, cast(Exception, error))
+
+    def _wait(self) -> None:
+        """Where nothing is left to do but for grammars that compile, wait for one a little."""
+        compiling = [r.compiled for r in self.scheduler.waiting if r.compiled and not r.is_ready]
+        if compiling:
+            wait(compiling, _PATIENCE, FIRST_COMPLETED)
 
     def _propose(self) -> None:
         """Let the proposer guess how those texts go on that can be guessed."""

@@ -12,20 +12,29 @@ from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.memory import Memory
 from polyhead.generate.prompts import Prompt, encode_prompt
 from polyhead.generate.request import Request, Text
+from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.generate.searching import search_of
 from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
+_NOT_YET = {"guidance_scale": 1.0, "force_words_ids": ()}
+
 
 class Intake:
     """Makes requests for one model and the memory that it has; any thread may ask for one."""
 
     def __init__(
-        self, model: TaskModel, tokenizer: Tokenizer | None, memory: Memory, config: EngineConfig
+        self,
+        model: TaskModel,
+        tokenizer: Tokenizer | None,
+        memory: Memory,
+        sampler: Sampler,
+        config: EngineConfig,
     ) -> None:
         self.model, self.tokenizer, self.memory, self.config = model, tokenizer, memory, config
+        self.sampler = sampler
         self.vocab_size: int = getattr(model.config, "vocab_size")  # noqa: B009
         self.longest: int | None = getattr(model.config, "max_seq_len", None)
         self._numbers = itertools.count()
@@ -55,6 +64,9 @@ class Intake:
         more texts at once than rows.
         """
         config = config or GenerationConfig()
+        for name, neutral in _NOT_YET.items():
+            if getattr(config, name) != neutral:
+                raise ConfigError(f"{name} is not supported yet; leave it at {neutral}")
         ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
         ends = end_ids(self.tokenizer, config) if ends is None else frozenset(ends)
         rows, copies = rows_of(config), copies_of(config)
@@ -65,7 +77,7 @@ class Intake:
             prompt=ids, config=config, number=next(self._numbers), limit=limit, ends=ends,
             seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
             priority=priority, client=client, source=list(source), pixels=pixels,
-            salt=_salt(pixels), on_text=on_text, search=search and search(ends, limit),
+            compiled=self.sampler.prepare(config), salt=_salt(pixels), on_text=on_text, search=search and search(ends, limit),
         )  # fmt: skip
         request.texts = [Text(request, 0, self.tokenizer)]
         return request

@@ -92,12 +92,13 @@ class Postprocess:
         for token, logprob in zip(ids, logprobs, strict=True):
             if request.is_finished:  # by an error of another text, or by whoever heard of this one
                 return
+            if token < 0 and kept:
+                kept -= 1  # whether the text goes on after what it has is the next step's to say
+                break
             if token < 0:
                 self.fail(request, self._no_token(text))
                 return
-            piece = text.take(token, logprob)
-            if piece and text.number == 0 and request.on_text is not None:
-                request.on_text(piece)
+            self._tell(text, text.take(token, logprob))
             if text.finish_reason or kept == len(draft) or token != draft[kept]:
                 break
             kept += 1
@@ -107,6 +108,9 @@ class Postprocess:
         self.sampler.write(slot, before, ids[: kept + 1])
         self.sampler.accept(slot, ids[: kept + 1])
         self.scheduler.written(request, kept + 1)
+        # Without a token that ends a text, only the grammar knows that it is over.
+        if request.config.is_formal and not request.ends and self.sampler.is_complete(slot):
+            self._tell(text, text.finish("stop"))
         text.draft = []
         self.scheduler.hold(text, kept)
         if draft:
@@ -115,6 +119,10 @@ class Postprocess:
                 self.proposer.observe(text, ids, kept)
         if text.finish_reason:
             self._done(text)
+
+    def _tell(self, text: Text, piece: str) -> None:
+        if piece and text.number == 0 and text.request.on_text is not None:
+            text.request.on_text(piece)
 
     def _no_token(self, text: Text) -> DataError:
         why = self.sampler.problem(cast(int, text.slot))

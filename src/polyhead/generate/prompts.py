@@ -4,6 +4,9 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from polyhead.errors import DataError
 from polyhead.text.tokenizer import Tokenizer
 
@@ -73,3 +76,11 @@ def _whole_numbers(prompt: Sequence[int]) -> list[int]:
         raise DataError(
             f"a prompt is a string or a list of token ids, not {str(prompt)[:40]!r}"
         ) from None
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows of ids as `[B, T]`, padded on the right, and which of them count."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[row[0]] * (width - len(row))] for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    return ids, torch.arange(width, device=device) < lengths[:, None]

@@ -1,7 +1,9 @@
 """What is asked of the engine, and how far it has come."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -69,6 +71,14 @@ class Text:
             self.pieces.append(piece)
         return piece
 
+    def finish(self, reason: str) -> str:
+        """End here; returns the text that was still uncertain."""
+        self.finish_reason = reason
+        piece = self.writer.flush() if self.writer else ""
+        if piece:
+            self.pieces.append(piece)
+        return piece
+
     def fork(self, number: int, memory: Memory) -> "Text":
         """A text that goes its own way from here, before it has written anything to be read."""
         other = Text(self.request, number, self.tokenizer)
@@ -114,6 +124,8 @@ class Request:
     salt: bytes = b""
     on_text: Callable[[str], None] | None = None
     search: Search | None = None
+    compiled: Future[Any] | None = None
+    """Its grammar, on the way."""
 
     texts: list[Text] = field(default_factory=list[Text], init=False)
     done: list[Text] = field(default_factory=list[Text], init=False)
@@ -132,6 +144,11 @@ class Request:
     def needs_states(self) -> bool:
         """Whether every token's state is looked at, so that none may be found in memory alone."""
         return isinstance(self.search, ContrastiveSearch)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nothing is waited for but a turn."""
+        return self.compiled is None or self.compiled.done()
 
     @property
     def rows_wanted(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
 from polyhead.generate.memory import Memory
+from polyhead.generate.prompts import padded
 from polyhead.generate.request import Text
 from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.model import TaskModel
@@ -63,14 +64,8 @@ class Runner:
         width, device = max(counts), self.memory.device
         if self.static and width == 1 and min(text.held for text in texts) > 0:
             return self._fixed(batch)
-        # Padding may be any token; a row's own first one is surely in the vocabulary.
-        ids = torch.tensor(
-            [[*piece.ids, *[piece.ids[0]] * (width - len(piece.ids))] for piece in batch],
-            device=device,
-        )
-        keep = None
-        if min(counts) < width:
-            keep = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
+        ids, counted = padded([piece.ids for piece in batch], device)
+        keep = counted if min(counts) < width else None
         rows = [cast(int, text.row) for text in texts]
         caches = self.memory.caches
         caches.open(rows, [text.held for text in texts], counts)
@@ -103,13 +98,10 @@ class Runner:
         lengths = [len(source) for source in sources]
         are_new = texts[0].held == 0
         width = max(lengths)
-        mask = Mask()
-        if min(lengths) < width:
-            each = torch.tensor(lengths, device=ids.device)[:, None]
-            mask = Mask(keep=torch.arange(width, device=ids.device) < each)
+        held, counted = padded(sources, ids.device)
+        mask = Mask(keep=counted) if min(lengths) < width else Mask()
         if are_new:
-            padded = [[*source, *source[:1] * (width - len(source))] for source in sources]
-            memory = backbone.encode(torch.tensor(padded, device=ids.device), mask)
+            memory = backbone.encode(held, mask)
         else:
             # Only its length is looked at: keys and values are held.
             memory = backbone.embedding.weight.new_empty(1, 1, 1).expand(len(texts), width, 1)

@@ -104,9 +104,9 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Send back what is less urgent than a waiting request that does not fit beside it."""
-        if not self.waiting:
+        first = min((r for r in self.waiting if r.is_ready), key=self._turn, default=None)
+        if first is None:
             return
-        first = min(self.waiting, key=self._turn)
         while not self._fits(first):
             victim = max(self.running, key=_order, default=None)
             if victim is None or victim.priority >= first.priority:
@@ -116,7 +116,8 @@ class Scheduler:
     def _admitted(self) -> Request | None:
         """The next waiting request, running now; None where there is none that fits."""
         being_read = self._being_read()
-        candidates = sorted(self.waiting, key=self._turn)
+        ready = [request for request in self.waiting if request.is_ready]
+        candidates = sorted(ready, key=self._turn)
         for request in candidates:
             if self._is_near(request, being_read):
                 continue

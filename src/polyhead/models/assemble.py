@@ -1,6 +1,6 @@
 """Models made: fresh ones from a config, and those that take a checkpoint's tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ def from_tensors(
     is_new: what the checkpoint lacks of head and pooler, or has in another shape, is drawn fresh.
     """
     family = family_of(config.model_type)
-    tensors = _under_known_names(config, tensors)
+    tensors = _Named(tensors, known_names(config, tensors))
     config = config.as_stored(tensors.keys())
     if differ(checkpoint_rules(config, head), tensors):
         # Said to be tied, but trained apart: transformers believes the tensors, too.
@@ -131,17 +131,16 @@ def _other_heads(config: Config) -> list[Dropped]:
     return [Dropped(rule.theirs) for kind in kinds for rule in kind.rules(config)]
 
 
-def _under_known_names(config: Config, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors as a checkpoint with a head names them."""
+def known_names(config: Config, names: Collection[str]) -> dict[str, str]:
+    """Each name of a checkpoint by what one with a head calls it today."""
     row = config.row(config.model_type)
     prefix = row.prefix
-    is_bare = bool(prefix) and not any(name.startswith(prefix) for name in tensors)
+    is_bare = bool(prefix) and not any(name.startswith(prefix) for name in names)
     heads = _other_heads(config) if is_bare else []
-    names = {
+    return {
         (prefix if is_bare and not knows(heads, name) else "") + _modern(name, row.renamed): name
-        for name in tensors
+        for name in names
     }
-    return _Named(tensors, names)
 
 
 def _modern(name: str, renamed: Mapping[str, str]) -> str:

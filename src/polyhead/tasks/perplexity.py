@@ -59,7 +59,7 @@ def perplexity(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} must be at least 1")
     require_causal(model)
-    context, stride = _window(model, context, stride)
+    context, stride = window_of(model, context, stride)
     ids, num_bytes = scorable(tokenizer, text)
     check_ids(ids, getattr(model.config, "vocab_size"))  # noqa: B009
     # A window of `context` tokens reads all but its last, which it predicts.
@@ -74,7 +74,8 @@ def perplexity(
     )
 
 
-def _window(model: TaskModel, context: int | None, stride: int | None) -> tuple[int, int]:
+def window_of(model: TaskModel, context: int | None, stride: int | None) -> tuple[int, int]:
+    """The window asked for, or the model's own; ConfigError for one that cannot be."""
     most: int = getattr(model.config, "max_seq_len", None) or _MOST_CONTEXT
     if context is None:
         context = min(most, _MOST_CONTEXT)

@@ -277,7 +277,7 @@ def _sources(model: TaskModel, optimizer: Masters) -> dict[str, str]:
         id(param): name for name, param in zip(optimizer.names, optimizer.params, strict=True)
     }
     params = dict(model.named_parameters(remove_duplicate=False))
-    kind = "average" if optimizer.ema else "master"
+    kind = "average" if optimizer.averages else "master"
     found: dict[str, str] = {}
     for name in model.state_dict():
         owner = learns.get(id(params.get(name)))

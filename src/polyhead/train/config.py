@@ -18,7 +18,7 @@ from polyhead.files.toml import read_toml
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 TrainDtype = Literal["float32", "bfloat16"]
-OptimizerName = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "muon", "lion", "schedule-free"]
 Recompute = Literal["none", "blocks", "half"]
 Parallelism = Literal["ddp", "fsdp"]
 PruneBy = Literal["layer", "global", "2:4"]
@@ -59,7 +59,8 @@ class TrainConfig:
     decay: float = 0.2
     """Share of the steps over which wsd falls."""
     optimizer: OptimizerName = "adamw"
-    """adamw, or muon for the matrices of blocks with adamw for the rest."""
+    """adamw; muon for the matrices of blocks with adamw for the rest; lion, with a third to a tenth
+    of adamw's lr; schedule-free, AdamW at a constant lr whose average is the model."""
     layer_decay: float = 1.0
     """What the learning rate is multiplied by for each block that lies above a weight."""
     rates: tuple[str, ...] = ()
@@ -163,6 +164,8 @@ class TrainConfig:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas is {self.betas}: two numbers from 0 up to, not including, 1")
+        if self.ema and self.optimizer == "schedule-free":
+            raise ConfigError(f"ema is {self.ema}: schedule-free has an average of its own, use 0")
         for name in ("held_out", "decay", "ema", "prune"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}: a share from 0 to below 1")

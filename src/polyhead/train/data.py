@@ -21,7 +21,7 @@ Split = Literal["train", "valid", "all"]
 source that is there to be validated on."""
 
 
-SORTED = 16  # batches among which rows are sorted by length
+SORTED = 16  # steps among which rows are sorted by length
 
 
 class Dataset(Protocol):
@@ -46,8 +46,9 @@ class Examples:
     """Rows through a collator, each epoch in its own order.
 
     rows: anything with a length and rows by number. collate: a list of rows to a batch. lengths:
-    of the rows `[N]`; batches then hold rows of like length, so that little is padding: as many
-    rows as `SORTED` batches take are sorted and cut, and the batches come in an order of their own.
+    of the rows `[N]`; steps then hold rows of like length, so that little is padding: as many rows
+    as `SORTED` steps take are sorted and cut, and the steps come in an order of their own. step:
+    the rows of one, which do not change with the batches it is cut into; 0 where it is a batch.
     """
 
     rows: Sequence[Any]
@@ -55,6 +56,7 @@ class Examples:
     seed: int
     digest: str
     lengths: np.ndarray | None = None
+    step: int = 0
 
     def __post_init__(self) -> None:
         if len(self.rows) == 0:
@@ -72,22 +74,23 @@ class Examples:
 
     def batch(self, index: int, batch_size: int) -> Any:
         """The index-th batch of the run."""
-        # A small part of an epoch is sorted, so that its batches stay a fair sample of it.
-        count = min(SORTED, len(self) // (8 * batch_size))
+        size = self.step if self.step and self.step % batch_size == 0 else batch_size
+        # A small part of an epoch is sorted, so that its steps stay a fair sample of it.
+        count = min(SORTED, len(self) // (8 * size))
         if self.lengths is None or count < 2:
             chosen = self.order(index * batch_size, batch_size)
         else:
-            chosen = self._of_like_length(self.lengths, index, batch_size, count)
+            step, part = divmod(index, size // batch_size)
+            chosen = self._of_like_length(self.lengths, step, size, count)
+            chosen = chosen[part * batch_size : (part + 1) * batch_size]
         return self.collate([self.rows[row] for row in chosen.tolist()])
 
-    def _of_like_length(
-        self, lengths: np.ndarray, index: int, batch_size: int, count: int
-    ) -> np.ndarray:
-        group, place = divmod(index, count)
-        rows = self.order(group * count * batch_size, count * batch_size)
-        batches = rows[np.argsort(lengths[rows], kind="stable")].reshape(count, batch_size)
+    def _of_like_length(self, lengths: np.ndarray, step: int, size: int, count: int) -> np.ndarray:
+        group, place = divmod(step, count)
+        rows = self.order(group * count * size, count * size)
+        steps = rows[np.argsort(lengths[rows], kind="stable")].reshape(count, size)
         key = mix(np.uint64(group) + mix(np.uint64(self.seed) + np.uint64(3)))
-        return batches[int(permute(np.array([place], np.uint64), count, key)[0])]
+        return steps[int(permute(np.array([place], np.uint64), count, key)[0])]
 
 
 def split_rows(count: int, held_out: float, seed: int, split: Split) -> np.ndarray:

@@ -72,7 +72,7 @@ class Parallel:
 
         from polyhead.train.plans import tensor_parallel
 
-        if config.optimizer != "adamw":
+        if config.optimizer == "muon":
             raise ConfigError("fsdp keeps parts of matrices, which Muon needs whole: use adamw")
         if config.prune:
             raise ConfigError("fsdp keeps parts of matrices, which pruning needs whole: use ddp")

@@ -3,6 +3,8 @@ the model's own, judged by a function, each against the mean of its group. P pro
 """
 
 import importlib
+import importlib.util
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -53,7 +55,7 @@ class Rollout:
             GenerationConfig(
                 max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
-                seed=int(number) * self.group + turn,
+                seed=(number * self.group + turn) % 2**63,
             )
             for number in batch.numbers
             for turn in range(self.group)
@@ -72,8 +74,15 @@ class Rollout:
         repeated = [row for row in rows for _ in range(self.group)]
         columns = {name: [row[name] for row in repeated] for name in rows[0] if name != "prompt"}
         prompts = [row["prompt"] for row in repeated]
-        rewards = self.reward(prompts=prompts, completions=completions, **columns)
-        found = torch.tensor([float(one) for one in rewards])
+        try:
+            rewards = self.reward(prompts=prompts, completions=completions, **columns)
+            found = torch.tensor([float(one) for one in rewards])
+        except Exception as error:
+            raise PolyheadError(
+                f"the reward failed with {type(error).__name__}: {error}; it is called with lists "
+                f"named {', '.join(['prompts', 'completions', *columns])} and gives a number for "
+                "each completion"
+            ) from error
         if len(found) != len(completions) or not bool(found.isfinite().all()):
             raise PolyheadError(
                 f"the reward gave {len(found)} values for {len(completions)} completions, or one "
@@ -92,7 +101,7 @@ class PromptBatch:
 
     prompts: list[list[int]]
     rows: Sequence[Mapping[str, Any]]
-    numbers: np.ndarray
+    numbers: Sequence[int]
     rollout: Rollout
 
     def tokens(self) -> int:
@@ -111,7 +120,8 @@ class Prompts(Examples):
     def batch(self, index: int, batch_size: int) -> PromptBatch:
         """The index-th batch of the run."""
         found: PromptBatch = super().batch(index, batch_size)
-        numbers = np.arange(index * batch_size, (index + 1) * batch_size) + (self.seed << 32)
+        numbers = range(index * batch_size, (index + 1) * batch_size)
+        numbers = [number + (self.seed << 32) for number in numbers]
         return replace(found, numbers=numbers)
 
 
@@ -127,6 +137,10 @@ def prompted(
     """
     if group < 2:
         raise ConfigError(f"group is {group}: an answer is judged beside others, so 2 or more")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature is {temperature}: above 0, or all answers are the same")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens is {max_new_tokens}: an answer has 1 or more")
     part = part_of(table, config, split)
     if part is None:
         return None
@@ -148,7 +162,7 @@ def prompted(
 
 
 def _collated(rollout: Rollout, rows: Sequence[Any]) -> PromptBatch:
-    return PromptBatch([ids for ids, _ in rows], [row for _, row in rows], np.zeros(0), rollout)
+    return PromptBatch([ids for ids, _ in rows], [row for _, row in rows], (), rollout)
 
 
 def _encoded(row: Mapping[str, Any], at: int, name: str, tokenizer: Any, raw: bool) -> list[int]:
@@ -168,14 +182,30 @@ def named_reward(reward: str | Reward) -> Reward:
         raise ConfigError(
             f"reward is {reward!r}: name a function, as module:function or file.py:function"
         )
-    path = Path(place)
-    if place.endswith(".py"):
-        sys.path.insert(0, str(path.parent.absolute()))
-        place = path.stem
     try:
-        return getattr(importlib.import_module(place), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"there is no reward {reward!r}: {error}") from None
+        found = getattr(_module(place), name)
+    except Exception as error:  # whatever stands in the file
+        raise ConfigError(
+            f"there is no reward {reward!r}: {type(error).__name__}: {error}"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"reward {reward!r} is {found!r}: it must be a function")
+    return found
+
+
+def _module(place: str) -> Any:
+    """A module by its name, or by its file, whose name another may have."""
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).absolute()
+    spec = importlib.util.spec_from_file_location(f"polyhead_reward_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    # It may import its neighbours, which shall not stand before what has their names elsewhere.
+    sys.path.append(str(path.parent))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def advantages_of(rewards: Tensor) -> Tensor:
@@ -205,6 +235,12 @@ def policy_losses(
     return kl * (away.exp() - away - 1) - gain
 
 
+def check_policy(clip: float, kl: float) -> None:
+    """ConfigError for settings of `policy_losses` that make no loss."""
+    if not (0 < clip < math.inf and 0 <= kl < math.inf):
+        raise ConfigError(f"clip is {clip} and kl {kl}: above 0, and 0 or more")
+
+
 def grpo(model: Any, batch: PromptBatch, clip: float = 0.2, kl: float = 0.0) -> Loss:
     """Answers drawn from the model as it is, and the step that makes the better ones likelier.
 
@@ -213,26 +249,24 @@ def grpo(model: Any, batch: PromptBatch, clip: float = 0.2, kl: float = 0.0) -> 
     """
     answers, rewards = batch.rollout(model, batch)
     answers = answers.to(next(model.parameters()).device)
-    log_probs, counts = label_log_probs(model, answers)
+    temperature = batch.rollout.temperature  # probabilities are those it was drawn with
+    log_probs, counts = label_log_probs(model, answers, temperature)
     rows = counts.nonzero()[:, 0]
     sizes = counts.sum(1)
     advantages = advantages_of(rewards).flatten().to(log_probs)
-    losses = policy_losses(
-        log_probs, log_probs.detach(), advantages[rows], _reference(model, answers, kl), clip, kl
-    )
+    reference = _reference(model, answers, temperature) if kl else None
+    losses = policy_losses(log_probs, log_probs.detach(), advantages[rows], reference, clip, kl)
     # A mean over each answer's tokens, so that long ones weigh no more.
     total = (losses / sizes[rows]).sum()
     sums = {"loss": total.detach(), "reward": rewards.sum(), "length": sizes.sum()}
     return Loss(total, batch.tokens(), sums, (rewards.flatten(),))
 
 
-def _reference(model: Any, answers: LanguageBatch, kl: float) -> Tensor | None:
-    if not kl:
-        return None
+def _reference(model: Any, answers: LanguageBatch, temperature: float) -> Tensor:
     if not in_use(model):
         raise ConfigError("kl is a distance from the model without its adapter: train an adapter")
     with torch.no_grad(), without_adapters(model):
-        return label_log_probs(model, answers)[0]
+        return label_log_probs(model, answers, temperature)[0]
 
 
 def reward_figures(

@@ -37,7 +37,8 @@ class Average:
 class Guard:
     """Watches the norms of gradients and the losses of a run, as its settings ask.
 
-    skipped: steps left out one after the other. rewinds: of the whole run.
+    skipped: steps left out one after the other. rewinds: of the whole run. clipped: whether the
+    last norm was an outlier.
     """
 
     def __init__(self, config: TrainConfig, state: Mapping[str, Mapping[str, float]] | None = None):
@@ -46,6 +47,7 @@ class Guard:
         self.norms = _read(known.get("norms"))
         self.losses = _read(known.get("losses"))
         self.skipped = self.rewinds = 0
+        self.clipped = False
 
     def limit(self, norm: float) -> float:
         """The largest norm that a gradient may have: infinite, or what brings an outlier back.
@@ -57,6 +59,7 @@ class Guard:
         if threshold and score > threshold:
             deviation = (norm - self.norms.mean) / score
             allowed = self.norms.mean + threshold * threshold / score * deviation
+        self.clipped = allowed < math.inf
         self.norms.add(min(norm, allowed))
         return allowed
 

@@ -7,7 +7,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -83,11 +83,27 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def standing(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines that a run still stands by: those of steps that it went back from are left out."""
+    kept: list[Mapping[str, Any]] = []
+    for record in records:
+        if "rewound_to" in record:
+            kept = [before for before in kept if before["step"] <= record["rewound_to"]]
+        else:
+            kept.append(record)
+    return kept
+
+
 def _truncate(path: Path, step: int) -> None:
-    """Drop what was written after `step`: a resumed run will write it again."""
-    kept = [record for record in read_log(path) if record["step"] <= step]
+    """Drop what was written after the checkpoint of `step`: a resumed run will write it again."""
+    records, kept = read_log(path), 0
+    for place, record in enumerate(records, 1):
+        # A run goes back to its newest checkpoint: if to an earlier one than this, before this.
+        back = record.get("rewound_to")
+        if record["step"] <= step if back is None else back < step:
+            kept = place
     with atomic_file(path) as file:
-        file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+        file.write("".join(json.dumps(record) + "\n" for record in records[:kept]).encode())
 
 
 def peak_memory(device: torch.device) -> int:
@@ -159,6 +175,11 @@ class View:
             self.say(
                 f"step {step}  the loss leapt to {record['spike']:.4g}: back to step "
                 f"{record['rewound_to']}, and past the data since"
+            )
+        elif "spike" in record:
+            self.say(
+                f"step {step}  the loss leapt to {record['spike']:.4g}, and there is no checkpoint "
+                "yet to go back to"
             )
         elif "valid_loss" in record:
             names = [name for name in record if name.startswith("valid_")]

@@ -21,7 +21,7 @@ from polyhead.train.allocator import keep_freed_memory
 from polyhead.train.blend import open_corpora
 from polyhead.train.compiled import compiling
 from polyhead.train.config import TrainConfig
-from polyhead.train.data import Dataset
+from polyhead.train.data import Dataset, Examples
 from polyhead.train.distill import distilled
 from polyhead.train.distributed import Parallel
 from polyhead.train.evaluate import score_dataset, score_texts
@@ -38,7 +38,7 @@ from polyhead.train.registry import ObjectiveKind
 from polyhead.train.running import Running
 from polyhead.train.sources import Source
 from polyhead.train.step import Interrupted, signals, train_step, write_sample
-from polyhead.train.teacher import SELF, as_found, check_self_teacher, keep, taken_up
+from polyhead.train.teacher import SELF, as_found, check_self_teacher, check_teacher, keep, taken_up
 
 __all__ = ["Interrupted", "Trainer", "train_step", "write_sample"]
 
@@ -97,6 +97,7 @@ class Trainer:
         if teacher == SELF:
             check_self_teacher(model)
         elif teacher is not None:
+            check_teacher(model, teacher)
             self.objective = distilled(self.alone, teacher, **self.distillation)
         self.sample, self.callbacks, self.about, self.quiet = sample, callbacks, about, quiet
         self.run = Path(self.config.out)
@@ -281,6 +282,8 @@ class Trainer:
             train = self._dataset(source, config, "train")
             held = self._dataset(source, config, "valid") if config.held_out else None
         assert train is not None
+        if isinstance(train, Examples):
+            train = replace(train, step=config.batch_size * config.accumulate)
         return train, held
 
     def _source(self, source: Source | Rows) -> Any:

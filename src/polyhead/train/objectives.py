@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polyhead.compress.formats import PackedWeight
+from polyhead.compress.layers import packed_weight, times, times_transposed
 from polyhead.kernels.cross_entropy import cross_entropy_
 from polyhead.nn.mask import Mask
 from polyhead.nn.moe import MixtureOfExperts, load_balance_loss, routing, z_loss
@@ -145,7 +147,8 @@ def smoothed_cross_entropy(
     torch 2.13's F.linear_cross_entropy does the same, but sums in bf16 and is slower on a CPU.
     """
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
-    weight, bias, scale = head.weight, getattr(head, "bias", None), getattr(head, "scale", 1.0)
+    weight: Tensor | PackedWeight = packed_weight(head) or head.weight
+    bias, scale = getattr(head, "bias", None), getattr(head, "scale", 1.0)
     on_cpu = hidden.device.type == "cpu"
     chunk = min(CHUNK_LOGITS, CHUNK_LOGITS_CPU) if on_cpu else CHUNK_LOGITS
     if hidden.shape[0] * weight.shape[0] <= chunk:
@@ -176,6 +179,12 @@ def _by_torch(logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor,
     return nll, even, gradient
 
 
+def _logits(x: Tensor, w: Tensor | PackedWeight, b: Tensor | None) -> Tensor:
+    if isinstance(w, Tensor):
+        return F.linear(x, w, b)
+    return times(x, w) if b is None else times(x, w) + b
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Cross-entropy of x wᵀ + b, gradients made chunk by chunk on the way forward."""
 
@@ -183,15 +192,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        w: Tensor,
+        w: Tensor | PackedWeight,
         b: Tensor | None,
         labels: Tensor,
         smoothing: float,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
-        wants = [tensor is not None and tensor.requires_grad for tensor in (x, w, b)]
+        wants = [isinstance(part, Tensor) and part.requires_grad for part in (x, w, b)]
         dx = torch.empty_like(x) if wants[0] else None
-        dw = torch.zeros_like(w, dtype=torch.float32) if wants[1] else None
+        dw = None
+        if isinstance(w, Tensor) and wants[1]:
+            dw = torch.zeros_like(w, dtype=torch.float32)
         db = torch.zeros_like(b, dtype=torch.float32) if b is not None and wants[2] else None
         wrong = labels[(labels != IGNORE) & ((labels < 0) | (labels >= w.shape[0]))]
         if labels.device.type == "cpu" and len(wrong):
@@ -201,7 +212,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         nll, even = x.new_zeros(2, dtype=torch.float32)
         for start in range(0, x.shape[0], rows):
             part, target = x[start : start + rows], labels[start : start + rows]
-            logits = F.linear(part, w, b)
+            logits = _logits(part, w, b)
             found = cross_entropy_(logits, target, smoothing, any(wants))
             if found is None:
                 *found, logits = _by_torch(logits, target, smoothing)
@@ -212,8 +223,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if db is not None:
                 db += dlogits.sum(0, dtype=torch.float32)
             dlogits = dlogits.to(x.dtype)
-            if dx is not None:
+            if dx is not None and isinstance(w, Tensor):
                 torch.mm(dlogits, w, out=dx[start : start + rows])
+            elif dx is not None and not isinstance(w, Tensor):
+                dx[start : start + rows] = times_transposed(dlogits, w)
             if dw is not None and x.dtype == torch.float32:
                 dw.addmm_(dlogits.T, part)
             elif dw is not None:

@@ -1,4 +1,4 @@
-"""What moves the weights: masters in float32, AdamW, Muon, and rates by the step."""
+"""What moves the weights: masters in float32, optimizers by name, and rates by the step."""
 
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -17,9 +17,11 @@ from polyhead.models.blocks import in_blocks
 from polyhead.train.config import TrainConfig
 from polyhead.train.depth import depths, num_blocks
 from polyhead.train.distributed import gathered, local, shard_like
+from polyhead.train.lion import Lion
 from polyhead.train.muon import Muon
+from polyhead.train.schedule_free import ScheduleFree
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq", "momentum", "z", "weights", "largest_lr")
 
 
 class NotFiniteError(PolyheadError):
@@ -32,7 +34,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     warmup = config.warmup if config.warmup < steps else steps // 10
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    if config.schedule == "constant":
+    if config.schedule == "constant" or config.optimizer == "schedule-free":
         return config.lr
     start = warmup if config.schedule != "wsd" else max(warmup, steps - int(config.decay * steps))
     # 0 at the first step after `start`, 1 at the last of the run.
@@ -48,7 +50,8 @@ class Masters:
     In float32 the masters are the parameters themselves. Otherwise the model's parameters become
     `dtype`, and each step writes the rounded masters to them. Matrices (and embeddings) decay;
     norms and biases do not, unless `config.decays` says so. Gradients of several backward passes
-    are summed in float32. With `config.ema` a moving average of the masters is kept besides.
+    are summed in float32. With `config.ema` a moving average of the masters is kept besides,
+    with schedule-free the average that it learns.
     `pruned`, by name: True where a weight is held at zero.
     """
 
@@ -66,13 +69,14 @@ class Masters:
             self.masters = [p.detach().float() for p in self.params]
         if not is_sharded:
             cast(model, dtype)
-        self.movers = self._movers(model, config)
         self.ema = config.ema
-        self.averages = [m.detach().clone() for m in self.masters] if config.ema else []
+        has_averages = config.ema > 0 or config.optimizer == "schedule-free"
+        self.averages = [m.detach().clone() for m in self.masters] if has_averages else []
+        self.movers = self._movers(model, config)
         self.pruned: dict[str, Tensor] = {}
 
     def _movers(self, model: nn.Module, config: TrainConfig) -> list[Optimizer]:
-        """AdamW, and Muon for the matrices of blocks where it is asked for."""
+        """The optimizer that is asked for, and Muon for the matrices of blocks."""
         matrices = in_blocks(model) if config.optimizer == "muon" else set[str]()
         groups: dict[tuple[bool, float, float, Any], list[Tensor]] = {}
         for (name, factor, decay), master in zip(
@@ -85,12 +89,20 @@ class Masters:
         ]
         movers: list[Optimizer] = []
         if others := [row for by_muon, row in rows if not by_muon]:
-            movers.append(
-                AdamW(others, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-            )
+            movers.append(self._mover(others, config))
         if some := [row for by_muon, row in rows if by_muon]:
             movers.append(Muon(some, lr=config.lr))
         return movers
+
+    def _mover(self, groups: list[dict[str, Any]], config: TrainConfig) -> Optimizer:
+        """What moves all that Muon does not."""
+        lr, betas, eps = config.lr, config.betas, config.eps
+        if config.optimizer == "lion":
+            return Lion(groups, lr, betas)
+        if config.optimizer == "schedule-free":
+            averages = dict(zip(self.masters, self.averages, strict=True))
+            return ScheduleFree(groups, averages, lr, betas, eps)
+        return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     def collect(self) -> None:
         """Add the gradients of a backward pass to the masters' and free them (no-op in float32)."""
@@ -144,8 +156,9 @@ class Masters:
             mover.zero_grad(set_to_none=True)
         for master, goes in self._held():
             master.masked_fill_(goes, 0.0)
-        for average, master in zip(self.averages, self.masters, strict=bool(self.ema)):
-            average.lerp_(master, 1 - self.ema)
+        if self.ema:
+            for average, master in zip(self.averages, self.masters, strict=True):
+                average.lerp_(master, 1 - self.ema)
         self._round()
         return value
 
@@ -159,7 +172,7 @@ class Masters:
             for tensor in (master, *(moment for moments in beside for moment in moments)):
                 if tensor.shape == goes.shape:
                     tensor.masked_fill_(goes, 0.0)
-        for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
+        for name, average in zip(self.names, self.averages, strict=bool(self.averages)):
             if name in self.pruned:
                 average.masked_fill_(self.pruned[name], 0.0)
         self._round()
@@ -195,8 +208,8 @@ class Masters:
 
     @contextmanager
     def averaged(self) -> Generator[None]:
-        """The model with the averages for its weights, while this is entered; without `config.ema`
-        it stays as it is."""
+        """The model with the averages for its weights, while this is entered; where there are
+        none it stays as it is."""
         self.exchange()
         try:
             yield
@@ -206,11 +219,11 @@ class Masters:
     @torch.no_grad()
     def exchange(self) -> None:
         """Put the averages in the place of the masters, and those in theirs."""
-        for master, average in zip(self.masters, self.averages, strict=bool(self.ema)):
+        for master, average in zip(self.masters, self.averages, strict=bool(self.averages)):
             before = master.clone()
             master.copy_(average)
             average.copy_(before)
-        if self.ema:
+        if self.averages:
             self._round()
 
     def state(self) -> dict[str, Tensor]:
@@ -228,7 +241,7 @@ class Masters:
             for mover in self.movers:
                 for key, value in mover.state.get(master, {}).items():
                     yield f"{key}.{name}", value
-        for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
+        for name, average in zip(self.names, self.averages, strict=bool(self.averages)):
             yield f"average.{name}", average
 
     def blank(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -263,7 +276,7 @@ class Masters:
                     for key in MOMENTS
                     if f"{key}.{name}" in state
                 }
-            for name, average in zip(self.names, self.averages, strict=bool(self.ema)):
+            for name, average in zip(self.names, self.averages, strict=bool(self.averages)):
                 average.copy_(shard_like(state[f"average.{name}"], average))
             self.pruned = {
                 name: state[f"pruned.{name}"].clone().to(master.device)

@@ -4,10 +4,11 @@ DPO and what it led to want no model of rewards: the policy's own log-probabilit
 the model as the run found it, are one. The reward model is there for those who want it. P pairs.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -126,14 +127,16 @@ def row_log_probs(model: Any, batch: LanguageBatch) -> Tensor:
     return each.new_zeros(len(batch.labels)).index_add(0, rows, each)
 
 
-def label_log_probs(model: Any, batch: LanguageBatch) -> tuple[Tensor, Tensor]:
+def label_log_probs(
+    model: Any, batch: LanguageBatch, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each label that counts `[n]`, in order, in float32; which those are."""
     hidden = model.backbone(batch.input_ids, attention_mask=batch.mask())
     counts = batch.labels != IGNORE
     hidden, labels = hidden[counts], batch.labels[counts]
 
     def of(rows: Tensor, targets: Tensor) -> Tensor:
-        logits = model.head(rows).float()
+        logits = model.head(rows).float() / temperature
         return -F.cross_entropy(logits, targets, reduction="none")
 
     rows = max(1, CHUNK_LOGITS // model.config.vocab_size)
@@ -171,6 +174,18 @@ def preference_losses(
         return (margin - 1 / (2 * beta)).square(), margin
     right, wrong = F.logsigmoid(beta * margin), F.logsigmoid(-beta * margin)
     return -(1 - smoothing) * right - smoothing * wrong, margin
+
+
+def check_preference(variant: str, beta: float, smoothing: float) -> None:
+    """ConfigError for settings of `preference_losses` that make no loss."""
+    if variant not in get_args(Variant):
+        raise ConfigError(f"variant is {variant!r}: choose one of {', '.join(get_args(Variant))}")
+    if not 0 < beta < math.inf:
+        raise ConfigError(f"beta is {beta}: it must be above 0")
+    if not 0 <= smoothing < 0.5:
+        raise ConfigError(f"smoothing is {smoothing}: a share of wrong judgements, below a half")
+    if smoothing and variant == "ipo":
+        raise ConfigError("ipo takes every judgement as it is: leave smoothing out")
 
 
 def preference(

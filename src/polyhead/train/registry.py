@@ -21,13 +21,14 @@ from polyhead.train.contrastive import (
 from polyhead.train.corruption import corrupted_windows, span_corruption
 from polyhead.train.data import Dataset
 from polyhead.train.examples import Labels
-from polyhead.train.grpo import grpo, prompted, reward_figures
+from polyhead.train.grpo import check_policy, grpo, prompted, reward_figures
 from polyhead.train.images import classified_images
 from polyhead.train.masked import hit_rate, masked_lm, masked_windows
 from polyhead.train.multitask import decided_tasks, mixed_tasks, multitask, task_figures
 from polyhead.train.objectives import Loss, causal_lm
 from polyhead.train.pairs import nsp, nsp_pairs, pair_accuracy, sop, sop_pairs
 from polyhead.train.preference import (
+    check_preference,
     compared_answers,
     preference,
     preference_figures,
@@ -72,6 +73,7 @@ class ObjectiveKind:
     also:    other heads that will do.
     kinds:   of models it can train, as their configs say; empty where the factory checks.
     prepare: `(model) -> model`, what is trained in its place.
+    check:   `(**loss_options) -> None`, ConfigError for values that these cannot have.
     decide:  `(model, tokenizer, source) -> None`: writes into the model what these say of it and it
              leaves open, for those who read it later.
     labels:  `(table, problem) -> Labels`, what a fresh head is to tell apart, where it has classes.
@@ -90,6 +92,7 @@ class ObjectiveKind:
     also: tuple[str, ...] = field(default=(), kw_only=True)
     kinds: tuple[str, ...] = field(default=(), kw_only=True)
     prepare: Callable[[Any], Any] | None = field(default=None, kw_only=True)
+    check: Callable[..., None] | None = field(default=None, kw_only=True)
     decide: Callable[[Any, Any, Any], None] | None = field(default=None, kw_only=True)
     labels: Callable[[Table, str | None], Labels] | None = None
     columns: Mapping[str, bool] = field(default_factory=dict[str, bool])
@@ -131,6 +134,7 @@ _ROWS = (
         columns=_COMPARED,
         dataset_options={"raw": False},
         loss_options={"variant": "dpo", "beta": 0.1, "smoothing": 0.0},
+        check=check_preference,
     ),
     ObjectiveKind(
         "reward",
@@ -161,6 +165,7 @@ _ROWS = (
             "raw": False,
         },
         loss_options={"clip": 0.2, "kl": 0.0},
+        check=check_policy,
     ),
     ObjectiveKind(
         "masked-lm",
@@ -373,6 +378,8 @@ def settled(kind: ObjectiveKind, given: Mapping[str, Any]) -> Options:
         {name: given.get(name, default) for name, default in some.items()}
         for some in (kind.dataset_options, kind.loss_options)
     ]
+    if kind.check is not None:
+        kind.check(**parts[1])
     return Options(dict(given), *parts)
 
 

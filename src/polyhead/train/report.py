@@ -258,7 +258,7 @@ def _thinned(curve: Sequence[Point]) -> Sequence[Point]:
 
 def _ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers from at or below `low` to at or above `high`."""
-    span = (high - low) or 1.0
+    span = (high - low) or abs(high) or 1.0
     base = 10 ** math.floor(math.log10(span / about))
     step = next(base * m for m in (1, 2, 5, 10) if span / (base * m) <= about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -57,9 +57,11 @@ class Running:
         step = self.progress.step
         while step < self.config.steps:
             loss = self._step(step)
-            if loss is not None and self.guard.is_spike(loss) and saved is not None:
-                step = self._rewind(step, loss, saved)
-                continue
+            if loss is not None and self.guard.is_spike(loss):
+                if saved is not None:
+                    step = self._rewind(step, loss, saved)
+                    continue
+                self._record({"step": step + 1, "spike": loss})
             step += 1
             final = step == self.config.steps
             if final or step % self.config.log_every == 0:
@@ -113,11 +115,11 @@ class Running:
                 self.guard.limit, self.ranks,
                 [part_seed(self.config.seed, part) for part in parts],
             )  # fmt: skip
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self.optimizer.discard()
-            raise PolyheadError(self._smaller()) from None
+            raise PolyheadError(self._smaller(step)) from None
         except NotFiniteError as error:
             self._record({"step": step + 1, "skipped": str(error)})
             self._require_finite(f"step {step + 1}: {error}")
@@ -127,6 +129,8 @@ class Running:
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.sums["tokens"] = self.sums.get("tokens", 0) + counted
         self.sums["grad_norm"] = norm
+        if self.config.zclip:
+            self.sums["clipped"] = self.sums.get("clipped", 0) + self.guard.clipped
         self.timed += time.perf_counter() - began
         self.timed_rows += self.config.batch_size * self.config.accumulate
         loss = nll.get("loss", math.nan) / counted
@@ -143,22 +147,26 @@ class Running:
                 "mends that: resume from the last checkpoint, with a lower lr where it comes back"
             )
 
-    def _smaller(self) -> str:
-        """What to do where a batch does not fit into memory: the largest that does, found here."""
+    def _smaller(self, step: int) -> str:
+        """What to do where a step does not fit into memory: the largest batches that do, found by
+        its own rows."""
         rows, count = self.config.batch_size, self.config.accumulate
         said = f"batch_size = {rows} does not fit into memory"
         # Of the sizes that make the same step.
         for size in (n for n in range(rows - 1, 0, -1) if rows * count % n == 0):
+            parts = rows * count // size
+            first = (step + self.progress.passed) * parts
             try:
-                batch = self.dataset.batch(0, size).to(self.device)
-                self.trainer.objective(self.model, batch).total.backward()
-            except RuntimeError as error:
+                for part in range(first, first + parts):
+                    batch = self.dataset.batch(part, size).to(self.device)
+                    self.trainer.objective(self.model, batch).total.backward()
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self.optimizer.discard()
                 continue
             self.optimizer.discard()
-            also = f"batch_size = {size} and accumulate = {rows * count // size}"
+            also = f"batch_size = {size} and accumulate = {parts}"
             return f"{said}; {also} make the same step, and fit"
         return f"{said}, and no smaller one does: lower context, or set recompute = blocks"
 
@@ -182,7 +190,7 @@ class Running:
         if "tokens" not in self.sums:  # every step since was left out
             return
         counted = self.sums.pop("tokens")
-        norm = self.sums.pop("grad_norm")
+        norm, clipped = self.sums.pop("grad_norm"), self.sums.pop("clipped", None)
         means = {name: value / counted for name, value in self.sums.items()}
         seen = done * self.config.batch_size * self.config.accumulate
         bits = self._bits(means["loss"])
@@ -195,6 +203,7 @@ class Running:
                 **({} if bits is None else {"bits_per_byte": bits}),
                 "lr": learning_rate(done - 1, self.config),
                 "grad_norm": norm,
+                **({} if clipped is None else {"clipped": clipped}),
                 **({} if pruned is None else {"sparsity": pruned.share}),
                 "epoch": seen / len(self.dataset),
                 unit: seen * a_row,
@@ -282,8 +291,8 @@ class Running:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a GPU or a CPU."""
-    is_gpus = isinstance(error, torch.OutOfMemoryError)
-    return is_gpus or any(said in str(error) for said in ("out of memory", "can't allocate memory"))
+    is_one = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return is_one or any(said in str(error) for said in ("out of memory", "can't allocate memory"))
 
 
 def _due(step: int, every: int) -> bool:

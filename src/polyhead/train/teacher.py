@@ -30,6 +30,16 @@ def check_self_teacher(model: TaskModel) -> None:
         )
 
 
+def check_teacher(model: TaskModel, teacher: TaskModel) -> None:
+    """ConfigError for a teacher of another kind: it reads other things, or the answers."""
+    kinds = [getattr(each.config, "kind", "decoder") for each in (teacher, model)]
+    if kinds[0] != kinds[1]:
+        raise ConfigError(
+            f"the teacher, {teacher.config.model_type}, is of the kind {kinds[0]}, and the model "
+            f"of the kind {kinds[1]}: take a teacher of that kind"
+        )
+
+
 def as_found(model: TaskModel) -> TaskModel:
     """A copy of a model that learns nothing."""
     return copy.deepcopy(model).requires_grad_(False).eval()
