@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from polyhead.generate.memory import Memory, Tables
+from polyhead.generate.memory import Memory
 from polyhead.generate.pages import NOBODY, BlockPool, OutOfBlocksError, block_keys
+from polyhead.generate.tables import Tables
 from polyhead.nn.cache import Caches, GrowingCache
 from polyhead.nn.rolling import RollingCache
 

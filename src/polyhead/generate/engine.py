@@ -17,6 +17,7 @@ from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
 from polyhead.generate.speculative import Proposer
+from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ class Engine:
         self.memory = Memory(
             model.backbone, config.max_rows, most, tokens, block_size=config.block_size,
             kv=config.kv, source_tokens=config.source_tokens or tokens,
+            whole_prompts=isinstance(model.config, LlavaConfig),
         )  # fmt: skip
         self.scheduler = Scheduler(self.memory, config.chunk, config.idle_chunk)
         self.runner = Runner(model, self.memory, config.static, config.compile)
@@ -125,6 +127,7 @@ class Engine:
     def _wait(self) -> None:
         """Where nothing is left to do but for grammars that compile, wait for one a little."""
         compiling = [r.compiled for r in self.scheduler.waiting if r.compiled and not r.is_ready]
+        assert compiling or not self.has_work, "no request can move"
         if compiling:
             wait(compiling, _PATIENCE, FIRST_COMPLETED)
 

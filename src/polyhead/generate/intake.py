@@ -77,7 +77,8 @@ class Intake:
             prompt=ids, config=config, number=next(self._numbers), limit=limit, ends=ends,
             seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
             priority=priority, client=client, source=list(source), pixels=pixels,
-            compiled=self.sampler.prepare(config), salt=_salt(pixels), on_text=on_text, search=search and search(ends, limit),
+            compiled=self.sampler.prepare(config), salt=_salt(pixels), on_text=on_text,
+            search=search and search(ends, limit),
         )  # fmt: skip
         request.texts = [Text(request, 0, self.tokenizer)]
         return request

@@ -3,139 +3,26 @@
 A row is a text at work. Layers that look equally far back share a table and a pool of blocks.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from polyhead.generate.paged import (
-    Geometry,
-    Int8Pages,
-    Numbers,
-    PagedCache,
-    PagedCross,
-    Pages,
-    Plan,
-)
-from polyhead.generate.pages import NOBODY, BlockPool, OutOfBlocksError
+from polyhead.generate.paged import Geometry, Int8Pages, PagedCache, PagedCross, Pages
+from polyhead.generate.pages import OutOfBlocksError
+from polyhead.generate.row_caches import RowCaches, States
+from polyhead.generate.tables import Tables
 from polyhead.nn.cache import Cache, Caches
 from polyhead.nn.rolling import RollingCache
 from polyhead.nn.state import StateCache
-
-
-class Copies(Protocol):
-    """A layer whose blocks can be copied."""
-
-    plan: Plan
-
-    def copy(self, source: int, target: int) -> None: ...
-
-
-class Tables:
-    """The blocks of every row, for layers of one kind."""
-
-    def __init__(self, place: Geometry, max_rows: int, max_len: int) -> None:
-        self.place, self.pool = place, BlockPool(place.num_blocks)
-        self.layers: list[Copies] = []
-        self.blocks: Numbers = np.full(
-            (max_rows + 1, -(-max_len // place.block_size)), NOBODY, dtype=np.int64
-        )  # the last row is nobody's
-        self.first, self.end = [0] * max_rows, [0] * max_rows  # the blocks that a row holds
-
-    def missing(self, wanted: Sequence[tuple[int, int, int]]) -> int:
-        """Blocks to be taken before rows that hold `held` tokens can hold `length`, each."""
-        size, needed = self.place.block_size, 0
-        writers: Counter[int] = Counter()
-        for row, held, length in wanted:
-            needed += max(0, -(-length // size) - self.end[row])
-            if held % size:
-                writers[int(self.blocks[row, held // size])] += 1
-        # Of those who hold a block that is not full, the last one writes on in it.
-        for block, count in writers.items():
-            needed += min(count, self.pool.holders[block] - 1)
-        return needed
-
-    def extend(self, row: int, held: int, length: int) -> None:
-        """Take them. What others hold too is copied before it is written to."""
-        size = self.place.block_size
-        if held % size:
-            last = held // size
-            block = int(self.blocks[row, last])
-            if self.pool.holders[block] > 1:
-                own = self.pool.take()
-                for layer in self.layers:
-                    layer.copy(block, own)
-                self.pool.release(block)
-                self.blocks[row, last] = own
-        for index in range(self.end[row], -(-length // size)):
-            self.blocks[row, index] = self.pool.take()
-            self.end[row] = index + 1
-
-    def share(self, row: int, target: int) -> None:
-        """Let an empty row hold what another one holds."""
-        for block in self.blocks[row, : self.end[row]].tolist():
-            self.pool.hold(block)
-        self.blocks[target] = self.blocks[row]
-        self.first[target], self.end[target] = self.first[row], self.end[row]
-
-    def leave_behind(self, row: int, held: int) -> None:
-        """Give back the blocks that no later token looks at."""
-        for index in range(self.first[row], min(self.place.first_block(held), self.end[row])):
-            self._give_back(row, index)
-            self.first[row] = index + 1
-
-    def cut(self, row: int, length: int) -> None:
-        """Give back the blocks beyond `length` tokens."""
-        needed = -(-length // self.place.block_size)
-        for index in range(needed, self.end[row]):
-            self._give_back(row, index)
-        self.end[row] = min(needed, self.end[row])
-
-    def close(self, row: int) -> None:
-        """Give back all. The last first, as a text is found again from its beginning."""
-        for index in range(self.end[row] - 1, self.first[row] - 1, -1):
-            self._give_back(row, index)
-        self.first[row] = self.end[row] = 0
-
-    def remember(self, row: int, keys: Sequence[bytes], until: int, since: int) -> None:
-        """Make the blocks of these tokens findable."""
-        size = self.place.block_size
-        for index in range(max(since // size, self.first[row]), until // size):
-            self.pool.remember(int(self.blocks[row, index]), keys[index])
-
-    def _give_back(self, row: int, index: int) -> None:
-        self.pool.release(int(self.blocks[row, index]))
-        self.blocks[row, index] = NOBODY
-
-
-class States:
-    """The states of one recurrent layer, of every row."""
-
-    def __init__(self, prototype: StateCache, max_rows: int) -> None:
-        self.k = prototype.k.new_zeros(max_rows + 1, *prototype.k.shape[1:])
-        self.v = self.k.clone()
-        self.cache = prototype
-
-    def open(self, rows: Tensor) -> None:
-        """Let the cache hold these rows."""
-        self.cache.k, self.cache.v = self.k[rows], self.v[rows]
-
-    def close(self, rows: Tensor) -> None:
-        """Keep what the cache holds now."""
-        self.k[rows], self.v[rows] = self.cache.k, self.cache.v
-
-    def share(self, row: int, target: int) -> None:
-        """Let a row hold what another one holds."""
-        self.k[target], self.v[target] = self.k[row], self.v[row]
 
 
 class Memory:
     """`max_rows` rows of up to `max_len` tokens, over blocks for `num_tokens` tokens in all.
 
     kv: "model" holds keys and values as the model computes them, "int8" in eight bits.
+    whole_prompts: a row may read all of its prompt at once; otherwise, where layers have a window,
+    `most_at_once` tokens.
     """
 
     def __init__(
@@ -147,8 +34,11 @@ class Memory:
         block_size: int = 16,
         kv: str = "model",
         source_tokens: int = 0,
+        whole_prompts: bool = False,
     ) -> None:
         self.block_size, self.max_rows, self.max_len = block_size, max_rows, max_len
+        self.most_at_once = max_len
+        self._whole_prompts = whole_prompts
         prototype: Caches = backbone.make_caches(1)
         self.device = prototype.lengths.device
         pages = Int8Pages if kv == "int8" else Pages
@@ -315,108 +205,13 @@ class Memory:
         kind = (k.shape[1], k.shape[3], window)
         if kind not in self.kinds:
             if window is not None:
-                # A row holds its window and what it reads at once.
-                most = self.max_rows * (min(2 * window, max_len) + 2 * self.block_size)
-                num_tokens = min(num_tokens, most)
+                # A row holds its window and what it reads at once, neither of which begins a block.
+                read = max_len if self._whole_prompts else min(window, max_len)
+                self.most_at_once = min(self.most_at_once, read)
+                span = min(window + read, max_len) + 2 * self.block_size
+                num_tokens = min(num_tokens, self.max_rows * span)
             place = Geometry(
                 -(-num_tokens // self.block_size) + 1, self.block_size, k.shape[1], window, k.device
             )
             self.kinds[kind] = Tables(place, self.max_rows, max_len)
         return self.kinds[kind]
-
-
-class RowCaches(Caches):
-    """The caches of some rows, for one forward: `open`, the model's own begin and end, done."""
-
-    layers: list[Any]
-
-    def __init__(self, memory: Memory, layers: list[Cache]) -> None:
-        self.memory, self.layers = memory, layers
-        self.cross = list(memory.cross)
-        self.is_static = False
-        self._sources: tuple[int, ...] | None = None
-        self._fixed: tuple[dict[object, Plan], Tensor, Tensor, Tensor] | None = None
-
-    def open(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
-        """These rows hold `starts` tokens each and read `counts` more."""
-        device = self.memory.device
-        self._index = torch.tensor(rows, device=device)
-        first, added = np.array(starts), np.array(counts)
-        width = max(counts)
-        self.lengths = torch.tensor(starts, device=device)
-        steps = torch.arange(width, device=device)
-        self._at = self.lengths[:, None] + steps
-        if min(counts) < width:
-            self._at = torch.where(
-                steps < torch.tensor(counts, device=device)[:, None], self._at, -1
-            )
-        uniform = starts[0] if len(set(starts)) == 1 else None
-        for tables in self.memory.kinds.values():
-            plan = tables.place.plan(tables.blocks[list(rows)], first, added, width)
-            for layer in tables.layers:
-                layer.plan = plan
-        for layer in self.layers:
-            layer.lengths, layer.uniform = self.lengths, uniform
-        for states in self.memory.states:
-            states.open(self._index)
-
-    def open_fixed(self, rows: Sequence[int], starts: Sequence[int]) -> None:
-        """These rows, and nobody's up to as many as there may be, read a token each.
-
-        All that changes from step to step changes in place.
-        """
-        missing = self.memory.max_rows - len(rows)
-        rows = [*rows, *[self.memory.max_rows] * missing]
-        first = np.array([*starts, *[0] * missing])
-        at, index = torch.from_numpy(first)[:, None], torch.tensor(rows)
-        added = np.ones_like(first)
-        plans = {
-            kind: tables.place.plan(tables.blocks[rows], first, added, 1, fixed=True)
-            for kind, tables in self.memory.kinds.items()
-        }
-        if self._fixed is None:
-            device = self.memory.device
-            self._fixed = plans, at.to(device), index.to(device), at[:, 0].to(device)
-        held, self._at, self._index, self.lengths = self._fixed
-        self._at.copy_(at)
-        self._index.copy_(index)
-        self.lengths.copy_(at[:, 0])
-        for kind, tables in self.memory.kinds.items():
-            held[kind].take(plans[kind])
-            for layer in tables.layers:
-                layer.plan = held[kind]
-        for layer in self.layers:
-            layer.lengths, layer.uniform = self.lengths, None
-        for states in self.memory.states:
-            states.open(self._index)
-
-    def open_sources(self, rows: Sequence[int], lengths: Sequence[int], are_new: bool) -> None:
-        """The rows' sources have `lengths` tokens each; `are_new` if they are to be read now."""
-        sources = self.memory.sources
-        assert sources is not None
-        which = tuple(rows)
-        if not are_new and which == self._sources:
-            return
-        held, counts = np.array(lengths), np.zeros(len(rows), dtype=np.int64)
-        if are_new:
-            held, counts = counts, held
-        plan = sources.place.plan(sources.blocks[list(rows)], held, counts, max(lengths))
-        for cross in self.memory.cross:
-            cross.plan = plan
-            cross.held = None if are_new else cross.read()
-        self._sources = which
-
-    def forget_sources(self) -> None:
-        """A row may stand for another source from now on."""
-        self._sources = None
-
-    def begin(self, num_tokens: int, keep: Tensor | None = None) -> Tensor:
-        for layer in self.layers:
-            layer.is_open = True
-        return self._at
-
-    def end(self) -> None:
-        for layer in self.layers:
-            layer.is_open = False
-        for states in self.memory.states:
-            states.close(self._index)

@@ -79,7 +79,7 @@ class Scheduler:
 
     def _pieces(self, request: Request, budget: int) -> list[tuple[Text, int]]:
         """What to read of a running request. Room is made, if need be at the cost of later ones."""
-        pieces = _wanted(request, budget)
+        pieces = _wanted(request, budget, self.memory.most_at_once)
         while pieces and not self.memory.can_extend(_growth(pieces)):
             drafting = [text for text, _ in pieces if text.draft]
             if drafting:
@@ -179,7 +179,7 @@ def _order(request: Request) -> tuple[int, int]:
     return -request.priority, request.number
 
 
-def _wanted(request: Request, budget: int) -> list[tuple[Text, int]]:
+def _wanted(request: Request, budget: int, most: int) -> list[tuple[Text, int]]:
     """Texts that decode and, within the budget, parts of those that do not yet.
 
     The texts of a search go on together.
@@ -194,7 +194,7 @@ def _wanted(request: Request, budget: int) -> list[tuple[Text, int]]:
         # Of several texts, each stops where it decodes.
         count = text.unread - (len(request.texts) > 1)
         if request.pixels is None or text.held >= len(request.prompt):
-            count = min(count, budget)
+            count = min(count, budget, most)
         if count > 0 and budget > 0:
             pieces.append((text, count))
             budget -= count

@@ -1,0 +1,133 @@
+"""What some rows remember, as the caches that a model takes for one forward."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from polyhead.generate.paged import Plan
+from polyhead.nn.cache import Cache, Caches
+from polyhead.nn.state import StateCache
+
+if TYPE_CHECKING:
+    from polyhead.generate.memory import Memory
+
+
+class States:
+    """The states of one recurrent layer, of every row."""
+
+    def __init__(self, prototype: StateCache, max_rows: int) -> None:
+        self.k = prototype.k.new_zeros(max_rows + 1, *prototype.k.shape[1:])
+        self.v = self.k.clone()
+        self.cache = prototype
+
+    def open(self, rows: Tensor) -> None:
+        """Let the cache hold these rows."""
+        self.cache.k, self.cache.v = self.k[rows], self.v[rows]
+
+    def close(self, rows: Tensor) -> None:
+        """Keep what the cache holds now."""
+        self.k[rows], self.v[rows] = self.cache.k, self.cache.v
+
+    def share(self, row: int, target: int) -> None:
+        """Let a row hold what another one holds."""
+        self.k[target], self.v[target] = self.k[row], self.v[row]
+
+
+class RowCaches(Caches):
+    """The caches of some rows, for one forward: `open`, the model's own begin and end, done."""
+
+    layers: list[Any]
+
+    def __init__(self, memory: "Memory", layers: list[Cache]) -> None:
+        self.memory, self.layers = memory, layers
+        self.cross = list(memory.cross)
+        self.is_static = False
+        self._sources: tuple[int, ...] | None = None
+        self._fixed: tuple[dict[object, Plan], Tensor, Tensor, Tensor] | None = None
+
+    def open(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
+        """These rows hold `starts` tokens each and read `counts` more."""
+        device = self.memory.device
+        self._index = torch.tensor(rows, device=device)
+        first, added = np.array(starts), np.array(counts)
+        width = max(counts)
+        self.lengths = torch.tensor(starts, device=device)
+        steps = torch.arange(width, device=device)
+        self._at = self.lengths[:, None] + steps
+        if min(counts) < width:
+            self._at = torch.where(
+                steps < torch.tensor(counts, device=device)[:, None], self._at, -1
+            )
+        uniform = starts[0] if len(set(starts)) == 1 else None
+        for tables in self.memory.kinds.values():
+            plan = tables.place.plan(tables.blocks[list(rows)], first, added, width)
+            for layer in tables.layers:
+                layer.plan = plan
+        for layer in self.layers:
+            layer.lengths, layer.uniform = self.lengths, uniform
+        for states in self.memory.states:
+            states.open(self._index)
+
+    def open_fixed(self, rows: Sequence[int], starts: Sequence[int]) -> None:
+        """These rows, and nobody's up to as many as there may be, read a token each.
+
+        All that changes from step to step changes in place.
+        """
+        missing = self.memory.max_rows - len(rows)
+        rows = [*rows, *[self.memory.max_rows] * missing]
+        first = np.array([*starts, *[0] * missing])
+        at, index = torch.from_numpy(first)[:, None], torch.tensor(rows)
+        added = np.ones_like(first)
+        plans = {
+            kind: tables.place.plan(tables.blocks[rows], first, added, 1, fixed=True)
+            for kind, tables in self.memory.kinds.items()
+        }
+        if self._fixed is None:
+            device = self.memory.device
+            self._fixed = plans, at.to(device), index.to(device), at[:, 0].to(device)
+        held, self._at, self._index, self.lengths = self._fixed
+        self._at.copy_(at)
+        self._index.copy_(index)
+        self.lengths.copy_(at[:, 0])
+        for kind, tables in self.memory.kinds.items():
+            held[kind].take(plans[kind])
+            for layer in tables.layers:
+                layer.plan = held[kind]
+        for layer in self.layers:
+            layer.lengths, layer.uniform = self.lengths, None
+        for states in self.memory.states:
+            states.open(self._index)
+
+    def open_sources(self, rows: Sequence[int], lengths: Sequence[int], are_new: bool) -> None:
+        """The rows' sources have `lengths` tokens each; `are_new` if they are to be read now."""
+        sources = self.memory.sources
+        assert sources is not None
+        which = tuple(rows)
+        if not are_new and which == self._sources:
+            return
+        held, counts = np.array(lengths), np.zeros(len(rows), dtype=np.int64)
+        if are_new:
+            held, counts = counts, held
+        plan = sources.place.plan(sources.blocks[list(rows)], held, counts, max(lengths))
+        for cross in self.memory.cross:
+            cross.plan = plan
+            cross.held = None if are_new else cross.read()
+        self._sources = which
+
+    def forget_sources(self) -> None:
+        """A row may stand for another source from now on."""
+        self._sources = None
+
+    def begin(self, num_tokens: int, keep: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            layer.is_open = True
+        return self._at
+
+    def end(self) -> None:
+        for layer in self.layers:
+            layer.is_open = False
+        for states in self.memory.states:
+            states.close(self._index)
