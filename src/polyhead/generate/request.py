@@ -152,6 +152,8 @@ class Request:
 
     @property
     def rows_wanted(self) -> int:
-        """Rows that it takes once its prompt is read."""
-        beams = len(self.search.answers) if self.search is not None else 0
-        return max(len(self.seeds), len(self.texts), beams)
+        """Rows that it takes, now or once its prompt is read."""
+        if self.search is not None:
+            return max(len(self.texts), len(self.search.answers))
+        has_begun = bool(self.done) or any(text.slot is not None for text in self.texts)
+        return len(self.texts) if has_begun else len(self.seeds)

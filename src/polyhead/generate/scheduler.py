@@ -142,7 +142,9 @@ class Scheduler:
         rows = request.rows_wanted
         longest = max(request.texts, key=lambda text: len(text.ids))
         keys = self.keys(longest) if self.memory.finds_prefixes else ()
-        return rows <= self.memory.num_free_rows and self.memory.has_room(
+        # Some will need rows for their copies or beams when they have read their prompts.
+        promised = sum(other.rows_wanted - len(other.texts) for other in self.running)
+        return rows <= self.memory.num_free_rows - promised and self.memory.has_room(
             keys, len(longest.ids) + 1, rows, len(request.source) * len(request.texts)
         )
 

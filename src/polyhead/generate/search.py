@@ -76,7 +76,7 @@ class BeamSearch:
         self.num_beams = config.num_beams if num_beams is None else num_beams
         self.answers: list[list[int]] = [[] for _ in range(self.num_beams)]
         self.last: list[int] = []
-        """The tokens of the newest step, of the beams that went on."""
+        """The tokens of the newest step, of the beams that go on, or would."""
         self.scores = [0.0] + [_COPY] * (self.num_beams - 1)
         self.finished: list[Hypothesis] = []
         self.is_done = False
@@ -98,7 +98,8 @@ class BeamSearch:
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[num_beams:]
         going = going[:num_beams]
-        self.last = [token for _, _, token in going]
+        tokens = (place % vocab_size for place in places)
+        self.last = [token for token in tokens if token not in self.ends][:num_beams]
         self.is_done = is_last or self._cannot_improve(going[0][0], length)
         if not self.is_done:
             self.answers = [[*self.answers[beam], token] for _, beam, token in going]
