@@ -36,7 +36,8 @@ class Runner:
         self, model: TaskModel, memory: Memory, static: bool = False, compile: bool = False
     ) -> None:
         self.model, self.memory = model, memory
-        self.has_source = isinstance(model.backbone, EncoderDecoder)
+        backbone = model.backbone
+        self.has_source = isinstance(backbone, EncoderDecoder) and backbone.encoder is not None
         if (static or compile) and self.has_source:
             raise ConfigError("static steps are for decoders; leave static and compile out")
         self.static = static or compile
