@@ -171,10 +171,15 @@ class Memory:
         """Tokens that each of `rows` texts, alike in their prompt, may have where all is theirs."""
         length = self.max_len
         for tables in self.kinds.values():
-            if tables.place.window is None:
-                blocks = tables.place.num_blocks - 1
-                shared = prompt // self.block_size
-                length = min(length, (shared + max(0, blocks - shared) // rows) * self.block_size)
+            blocks = tables.place.num_blocks - 1
+            shared = prompt // self.block_size
+            most = (shared + max(0, blocks - shared) // rows) * self.block_size
+            if tables.place.window is not None:
+                # What a window leaves behind is no longer shared, but makes room.
+                most = blocks // rows * self.block_size
+                if most >= self._span(tables.place.window):
+                    continue
+            length = min(length, most)
         return length
 
     def open_source(self, row: int, length: int) -> None:
@@ -201,15 +206,18 @@ class Memory:
         for tables in self.kinds.values():
             tables.cut(row, length)
 
+    def _span(self, window: int) -> int:
+        """Slots for a window and what is read at once, neither of which begins with a block."""
+        read = self.max_len if self._whole_prompts else window
+        return min(window + read, self.max_len) + 2 * self.block_size
+
     def _tables(self, k: Tensor, window: int | None, num_tokens: int, max_len: int) -> Tables:
         kind = (k.shape[1], k.shape[3], window)
         if kind not in self.kinds:
             if window is not None:
-                # A row holds its window and what it reads at once, neither of which begins a block.
-                read = max_len if self._whole_prompts else min(window, max_len)
-                self.most_at_once = min(self.most_at_once, read)
-                span = min(window + read, max_len) + 2 * self.block_size
-                num_tokens = min(num_tokens, self.max_rows * span)
+                if not self._whole_prompts:
+                    self.most_at_once = min(self.most_at_once, window)
+                num_tokens = min(num_tokens, self.max_rows * self._span(window))
             place = Geometry(
                 -(-num_tokens // self.block_size) + 1, self.block_size, k.shape[1], window, k.device
             )

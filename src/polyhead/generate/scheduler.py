@@ -72,13 +72,20 @@ class Scheduler:
                 plan += some
                 budget -= sum(count for text, count in some if not text.decodes)
         while budget > 0 and (request := self._admitted()) is not None:
-            some = self._pieces(request, budget)
+            some = self._pieces(request, budget, is_new=True)
+            if not some:
+                break  # it was sent back at once: there is less room than it seemed
             plan += some
             budget -= sum(count for _, count in some)
         return plan
 
-    def _pieces(self, request: Request, budget: int) -> list[tuple[Text, int]]:
-        """What to read of a running request. Room is made, if need be at the cost of later ones."""
+    def _pieces(
+        self, request: Request, budget: int, is_new: bool = False
+    ) -> list[tuple[Text, int]]:
+        """What to read of a running request. Room is made, if need be at the cost of later ones.
+
+        is_new: at its own cost alone, as the others are in the plan already.
+        """
         pieces = _wanted(request, budget, self.memory.most_at_once)
         while pieces and not self.memory.can_extend(_growth(pieces)):
             drafting = [text for text, _ in pieces if text.draft]
@@ -86,7 +93,7 @@ class Scheduler:
                 for text in drafting:
                     text.draft = []
                 continue
-            victim = max(self.running, key=_order)
+            victim = request if is_new else max(self.running, key=_order)
             self._send_back(victim)
             if victim is request:
                 return []
