@@ -86,6 +86,7 @@ class Scheduler:
 
         is_new: at its own cost alone, as the others are in the plan already.
         """
+        self._open_texts(request)
         pieces = _wanted(request, budget, self.memory.most_at_once)
         while pieces and not self.memory.can_extend(_growth(pieces)):
             drafting = [text for text, _ in pieces if text.draft]
@@ -132,12 +133,23 @@ class Scheduler:
                 return None
             self.waiting.remove(request)
             self.running.append(request)
-            for text in request.texts:
-                self._open(text)
             return request
         return None
 
+    def _open_texts(self, request: Request) -> None:
+        """Give texts rows, each when those before it hold what it may find there."""
+        for text in request.texts:
+            if text.row is None:
+                self._open(text)
+            if not text.decodes:
+                return
+
     def _open(self, text: Text) -> None:
+        first = text.request.texts[0]
+        if text.request.needs_states and first.row is not None:
+            # Candidates differ in their last token alone.
+            text.row, text.held = self.memory.fork(first.row), first.held
+            return
         text.row = self.memory.open()
         self.memory.open_source(text.row, len(text.request.source))
         if self.memory.finds_prefixes and not text.request.needs_states:
@@ -150,7 +162,10 @@ class Scheduler:
         longest = max(request.texts, key=lambda text: len(text.ids))
         keys = self.keys(longest) if self.memory.finds_prefixes else ()
         # Some will need rows for their copies or beams when they have read their prompts.
-        promised = sum(other.rows_wanted - len(other.texts) for other in self.running)
+        promised = sum(
+            other.rows_wanted - sum(text.row is not None for text in other.texts)
+            for other in self.running
+        )
         return rows <= self.memory.num_free_rows - promised and self.memory.has_room(
             keys, len(longest.ids) + 1, rows, len(request.source) * len(request.texts)
         )
@@ -200,6 +215,8 @@ def _wanted(request: Request, budget: int, most: int) -> list[tuple[Text, int]]:
         decoding = [text for text in request.texts if text.decodes]
     pieces = [(text, 1) for text in decoding]
     for text in reading:
+        if text.row is None:
+            break
         # Of several texts, each stops where it decodes.
         count = text.unread - (len(request.texts) > 1)
         if request.pixels is None or text.held >= len(request.prompt):
