@@ -238,6 +238,8 @@ def test_what_does_not_fit_is_said_at_once() -> None:
         engine.add([1], GenerationConfig(num_return_sequences=3))
     with pytest.raises(DataError, match="token id 61 is outside"):
         engine.add([61], greedy())
+    with pytest.raises(ConfigError, match="gpt2 reads no source"):
+        engine.add([1], greedy(), source=[2])
     # What fits by its prompt alone ends where the cache does.
     request = engine.add([1] * 30, greedy())
     engine.run()
@@ -426,4 +428,20 @@ def test_logits_that_are_no_numbers_end_one_request() -> None:
     assert isinstance(bad.error, DataError)
     assert "not finite after 1 tokens" in str(bad.error)
     assert good.results
+    assert nothing_is_held(engine)
+
+
+def test_sources_are_looked_over() -> None:
+    sizes = dict(vocab_size=V, d_model=32, d_ff=32, num_layers=1, num_heads=4)
+    model = ph.build("t5", seed=0, **sizes).eval()
+    engine = Engine(model, None, EngineConfig(max_rows=2, cache_tokens=64, source_tokens=32))
+    for source, why in (
+        ([], "t5 reads a source first"), ([1] * 33, "33 tokens and the cache holds 32"),
+        ([V], "outside the model's vocabulary"),
+    ):  # fmt: skip
+        with pytest.raises(ph.PolyheadError, match=why):
+            engine.add([0], greedy(), source=source)
+    requests = [engine.add([0], greedy(max_new_tokens=4), source=[i] * 20) for i in range(1, 6)]
+    engine.run()
+    assert [len(text) for text in written(requests)] == [4] * 5
     assert nothing_is_held(engine)

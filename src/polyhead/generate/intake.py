@@ -10,7 +10,7 @@ from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.memory import Memory
-from polyhead.generate.prompts import Prompt, encode_prompt
+from polyhead.generate.prompts import Prompt, check_ids, encode_prompt
 from polyhead.generate.request import Request, Text
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.sampling.seeds import row_seeds
@@ -69,6 +69,7 @@ class Intake:
                 raise ConfigError(f"{name} is not supported yet; leave it at {neutral}")
         ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
         ends = end_ids(self.tokenizer, config) if ends is None else frozenset(ends)
+        self._check_source(source)
         rows, copies = rows_of(config), copies_of(config)
         if rows > self.config.max_rows:
             raise ConfigError(f"{rows} texts at once are more than max_rows={self.config.max_rows}")
@@ -82,6 +83,25 @@ class Intake:
         )  # fmt: skip
         request.texts = [Text(request, 0, self.tokenizer)]
         return request
+
+    def _check_source(self, source: Sequence[int]) -> None:
+        sources = self.memory.sources
+        if sources is None or not source:
+            if bool(source) != (sources is not None):
+                kind = self.model.config.model_type
+                raise ConfigError(
+                    f"{kind} reads no source; leave it out"
+                    if source
+                    else f"{kind} reads a source first; give its ids"
+                )
+            return
+        check_ids(source, self.vocab_size)
+        room = (sources.place.num_blocks - 1) * self.memory.block_size
+        if len(source) > room:
+            raise DataError(
+                f"the source has {len(source)} tokens and the cache holds {room}; shorten it, or "
+                "give the engine more source_tokens"
+            )
 
     def _limit(self, prompt: Sequence[int], config: GenerationConfig, rows: int) -> int:
         """Tokens that may be written, so that the request fits the cache when it is alone."""

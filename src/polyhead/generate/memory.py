@@ -61,13 +61,8 @@ class Memory:
             assert isinstance(cache, PagedCache)
             like = cache.k_pages
             if self.sources is None:
-                place = Geometry(
-                    num_tokens // block_size + 1,
-                    block_size,
-                    like.place.num_heads,
-                    None,
-                    self.device,
-                )
+                blocks, heads = -(-source_tokens // block_size) + 1, like.place.num_heads
+                place = Geometry(blocks, block_size, heads, None, self.device)
                 self.sources = Tables(place, max_rows, source_tokens)
             held = prototype[0].k
             layer = PagedCross(*(pages(self.sources.place, like.head_dim, held) for _ in "kv"))

@@ -1,6 +1,6 @@
 """Answers of encoder-decoders: greedy, drawn, or by beams; every source is encoded once."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from polyhead.errors import ConfigError, DataError
@@ -101,18 +101,6 @@ def _hypotheses(request: Request) -> list[Hypothesis]:
     if request.error is not None:
         raise request.error
     return [Hypothesis(answer.token_ids, answer.score or 0.0) for answer in request.results or ()]
-
-
-def batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
-    """Indices of rows of like length, `most_tokens` with their padding, or a single row."""
-    batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if batch and (len(batch) + 1) * lengths[i] > most_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def recommended(model: TaskModel) -> Mapping[str, Any]:
