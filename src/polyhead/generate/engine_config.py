@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from polyhead.errors import ConfigError
 
+BLOCK_SIZE = 16
 _LONGEST = 4096
 
 
@@ -20,7 +21,7 @@ class EngineConfig:
     """Tokens of the longest text, prompt included; None: what the model and the cache take."""
     source_tokens: int | None = None
     """The same of what encoders read; None: as many."""
-    block_size: int = 16
+    block_size: int = BLOCK_SIZE
     """Tokens of a block."""
     chunk: int = 256
     """Tokens of prompts that a step reads while other texts go on."""

@@ -43,9 +43,7 @@ class Handle:
         seconds."""
         if not self._done.wait(timeout):
             raise TimeoutError(f"the request is not done after {timeout} seconds")
-        if self.request.error is not None:
-            raise self.request.error
-        return self.request.results or []
+        return self.request.outcome()
 
     def cancel(self) -> None:
         """End it as far as it came, unless it is done."""
@@ -125,9 +123,8 @@ class EngineThread:
                     self.engine.cancel(request)
             try:
                 self.engine.step()
-            except (
-                Exception
-            ) as error:  # whatever a model or a callback raises, callers must hear of
+            # Whatever a model or a callback raises, those who wait must hear of it.
+            except Exception as error:
                 self.engine.fail(error)
             self._deliver()
             if self._is_closing:

@@ -9,7 +9,7 @@ from torch import Tensor
 from polyhead.errors import ConfigError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
-from polyhead.generate.engine_config import EngineConfig
+from polyhead.generate.engine_config import BLOCK_SIZE, EngineConfig
 from polyhead.generate.intake import copies_of, prompt_ids, rows_of
 from polyhead.generate.prompts import Prompt
 from polyhead.generate.request import Request
@@ -21,7 +21,6 @@ from polyhead.text.tokenizer import Tokenizer
 
 Stream = Generator[str, None, Generation]
 
-BLOCK = 16
 _STATIC_STEP = 256
 _ENDLESS = 1 << 20
 _PROMPTS_AT_ONCE = 8192
@@ -125,7 +124,7 @@ class TextGenerator:
             engine.enter(request)
         while not all(request.is_finished for request in requests):
             engine.step()
-        return [_results(request) for request in requests]
+        return [request.outcome() for request in requests]
 
     def stream(
         self,
@@ -166,11 +165,12 @@ class TextGenerator:
             # Rounded up, so that one compiled step serves texts of many lengths.
             lengths = [-(-length // _STATIC_STEP) * _STATIC_STEP for length in lengths]
         needed = sorted(
-            count * -(-length // BLOCK) * BLOCK for count, length in zip(rows, lengths, strict=True)
+            count * -(-length // BLOCK_SIZE) * BLOCK_SIZE
+            for count, length in zip(rows, lengths, strict=True)
         )
         settings = EngineConfig(
-            max_rows=sum(sorted(rows)[-at_once:]) or 1, block_size=BLOCK,
-            cache_tokens=max(BLOCK, sum(needed[-at_once:])), max_len=max(lengths, default=1),
+            max_rows=sum(sorted(rows)[-at_once:]) or 1,
+            cache_tokens=max(BLOCK_SIZE, sum(needed[-at_once:])), max_len=max(lengths, default=1),
             chunk=_PROMPTS_AT_ONCE, idle_chunk=_PROMPTS_AT_ONCE, **self._shapes,
         )  # fmt: skip
         if self._kept is not None and settings.fits(self._kept.config):
@@ -193,13 +193,7 @@ def _stream(engine: Engine, request: Request) -> Stream:
                 yield text
     finally:
         engine.cancel(request)
-    return _results(request)[0]
-
-
-def _results(request: Request) -> list[Generation]:
-    if request.error is not None:
-        raise request.error
-    return request.results or []
+    return request.outcome()[0]
 
 
 def _configs(

@@ -162,20 +162,35 @@ class Int8Pages(Pages):
         scales[:, target] = scales[:, source]
 
 
-class PagedCache(Cache):
-    """One layer's cache, read and written where the `plan` of the step says."""
+class PagedLayer:
+    """One layer's pages, read and written where the `plan` of the step says."""
 
     plan: Plan
 
     def __init__(self, k: Pages, v: Pages) -> None:
         self.k_pages, self.v_pages = k, v
 
-    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Put keys and values `[B, G, T, D]` where the plan says."""
         self.k_pages.write(self.plan.write, k)
         self.v_pages.write(self.plan.write, v)
-        if self.plan.is_fresh and self.k_pages.is_exact:
-            return k, v
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, K, D]` of the rows of the plan."""
         return self.k_pages.read(self.plan), self.v_pages.read(self.plan)
+
+    def copy(self, source: int, target: int) -> None:
+        """Let one block hold what another holds."""
+        self.k_pages.copy(source, target)
+        self.v_pages.copy(source, target)
+
+
+class PagedCache(PagedLayer, Cache):
+    """One layer's cache of the texts themselves."""
+
+    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        self.write(k, v)
+        return (k, v) if self.plan.is_fresh and self.k_pages.is_exact else self.read()
 
     def keys_at(self, at: Tensor) -> Tensor:
         if self.plan.keys_at is not None:
@@ -187,34 +202,14 @@ class PagedCache(Cache):
             return super().place(mask, at)
         return mask.placed(self.lengths, self.plan.keys_at)
 
-    def copy(self, source: int, target: int) -> None:
-        """Let one block hold what another holds."""
-        self.k_pages.copy(source, target)
-        self.v_pages.copy(source, target)
 
-
-class PagedCross(CrossCache):
-    """One layer's keys and values of sources, written once.
+class PagedCross(PagedLayer, CrossCache):
+    """One layer's cache of sources, written once.
 
     What the rows of a step read is put together when they change, not at each step.
     """
 
-    plan: Plan
-
-    def __init__(self, k: Pages, v: Pages) -> None:
-        self.k_pages, self.v_pages = k, v
-
     def keep(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k_pages.write(self.plan.write, k)
-        self.v_pages.write(self.plan.write, v)
-        self.held = self.read() if not self.k_pages.is_exact else (k, v)
+        self.write(k, v)
+        self.held = (k, v) if self.k_pages.is_exact else self.read()
         return self.held
-
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, G, K, D]` of the sources that the plan names."""
-        return self.k_pages.read(self.plan), self.v_pages.read(self.plan)
-
-    def copy(self, source: int, target: int) -> None:
-        """Let one block hold what another holds."""
-        self.k_pages.copy(source, target)
-        self.v_pages.copy(source, target)

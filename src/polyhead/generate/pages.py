@@ -74,13 +74,6 @@ class BlockPool:
         """The block of this key, held by somebody or not; it is not held by asking."""
         return self._block.get(key)
 
-    def forget_idle(self) -> None:
-        """Free what nobody holds."""
-        while self._idle:
-            block, _ = self._idle.popitem()
-            self._forget(block)
-            self._free.append(block)
-
     def _forget(self, block: int) -> None:
         del self._block[self._key.pop(block)]
 

@@ -140,6 +140,12 @@ class Request:
         """Whether it has results, or an error."""
         return self.results is not None or self.error is not None
 
+    def outcome(self) -> list[Generation]:
+        """Its texts, or the error that it ended with, raised."""
+        if self.error is not None:
+            raise self.error
+        return self.results or []
+
     @property
     def needs_states(self) -> bool:
         """Whether every token's state is looked at, so that none may be found in memory alone."""

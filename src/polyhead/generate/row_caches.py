@@ -1,6 +1,6 @@
 """What some rows remember, as the caches that a model takes for one forward."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -62,14 +62,11 @@ class RowCaches(Caches):
                 steps < torch.tensor(counts, device=device)[:, None], self._at, -1
             )
         uniform = starts[0] if len(set(starts)) == 1 else None
-        for tables in self.memory.kinds.values():
-            plan = tables.place.plan(tables.blocks[list(rows)], first, added, width)
-            for layer in tables.layers:
-                layer.plan = plan
-        for layer in self.layers:
-            layer.lengths, layer.uniform = self.lengths, uniform
-        for states in self.memory.states:
-            states.open(self._index)
+        plans = {
+            kind: tables.place.plan(tables.blocks[list(rows)], first, added, width)
+            for kind, tables in self.memory.kinds.items()
+        }
+        self._follow(plans, uniform)
 
     def open_fixed(self, rows: Sequence[int], starts: Sequence[int]) -> None:
         """These rows, and nobody's up to as many as there may be, read a token each.
@@ -92,12 +89,17 @@ class RowCaches(Caches):
         self._at.copy_(at)
         self._index.copy_(index)
         self.lengths.copy_(at[:, 0])
+        for kind, plan in plans.items():
+            held[kind].take(plan)
+        self._follow(held, None)
+
+    def _follow(self, plans: Mapping[object, Plan], uniform: int | None) -> None:
+        """Let every layer read and write where the plan of its kind says."""
         for kind, tables in self.memory.kinds.items():
-            held[kind].take(plans[kind])
             for layer in tables.layers:
-                layer.plan = held[kind]
+                layer.plan = plans[kind]
         for layer in self.layers:
-            layer.lengths, layer.uniform = self.lengths, None
+            layer.lengths, layer.uniform = self.lengths, uniform
         for states in self.memory.states:
             states.open(self._index)
 

@@ -6,7 +6,7 @@ from typing import Any
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
-from polyhead.generate.engine_config import EngineConfig
+from polyhead.generate.engine_config import BLOCK_SIZE, EngineConfig
 from polyhead.generate.prompts import check_ids
 from polyhead.generate.request import Request
 from polyhead.generate.sampling.seeds import row_seeds
@@ -14,7 +14,6 @@ from polyhead.generate.search import Hypothesis
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
-BLOCK = 16
 TOKENS_AT_ONCE = 4096
 """Of sources with their padding, times beams: what one batch holds."""
 
@@ -90,17 +89,15 @@ def _size(
     """Room for as many sources at once as `tokens_at_once` says."""
     longest = max(map(len, rows))
     at_once = max(1, min(len(rows), tokens_at_once // (longest * config.num_beams)))
-    blocks = -(-longest // BLOCK) * at_once, -(-(1 + config.max_new_tokens) // BLOCK) + 1
+    blocks = -(-longest // BLOCK_SIZE) * at_once, -(-(1 + config.max_new_tokens) // BLOCK_SIZE) + 1
     return EngineConfig(
-        max_rows=at_once * config.num_beams, block_size=BLOCK, source_tokens=blocks[0] * BLOCK,
-        cache_tokens=at_once * config.num_beams * blocks[1] * BLOCK,
+        max_rows=at_once * config.num_beams, source_tokens=blocks[0] * BLOCK_SIZE,
+        cache_tokens=at_once * config.num_beams * blocks[1] * BLOCK_SIZE,
     )  # fmt: skip
 
 
 def _hypotheses(request: Request) -> list[Hypothesis]:
-    if request.error is not None:
-        raise request.error
-    return [Hypothesis(answer.token_ids, answer.score or 0.0) for answer in request.results or ()]
+    return [Hypothesis(answer.token_ids, answer.score or 0.0) for answer in request.outcome()]
 
 
 def recommended(model: TaskModel) -> Mapping[str, Any]:
