@@ -1,9 +1,9 @@
 """From logits to tokens: what a step of the sampler takes, beside transformers' own processors.
 
-Logits are a model's own (peaked: of SmolLM2 on a text, cut or repeated to the vocabulary's size) and
-random ones (flat: standard normal), after histories of 1,024 tokens. A step is the call and what is
-written down after it. Transformers: the same processors, then softmax and multinomial, or argmax;
-none where it has no such thing. A line of JSON for each; milliseconds a step.
+Logits are a model's own (peaked: of SmolLM2 on a text, cut or repeated to the vocabulary's size)
+and random ones (flat: standard normal), after histories of 1,024 tokens. A step is the call and
+what is written down after it. Transformers: the same processors, then softmax and multinomial, or
+argmax; none where it has no such thing. A line of JSON for each; milliseconds a step.
 """
 
 import argparse
@@ -170,7 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("work", nargs="*", help=f"of {', '.join(WORK)}; default: all")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--vocab", type=int, nargs="+", default=[49152], help="default 49152")
-    parser.add_argument("--logits", nargs="+", default=["peaked", "flat"], choices=["peaked", "flat"])
+    parser.add_argument(
+        "--logits", nargs="+", default=["peaked", "flat"], choices=["peaked", "flat"]
+    )
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own)")
     parser.add_argument("--rounds", type=int, default=3, help="A B B A rounds (default 3)")
     parser.add_argument("--seconds", type=float, default=0.05, help="of a slice (default 0.05)")

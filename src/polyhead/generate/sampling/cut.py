@@ -42,19 +42,18 @@ def cut(scores: Tensor, weights: Tensor, limit: Tensor) -> Cut:
     return cut_sorted(few, light, limit, count[:, None])
 
 
-def cut_sorted(
-    scores: Tensor, weights: Tensor, limit: Tensor, count: Tensor | None = None
-) -> Cut:
+def cut_sorted(scores: Tensor, weights: Tensor, limit: Tensor, count: Tensor | None = None) -> Cut:
     """The same by sorting rows, of which only `count` `[N, 1]` entries are real, if not all."""
-    descending, order = scores.sort(dim=1, descending=True)
+    descending, order = scores.sort(dim=1, descending=True, stable=True)
     weights = weights.gather(1, order)
     before = weights.cumsum(1) - weights
     staying = (before < limit).count_nonzero(1)[:, None].clamp(min=1)
-    if count is not None:
-        staying = staying.minimum(count)
+    real = torch.full_like(staying, scores.shape[1]) if count is None else count
+    staying = staying.minimum(real)
     last = descending.gather(1, staying - 1)
     above = (descending > last).count_nonzero(1)[:, None]
-    return Cut(last, staying - above, (descending == last).count_nonzero(1)[:, None])
+    until = (descending >= last).count_nonzero(1)[:, None].minimum(real)
+    return Cut(last, staying - above, until - above)
 
 
 def _buckets(scores: Tensor) -> Tensor:
