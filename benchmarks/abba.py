@@ -31,15 +31,18 @@ class Ratio:
         return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
-def slices(calls: Mapping[str, Call], rounds: int, seconds: float) -> dict[str, list[float]]:
+def slices(
+    calls: Mapping[str, Call], rounds: int, seconds: float, quiet: bool = False
+) -> dict[str, list[float]]:
     """Seconds a call of each contender, one slice a round, in the order A B B A."""
+    say = (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr))
     for name, call in calls.items():
-        print(f"warming up {name}", file=sys.stderr)
+        say(f"warming up {name}")
         call()
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
-        print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+        say(f"round {turn + 1} of {rounds}")
         for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
             times[name].append(seconds_a_call(calls[name], seconds))
     return times

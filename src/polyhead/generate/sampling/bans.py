@@ -43,9 +43,9 @@ def keep_allowed(logits: Tensor, allowed: Tensor) -> Tensor:
 
     That happens where other settings ban all that a trie or a grammar allows, which they may not.
     """
-    kept = logits.masked_fill(~allowed, -torch.inf)
+    kept = torch.where(allowed, logits, -torch.inf)
     none = kept.amax(1, keepdim=True) == -torch.inf
-    return torch.where(none & allowed, 0.0, kept)
+    return torch.where(none & allowed, 0.0, kept) if none.any() else kept
 
 
 def force(logits: Tensor, rows: Tensor, tokens: Tensor) -> Tensor:

@@ -54,9 +54,7 @@ class Choice:
             if kind == "short":
                 ids[rows] = self._draw_short(scores, rows, uniform)
                 continue
-            some = _pick(scores, rows)
-            if self.is_scaled:
-                some = some / _pick(self.temperature, rows)[:, None]
+            some = self._scaled(scores, rows)
             if kind == "filtered":
                 some = self.filters.untypical(self.filters(some, rows), rows)
             elif kind == "mirostat":
@@ -67,6 +65,10 @@ class Choice:
                 surprises = scores.new_zeros(len(scores), dtype=torch.float32)
                 surprises[rows] = mirostat.surprise(some, ids[rows])
         return ids.masked_fill_(~known, -1), surprises
+
+    def _scaled(self, scores: Tensor, rows: Tensor) -> Tensor:
+        some = _pick(scores, rows)
+        return some / _pick(self.temperature, rows)[:, None] if self.is_scaled else some
 
     def _unsurprising(self, logits: Tensor, rows: Tensor, mu: Tensor) -> Tensor:
         first = self.mirostat[rows] == 1
@@ -79,21 +81,20 @@ class Choice:
         """Draw after top-k, top-p and min-p, without sorting the vocabulary where a few suffice.
 
         A shortlist of the largest logits suffices when the filters remove its last entry: what is
-        not on it would be removed as well. Rows whose shortlist was too short try a longer one.
+        not on it would be removed as well. Rows whose shortlist was too short filter all tokens.
         Tokens stand in the order of their ids, so that the length of the list changes no draw.
         """
         chosen = torch.zeros_like(uniform, dtype=torch.long)
         asked, vocab = rows, scores.shape[1]
         for width in (*self.widths, vocab):
-            some, temperature = _pick(scores, rows), _pick(self.temperature, rows)[:, None]
-            total = log_total(some / temperature) if self.filters.need_total else None
+            some = self._scaled(scores, rows)
+            total = log_total(some) if self.filters.need_total else None
             if width * 4 > vocab:
-                kept = self.filters(some / temperature, rows, total)
+                kept = self.filters(some, rows, total)
                 chosen[rows] = draw(kept, _pick(uniform, rows))
                 break
             largest, ids = some.topk(width, dim=1)
             ids, order = ids.sort(dim=1)
-            largest = largest / temperature
             kept = self.filters(largest.gather(1, order), rows, total)
             chosen[rows] = ids.gather(1, draw(kept, _pick(uniform, rows))[:, None])[:, 0]
             last = kept.masked_fill(kept == -torch.inf, torch.inf).amin(1)
@@ -158,13 +159,12 @@ def _kind(config: GenerationConfig) -> str:
 
 
 def _widths(top_ks: Sequence[int]) -> tuple[int, ...]:
-    """Lengths of shortlists to try, shortest first."""
+    """Lengths of shortlists to try: a longer one would cost more than all tokens do."""
     if not top_ks:
         return ()
     # A few more than k, since ties with the k-th stay too.
     first = _SHORTLIST if min(top_ks) == 0 else 0
-    first = max(first, max(top_ks) + 32)
-    return first, first * 8, first * 32
+    return (max(first, max(top_ks) + 32),)
 
 
 def _pick(x: Tensor, rows: Tensor) -> Tensor:

@@ -9,16 +9,16 @@ import math
 import torch
 from torch import Tensor
 
-from polyhead.generate.sampling.filters import keep_top_k
+from polyhead.generate.sampling.filters import keep_top_k, without
 
 _ESTIMATED_FROM = 100
 
 
 def keep_unsurprising(logits: Tensor, mu: Tensor) -> Tensor:
     """Version 2: keep tokens of at most `mu` bits of surprise, and the most likely one."""
-    bits = logits.log_softmax(1) / -math.log(2)
+    bits = logits.log_softmax(1).div_(-math.log(2))
     remove = (bits > mu[:, None]) & (logits < logits.amax(1, keepdim=True))
-    return logits.masked_fill(remove, -torch.inf)
+    return without(logits, remove)
 
 
 def keep_zipf(logits: Tensor, mu: Tensor) -> Tensor:
