@@ -97,11 +97,13 @@ class Engine:
         continuations than rows.
         """
         given = [list(ids) for ids in continuations]
-        most = max(map(len, given), default=0)
-        if not min(map(len, given), default=0):
-            raise DataError("a continuation has no tokens; give it some text")
-        for ids in given:
+        if not given:
+            raise DataError("there is no continuation; give at least one")
+        for number, ids in enumerate(given):
+            if not ids:
+                raise DataError(f"continuation {number} has no tokens; give it some text")
             check_ids(ids, self.intake.vocab_size)
+        most = max(map(len, given))
         config = GenerationConfig(logprobs=1, max_new_tokens=most, num_return_sequences=len(given))
         request = self.request(context, config, ends=(), seeds=[0] * len(given), **named)
         # The last token is predicted, not read.

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.engine import Engine
-from polyhead.generate.engine_config import BLOCK_SIZE, EngineConfig
+from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.prompts import check_ids
 from polyhead.generate.request import Request as EngineRequest
 from polyhead.generate.result import Generation
@@ -19,6 +19,7 @@ MOST_TOKENS = 8192
 """That are read at once, and held; a single longer request is held alone."""
 
 _MOST_ROWS = 128
+_BLOCK_SIZE = 4  # what contexts share is found by whole blocks
 
 
 class Request(NamedTuple):
@@ -116,14 +117,15 @@ class Scorer:
         rows = [len(group.continuations) for group in groups]
         widths = [group.width if self.start is None else group.longest + 1 for group in groups]
         # A row of its own for each continuation, and what is copied when it leaves the others.
-        blocks = max(n * (2 + width // BLOCK_SIZE) for n, width in zip(rows, widths, strict=True))
+        blocks = max(n * (2 + width // _BLOCK_SIZE) for n, width in zip(rows, widths, strict=True))
         read = sum(
             len(group.context) + n * group.longest for n, group in zip(rows, groups, strict=True)
         )
         at_once = min(self.most_tokens * sum(rows) // read, _MOST_ROWS)
         return EngineConfig(
             max_rows=max(at_once, *rows, 1), chunk=self.most_tokens, idle_chunk=self.most_tokens,
-            cache_tokens=max(min(self.most_tokens, read), BLOCK_SIZE * blocks),
+            cache_tokens=max(min(self.most_tokens, read), _BLOCK_SIZE * blocks),
+            block_size=_BLOCK_SIZE,
             source_tokens=max(self.most_tokens, *(len(group.context) for group in groups)),
         )  # fmt: skip
 
