@@ -11,7 +11,7 @@ speculation  n-gram lookup and others on text that quotes what it was given: tok
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -80,28 +80,34 @@ def gap(model: Any, tokenizer: Any, rounds: int) -> dict[str, Any]:
     """The longest step of four texts while a prompt of 1,024 tokens is read, over a plain one."""
     long = tokenizer.encode(" ".join(PROMPTS) * 60)[:1024]
     config = ph.GenerationConfig(temperature=0.0, max_new_tokens=400, ignore_eos=True)
-    found: dict[int, list[float]] = {}
-    for chunk in (16, 32, 64, 256):
-        for _ in range(rounds):
+    found: dict[str, list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for chunk in (None, 16, 32, 64, 256):
             engine = Engine(model, tokenizer, EngineConfig(chunk=chunk, cache_tokens=8192))
             for prompt in PROMPTS:
                 engine.add(prompt, config)
             engine.step()
-            plain = statistics.median(_steps(engine, 12))
-            engine.add(long, config)
-            found.setdefault(chunk, []).append(max(_steps(engine, 1024 // chunk)) / plain)
-    return {f"chunk {chunk}": statistics.median(some) for chunk, some in found.items()}
+            plain = statistics.median(_timed(engine.step) for _ in range(12))
+            request, steps = engine.add(long, config), list[float]()
+            while not request.texts[0].decodes:
+                steps.append(_timed(engine.step))
+            name = "as it chooses" if chunk is None else f"chunks of {chunk}"
+            found.setdefault(name, []).append(
+                {
+                    "longest": max(steps) / plain, "usual": statistics.median(steps) / plain,
+                    "prompt_seconds": sum(steps),
+                }
+            )  # fmt: skip
+    return {
+        name: {key: statistics.median(one[key] for one in some) for key in some[0]}
+        for name, some in found.items()
+    }
 
 
-def _steps(engine: Engine, count: int) -> list[float]:
-    return list(_timed(engine.step, count))
-
-
-def _timed(what: Callable[[], Any], count: int) -> Iterator[float]:
-    for _ in range(count):
-        start = perf_counter()
-        what()
-        yield perf_counter() - start
+def _timed(what: Callable[[], Any]) -> float:
+    start = perf_counter()
+    what()
+    return perf_counter() - start
 
 
 def speculation(model: Any, tokenizer: Any, rounds: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import polyhead as ph
 from polyhead.errors import ConfigError, DataError
@@ -14,8 +15,10 @@ from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.front import EngineThread
 from polyhead.generate.request import Request
+from polyhead.generate.runner import Piece
 from polyhead.generate.speculative import DraftModel, Jacobi, NgramLookup, Proposer, first_layers
 from polyhead.models.model import TaskModel
+from polyhead.nn.attention import MultiHeadAttention
 
 V = 61
 SIZES: dict[str, Any] = dict(vocab_size=V, d_model=32, num_layers=2, num_heads=4, max_seq_len=96)
@@ -36,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("lstm", dict(vocab_size=V, d_model=32, num_layers=2)),
 }  # fmt: skip
 ENGINES = {
-    "roomy": EngineConfig(),
+    "roomy": EngineConfig(chunk=256),
     "small blocks": EngineConfig(max_rows=5, block_size=3, chunk=4, idle_chunk=11),
     "too few blocks": EngineConfig(max_rows=6, cache_tokens=96, block_size=4, chunk=8),
 }
@@ -159,9 +162,63 @@ def test_prompts_are_read_in_chunks_while_others_go_on() -> None:
     while not long.is_finished:
         before = len(reads.steps)
         engine.step()
-        assert sum(reads.steps[before:]) <= 1 + 8
+        (both,) = reads.steps[before:]  # one forward reads them all
+        assert both <= 1 + 8
         steps += 1
     assert steps == 7  # 50 tokens by eights
+
+
+PIECES = ((0, 5), (9, 1), (14, 1), (0, 3), (22, 6), (3, 2), (17, 6), (9, 2))
+
+
+def states(engine: Engine, pieces: list[Piece]) -> dict[tuple[int, int], Tensor]:
+    """By what a piece's text holds, and the piece's length."""
+    with torch.inference_mode():
+        read = engine.runner.read(pieces)
+    return {(piece.text.held, len(piece.ids)): found for piece, found in read}
+
+
+def begun(engine: Engine, held: int, length: int) -> Piece:
+    """A text that holds so many tokens, and has so many to read."""
+    ids = [(7 * i + length) % V for i in range(held + length)]
+    (text,) = engine.request(ids, greedy()).texts
+    text.row = engine.memory.open()
+    engine.memory.extend(text.row, 0, held + length)
+    if held:
+        states(engine, [Piece(text, ids[:held], 0)])
+    text.held = held
+    return Piece(text, ids[held:], length)
+
+
+@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "windows", "mixed", "mixtral", "dynamic"])
+def test_pieces_of_all_lengths_are_read_at_once_as_by_themselves(name: str, kv: str) -> None:
+    changes = dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)) if name == "dynamic" else {}
+    model = made("llama" if changes else name, **changes)
+    engines = [Engine(model, None, EngineConfig(block_size=4, kv=kv)) for _ in "ab"]
+    first, second = ([begun(engine, *piece) for piece in PIECES] for engine in engines)
+    reads = Reads(model)
+    together = states(engines[0], first)
+    if not changes:
+        assert len(reads.steps) == 1
+    assert together.keys() == set(PIECES)
+    for piece in second:
+        for which, expected in states(engines[1], [piece]).items():
+            torch.testing.assert_close(together[which], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_who_looks_at_weights_sees_those_of_all_pieces() -> None:
+    model = made("llama")
+    seen: list[Tensor] = []
+    attention = next(part for part in model.modules() if isinstance(part, MultiHeadAttention))
+    attention.probes.append(seen.append)
+    prompts = drawn_prompts(6)
+    engine = Engine(model, None, ENGINES["small blocks"])
+    requests = [engine.add(prompt, greedy()) for prompt in prompts]
+    engine.run()
+    assert seen
+    attention.probes.clear()
+    assert written(requests) == alone(model, prompts)
 
 
 def test_a_window_gives_back_what_it_leaves_behind() -> None:
@@ -252,6 +309,7 @@ def test_what_does_not_fit_is_said_at_once() -> None:
     [
         (dict(max_rows=0), "max_rows=0 must be 1 or more"),
         (dict(chunk=0), "chunk=0 must be 1 or more"),
+        (dict(stretch=1), "stretch=1 must be above 1"),
         (dict(cache_tokens=1), "cache_tokens=1 must be 2 or more"),
         (dict(kv="int3"), "kv='int3' must be"),
     ],

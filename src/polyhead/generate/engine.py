@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
+from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,13 @@ from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.intake import Intake
 from polyhead.generate.memory import Memory
 from polyhead.generate.mode import evaluating
+from polyhead.generate.pace import Pace
 from polyhead.generate.postprocess import Postprocess
 from polyhead.generate.prompts import Prompt, check_ids
 from polyhead.generate.request import Request, Text
 from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.sampling.sampler import Sampler
-from polyhead.generate.scheduler import Scheduler
+from polyhead.generate.scheduler import Scheduler, num_read
 from polyhead.generate.speculative import Proposer
 from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
@@ -53,7 +55,8 @@ class Engine:
             kv=config.kv, source_tokens=config.source_tokens or tokens,
             whole_prompts=isinstance(model.config, LlavaConfig),
         )  # fmt: skip
-        self.scheduler = Scheduler(self.memory, config.chunk, config.idle_chunk)
+        self.scheduler = Scheduler(self.memory, config.idle_chunk)
+        self.pace = Pace(config.stretch)
         self.runner = Runner(model, self.memory, config.static, config.compile)
         # Texts that were sent back keep their slots, and the last token drawn is not held.
         vocab_size: int = getattr(model.config, "vocab_size")  # noqa: B009
@@ -135,10 +138,12 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Move on every request that can be moved; those that came to their end since the last."""
+        begin, is_busy = perf_counter(), self.scheduler.is_busy
         with evaluating(self.model), torch.inference_mode():
             self._propose()
             self._refuse()
-            plan = self.scheduler.schedule()
+            plan = self._schedule()
+            read = num_read(plan)
             if not plan:
                 self._wait()
             pieces = [_piece(text, count) for text, count in plan]
@@ -147,8 +152,15 @@ class Engine:
                 self.scheduler.hold(piece.text, len(piece.ids) - len(piece.text.draft))
             if found:
                 self.postprocess(found)
+        if is_busy and plan:
+            self.pace.took(perf_counter() - begin, read)
         ended, self.postprocess.ended = self.postprocess.ended, []
         return ended
+
+    def _schedule(self) -> list[tuple[Text, int]]:
+        """What to read now. Where only prompts can move, they do."""
+        chunk = self.config.chunk or self.pace.budget()
+        return self.scheduler.schedule(chunk) or self.scheduler.schedule(max(1, chunk))
 
     def _refuse(self) -> None:
         """End those whose grammar turned out to be none."""

@@ -23,10 +23,13 @@ class EngineConfig:
     """The same of what encoders read; None: as many."""
     block_size: int = BLOCK_SIZE
     """Tokens of a block."""
-    chunk: int = 256
-    """Tokens of prompts that a step reads while other texts go on."""
+    chunk: int | None = None
+    """Tokens of prompts that a step reads while other texts go on. None: as many as `stretch`
+    allows, by what steps are seen to take."""
     idle_chunk: int = 4096
     """The same, while none does."""
+    stretch: float = 2.0
+    """How many times as long as a step that reads no prompt one that does may take."""
     static: bool = False
     """Steps of one token a text always have the same shapes: `max_rows` rows, and keys for the
     longest text, whatever is at work. What is not there is computed too, and not looked at."""
@@ -37,8 +40,11 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "block_size", "chunk", "idle_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be 1 or more")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} must be 1 or more")
+        if not self.stretch > 1:
+            raise ConfigError(f"stretch={self.stretch} must be above 1")
         if self.cache_tokens is not None and self.cache_tokens < 2:
             raise ConfigError(f"cache_tokens={self.cache_tokens} must be 2 or more")
         if self.kv not in ("model", "int8"):

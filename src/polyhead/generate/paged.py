@@ -1,18 +1,21 @@
 """Keys and values in blocks of fixed size, wherever there is room (Kwon et al. 2023, section 4).
 
 `G` key/value heads, `D` head width; `B` rows of a step, `T` new tokens of each, `K` keys that they
-read. A slot is the place of one token in one block.
+read; `H` query heads. A slot is the place of one token in one block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.generate.pages import NOBODY
+from polyhead.nn.attend import attend
 from polyhead.nn.cache import Cache, CrossCache
-from polyhead.nn.mask import Mask
+from polyhead.nn.mask import Lowered, Mask
 
 Numbers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
@@ -26,6 +29,7 @@ class Plan:
     shape: tuple[int, int, int]  # B, G, K
     keys_at: Tensor | None  # [B, K] positions of the keys; None: 0, 1, 2 ...
     is_fresh: bool  # nothing is held before the new tokens
+    parts: Sequence["Plan"] = ()  # of a step whose rows are the tokens of several plans in turn
 
     def take(self, other: "Plan") -> None:
         """Be another plan of the same shapes, in the same places."""
@@ -33,6 +37,26 @@ class Plan:
         self.read.copy_(other.read)
         if self.keys_at is not None and other.keys_at is not None:
             self.keys_at.copy_(other.keys_at)
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence["Plan"]) -> "Plan":
+        """One plan for the tokens of several: each token is a row, and those of a text follow one
+        another. A row's keys are those of its text, and what pads them has position -1."""
+        write = torch.cat([part.write.transpose(1, 2).flatten(0, 1) for part in parts])
+        longest = max(part.shape[2] for part in parts)
+        keys_at = None
+        if any(part.keys_at is not None for part in parts):
+            keys_at = torch.cat([part._keys_of_tokens(longest) for part in parts])
+        shape = len(write), parts[0].shape[1], longest
+        return cls(write[:, :, None], parts[0].read[:0], shape, keys_at, False, parts)
+
+    def _keys_of_tokens(self, longest: int) -> Tensor:
+        batch, _, many = self.shape
+        keys_at = self.keys_at
+        if keys_at is None:
+            keys_at = torch.arange(many, device=self.write.device).expand(batch, -1)
+        keys_at = F.pad(keys_at, (0, longest - many), value=-1)
+        return keys_at.repeat_interleave(self.write.shape[2], 0)
 
 
 class Geometry:
@@ -175,9 +199,10 @@ class PagedLayer:
         self.k_pages.write(self.plan.write, k)
         self.v_pages.write(self.plan.write, v)
 
-    def read(self) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, G, K, D]` of the rows of the plan."""
-        return self.k_pages.read(self.plan), self.v_pages.read(self.plan)
+    def read(self, plan: Plan | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, G, K, D]` of the rows of the plan, or of a part of it."""
+        plan = plan or self.plan
+        return self.k_pages.read(plan), self.v_pages.read(plan)
 
     def copy(self, source: int, target: int) -> None:
         """Let one block hold what another holds."""
@@ -190,7 +215,35 @@ class PagedCache(PagedLayer, Cache):
 
     def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         self.write(k, v)
-        return (k, v) if self.plan.is_fresh and self.k_pages.is_exact else self.read()
+        if self.plan.parts or (self.plan.is_fresh and self.k_pages.is_exact):
+            return k, v
+        return self.read()
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        bias: Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        if not self.plan.parts:
+            return super().attend(q, k, v, mask, bias, scale, dropout)
+        found: list[Tensor] = []
+        begin = 0
+        for part in self.plan.parts:
+            batch, many, steps = len(part.write), part.shape[2], part.write.shape[2]
+            rows = slice(begin, begin := begin + batch * steps)
+            keys, values = self.read(part)
+            assert mask.dense is not None
+            allowed = Lowered(dense=_of_part(mask.dense, rows, steps)[..., :many])
+            added = None if bias is None else _of_part(bias, rows, steps)[..., :many]
+            own = _of_part(q, rows, steps)
+            seen = attend(own, keys, values, allowed, added, scale, dropout)
+            found.append(seen.transpose(1, 2).flatten(0, 1))
+        return torch.cat(found)[:, :, None]
 
     def keys_at(self, at: Tensor) -> Tensor:
         if self.plan.keys_at is not None:
@@ -201,6 +254,12 @@ class PagedCache(PagedLayer, Cache):
         if self.plan.keys_at is None:
             return super().place(mask, at)
         return mask.placed(self.lengths, self.plan.keys_at)
+
+
+def _of_part(x: Tensor, rows: slice, steps: int) -> Tensor:
+    """Of rows of one token each `[N|1, H, 1, ...]`, those of a part by text, `[B, H, T, ...]`."""
+    own = x[rows] if len(x) > 1 else x.expand(rows.stop - rows.start, *x.shape[1:])
+    return own[:, :, 0].unflatten(0, (-1, steps)).transpose(1, 2)
 
 
 class PagedCross(PagedLayer, CrossCache):

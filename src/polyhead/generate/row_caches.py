@@ -68,6 +68,28 @@ class RowCaches(Caches):
         }
         self._follow(plans, uniform)
 
+    def open_mixed(self, parts: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> None:
+        """Rows that hold so many tokens each and all read so many more, part by part: one forward
+        reads them all, as rows of one token. Not for layers with states."""
+        at = np.concatenate(
+            [(np.array(starts)[:, None] + np.arange(count)).ravel() for _, starts, count in parts]
+        )
+        self.lengths = torch.from_numpy(at).to(self.memory.device)
+        self._at = self.lengths[:, None]
+        plans = {
+            kind: Plan.side_by_side(
+                [
+                    tables.place.plan(
+                        tables.blocks[list(rows)], np.array(starts),
+                        np.full(len(rows), count), count,
+                    )
+                    for rows, starts, count in parts
+                ]
+            )
+            for kind, tables in self.memory.kinds.items()
+        }  # fmt: skip
+        self._follow(plans, None)
+
     def open_fixed(self, rows: Sequence[int], starts: Sequence[int]) -> None:
         """These rows, and nobody's up to as many as there may be, read a token each.
 

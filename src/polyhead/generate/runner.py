@@ -1,5 +1,6 @@
 """The model, as the engine runs it: pieces of texts in, hidden states and logits out."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -12,10 +13,14 @@ from polyhead.generate.prompts import padded
 from polyhead.generate.request import Text
 from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.model import TaskModel
+from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.mask import Mask
+from polyhead.nn.position import Position
 
 _WASTE = 1.25
 """Rows of one forward have this many times their own tokens with padding, at most."""
+_FEW = 512
+"""Tokens whose forward takes its time from the weights, so that all of them share one."""
 
 
 class Piece(NamedTuple):
@@ -41,18 +46,50 @@ class Runner:
         if (static or compile) and self.has_source:
             raise ConfigError("static steps are for decoders; leave static and compile out")
         self.static = static or compile
+        attentions = [part for part in backbone.modules() if isinstance(part, MultiHeadAttention)]
+        positions = [part for part in backbone.modules() if isinstance(part, Position)]
+        # States go on by rows; some positions look at all the keys of a row at once.
+        self._mixes = bool(attentions) and not (
+            self.static or self.has_source or memory.states
+            or any(part.rotates_late or part.has_values for part in positions)
+        )  # fmt: skip
+        self._attentions = attentions
         self._step = torch.compile(self._next, dynamic=False) if compile else self._next
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[Piece, Tensor]]:
         """The hidden states `[wanted, E]` at the end of each piece that wants some."""
         found: list[tuple[Piece, Tensor]] = []
-        for batch in _alike(pieces):
-            hidden = self._forward(batch)
-            for row, piece in enumerate(batch):
-                end = len(piece.ids)
-                if piece.wanted:
-                    found.append((piece, hidden[row, end - piece.wanted : end]))
+        batches = list(_alike(pieces))
+        few = [batch for batch in batches if self._may_mix(batch)]
+        if len(few) > 1:
+            batches = [batch for batch in batches if batch not in few]
+            mixed = sorted((piece for batch in few for piece in batch), key=_place)
+            found += _wanted(mixed, self._mixed(mixed))
+        for batch in batches:
+            found += _wanted(batch, self._forward(batch))
         return found
+
+    def _may_mix(self, batch: Sequence[Piece]) -> bool:
+        """Whether these may be read beside others, token by token."""
+        return (
+            self._mixes
+            and sum(len(piece.ids) for piece in batch) <= _FEW
+            and not any(_shows(piece.text) for piece in batch)
+            and not any(attention.probes for attention in self._attentions)
+        )
+
+    def _mixed(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Hidden states `[len(ids), E]` of pieces of any lengths, from one forward."""
+        parts: list[tuple[list[int], list[int], int]] = []
+        for (_, length), some in itertools.groupby(pieces, _place):
+            texts = [piece.text for piece in some]
+            rows = [cast(int, text.row) for text in texts]
+            parts.append((rows, [text.held for text in texts], length))
+        caches = self.memory.caches
+        caches.open_mixed(parts)
+        ids = torch.tensor([id for piece in pieces for id in piece.ids], device=self.memory.device)
+        hidden = self.model.backbone(ids[:, None], caches=caches)
+        return list(hidden[:, 0].split([len(piece.ids) for piece in pieces]))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[N, V]` of hidden states `[N, E]`."""
@@ -72,11 +109,7 @@ class Runner:
         caches.open(rows, [text.held for text in texts], counts)
         if self.has_source:
             return self._translate(texts, rows, ids, keep)
-        shown = [
-            text.request.pixels.to(device)
-            for text in texts
-            if text.request.pixels is not None and text.held < len(text.request.prompt)
-        ]
+        shown = [cast(Tensor, text.request.pixels).to(device) for text in texts if _shows(text)]
         extra = {"pixel_values": torch.cat(shown)} if shown else {}
         return self.model.backbone(ids, attention_mask=keep, caches=caches, **extra)
 
@@ -110,16 +143,31 @@ class Runner:
         return backbone.decode(ids, memory, mask, keep, caches=caches)
 
 
+def _wanted(
+    batch: Sequence[Piece], hidden: Tensor | Sequence[Tensor]
+) -> Iterator[tuple[Piece, Tensor]]:
+    """Of the states of each piece, padding after them perhaps, those that are wanted, if any."""
+    for piece, states in zip(batch, hidden, strict=False):
+        end = len(piece.ids)
+        if piece.wanted:
+            yield piece, states[end - piece.wanted : end]
+
+
+def _shows(text: Text) -> bool:
+    """Whether a text's images are still to be read."""
+    return text.request.pixels is not None and text.held < len(text.request.prompt)
+
+
+def _place(piece: Piece) -> tuple[bool, int]:
+    return piece.text.held > 0, len(piece.ids)
+
+
 def _alike(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     """Pieces that one forward reads: all begun or none, and of like length."""
-
-    def place(piece: Piece) -> tuple[bool, int]:
-        return piece.text.held > 0, len(piece.ids)
-
     batch: list[Piece] = []
     tokens = 0
-    for piece in sorted(pieces, key=place):
-        begun, length = place(piece)
+    for piece in sorted(pieces, key=_place):
+        begun, length = _place(piece)
         fits = (len(batch) + 1) * length <= _WASTE * (tokens + length)
         if batch and not (fits and (batch[0].text.held > 0) == begun):
             yield batch

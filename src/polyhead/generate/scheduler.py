@@ -14,16 +14,16 @@ _WRITTEN_COST = 2
 class Scheduler:
     """Requests by priority and, within one, by what their clients have had so far.
 
-    Each step reads a token (and a draft) of every text that decodes, and up to `chunk` tokens of
-    prompts. `running` requests hold rows; where blocks are too few, the latest of the least
-    priority gives back its own and reads its text again later. A request whose prompt begins like
-    one that is being read waits until it can be found.
+    Each step reads a token (and a draft) of every text that decodes, and some tokens of prompts.
+    `running` requests hold rows; where blocks are too few, the latest of the least priority gives
+    back its own and reads its text again later. A request whose prompt begins like one that is
+    being read waits until it can be found.
 
     Clients share by counted service, a token written costing two (Sheng et al. 2024, section 4).
     """
 
-    def __init__(self, memory: Memory, chunk: int, idle_chunk: int) -> None:
-        self.memory, self.chunk, self.idle_chunk = memory, chunk, idle_chunk
+    def __init__(self, memory: Memory, idle_chunk: int) -> None:
+        self.memory, self.idle_chunk = memory, idle_chunk
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.had: Counter[str] = Counter()
@@ -60,23 +60,28 @@ class Scheduler:
         """Count tokens that were written for a request's client."""
         self.had[request.client] += _WRITTEN_COST * tokens
 
-    def schedule(self) -> list[tuple[Text, int]]:
-        """Texts to read now, and how many tokens of each beside its draft."""
+    @property
+    def is_busy(self) -> bool:
+        """Whether a text is at work that has read its prompt."""
+        return any(text.decodes for request in self.running for text in request.texts)
+
+    def schedule(self, chunk: int) -> list[tuple[Text, int]]:
+        """Texts to read now, and how many tokens of each beside its draft; where some go on, up
+        to `chunk` tokens of prompts."""
         self._make_way()
         plan: list[tuple[Text, int]] = []
-        is_busy = any(text.decodes for request in self.running for text in request.texts)
-        budget = self.chunk if is_busy else self.idle_chunk
+        budget = chunk if self.is_busy else self.idle_chunk
         for request in sorted(self.running, key=_order):
             if request in self.running:  # and was not sent back meanwhile
                 some = self._pieces(request, budget)
                 plan += some
-                budget -= sum(count for text, count in some if not text.decodes)
+                budget -= num_read(some)
         while budget > 0 and (request := self._admitted()) is not None:
             some = self._pieces(request, budget, is_new=True)
             if not some:
                 break  # it was sent back at once: there is less room than it seemed
             plan += some
-            budget -= sum(count for _, count in some)
+            budget -= num_read(some)
         return plan
 
     def _pieces(
@@ -100,7 +105,7 @@ class Scheduler:
                 return []
         for row, held, length in _growth(pieces):
             self.memory.extend(row, held, length)
-        self.had[request.client] += sum(count for text, count in pieces if not text.decodes)
+        self.had[request.client] += num_read(pieces)
         return pieces
 
     def _send_back(self, request: Request) -> None:
@@ -197,6 +202,15 @@ class Scheduler:
         keys = self.keys(request.texts[0])
         known = self.memory.known(keys, len(request.texts[0].ids) - 1) // self.memory.block_size
         return known < len(keys) and keys[known] in being_read
+
+
+def num_read(plan: Iterable[tuple[Text, int]]) -> int:
+    """Tokens of prompts that a plan reads, and of the sources that it begins with."""
+    return sum(
+        count + (0 if text.held else len(text.request.source))
+        for text, count in plan
+        if not text.decodes
+    )
 
 
 def _order(request: Request) -> tuple[int, int]:

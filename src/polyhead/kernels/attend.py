@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from polyhead.kernels.native import TYPES, address, library, takes
 from polyhead.nn import attend as plain
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.cache import Cache
 from polyhead.nn.mask import EVERYTHING, Lowered
 from polyhead.nn.position import Position
 
@@ -41,10 +42,11 @@ class FusedAttention(MultiHeadAttention):
         position: Position | None,
         at: Tensor,
         keys_at: Tensor,
+        cache: Cache | None = None,
     ) -> Tensor:
-        shares_memory = len(q) != len(k)
-        if self.probes or shares_memory or (position is not None and position.has_values):
-            return super().weigh(q, k, v, mask, position, at, keys_at)
+        # A cache knows best how what it holds is read.
+        if self.probes or cache is not None or (position is not None and position.has_values):
+            return super().weigh(q, k, v, mask, position, at, keys_at, cache)
         bias = None if position is None else position.bias(q, k, at, keys_at, self)
         return attend(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
 

@@ -102,7 +102,7 @@ class MultiHeadAttention(nn.Module):
             if cache is not None and not isinstance(cache, CrossCache):
                 mask = cache.place(mask, at)
             mask = mask.lower(q.shape[2], k.shape[2], q.device)
-        heads = self.weigh(q, k, v, mask, position, at, keys_at)
+        heads = self.weigh(q, k, v, mask, position, at, keys_at, cache)
         return self.out(heads.transpose(1, 2).flatten(2))
 
     def weigh(
@@ -114,6 +114,7 @@ class MultiHeadAttention(nn.Module):
         position: Position | None,
         at: Tensor,
         keys_at: Tensor,
+        cache: Cache | None = None,
     ) -> Tensor:
         """What the queries find, `[B, H, T, D]`: values by their weights."""
         bias = None if position is None else position.bias(q, k, at, keys_at, self)
@@ -125,7 +126,8 @@ class MultiHeadAttention(nn.Module):
         if self.probes or (position is not None and position.has_values):
             heads = self._explicit(q, k, v, mask, bias, position, at, keys_at)
         else:
-            heads = attend(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
+            find = attend if cache is None else cache.attend
+            heads = find(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
         if sharing > 1:
             heads = heads.unflatten(2, (sharing, -1)).transpose(1, 2).flatten(0, 1)
         return heads

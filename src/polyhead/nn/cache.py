@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from polyhead.nn.mask import Mask
+from polyhead.nn.attend import attend
+from polyhead.nn.mask import Lowered, Mask
 
 
 class Cache:
@@ -24,6 +25,22 @@ class Cache:
     def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """Keep the new keys and values; return all that may be attended to."""
         raise NotImplementedError
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        bias: Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        """What queries `[B, H, T, D]` find in what `append` returned, of the same shape.
+
+        A cache that lies otherwise than in one piece a row knows a better way.
+        """
+        return attend(q, k, v, mask, bias, scale, dropout)
 
     def keys_at(self, at: Tensor) -> Tensor:
         """Positions `[B|1, K]` of what `append` returns for `at`; empty slots may have any."""

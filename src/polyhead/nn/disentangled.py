@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from polyhead.nn.attend import rows_at_once
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.cache import Cache
 from polyhead.nn.dropout import dropout
 from polyhead.nn.embedding import Table
 from polyhead.nn.mask import Lowered
@@ -77,11 +78,12 @@ class DisentangledAttention(MultiHeadAttention):
         position: Position | None,
         at: Tensor,
         keys_at: Tensor,
+        cache: Cache | None = None,
     ) -> Tensor:
         """The same, on a CPU a few rows at a time, with the scores in the place of the bias."""
         plain = self.probes or q.device.type != "cpu" or not self.terms
         if plain or not isinstance(position, Distances):
-            return super().weigh(q, k, v, mask, position, at, keys_at)
+            return super().weigh(q, k, v, mask, position, at, keys_at, cache)
         windows = position.windows(self)
         allowed = mask.boolean(q.shape[2], k.shape[2], q.device)
         rows = rows_at_once(q, k)
@@ -145,8 +147,7 @@ class Disentangled(Position):
         near = self.span if self.outruns else min(num_tokens, self.span)
         vectors = self.norm(self.table.weight[self.span - near : self.span + near])
         rows = distance_rows(num_tokens, near, self.buckets, self.max_distance)
-        dropout = self.dropout if self.training else 0.0
-        return Distances(vectors, rows.to(at.device), dropout)
+        return Distances(vectors, rows.to(at.device), self.dropout if self.training else 0.0)
 
     def bias(
         self, q: Tensor, k: Tensor, at: Tensor, keys_at: Tensor, attention: MultiHeadAttention
@@ -245,6 +246,5 @@ def log_buckets(distances: Tensor, buckets: int, max_distance: int) -> Tensor:
     """Distances, exact to half of the buckets, then on a log scale that ends at `max_distance`."""
     half = buckets // 2
     far = (distances.abs().clamp(min=half) / half).log()
-    steps = torch.ceil(far / torch.tensor((max_distance - 1) / half).log() * (half - 1))
-    far = (steps.long() + half) * distances.sign()
-    return torch.where(distances.abs() <= half, distances, far)
+    steps = torch.ceil(far / torch.tensor((max_distance - 1) / half).log() * (half - 1)).long()
+    return torch.where(distances.abs() <= half, distances, (steps + half) * distances.sign())
