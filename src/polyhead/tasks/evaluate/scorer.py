@@ -19,7 +19,7 @@ MOST_TOKENS = 8192
 """That are read at once, and held; a single longer request is held alone."""
 
 _MOST_ROWS = 128
-_BLOCK_SIZE = 4  # what contexts share is found by whole blocks
+_BLOCK_SIZE = 8  # what contexts share is found by whole blocks
 
 
 class Request(NamedTuple):
