@@ -3,7 +3,7 @@
 `N` places in texts that a step draws at, `E` model width, `V` vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -42,14 +42,15 @@ class Postprocess:
 
         found: pieces, and the states `[wanted, E]` of the last tokens of each.
         """
-        ways = {self._draw: [], self._search: [], self._score: []}
-        for piece, states in found:
-            request = piece.text.request
-            way = self._draw if request.search is None else self._search
-            ways[self._score if request.given else way].append((piece, states))
-        for way, some in ways.items():
-            if some:
+        for way in (self._draw, self._search, self._score):
+            if some := [each for each in found if self._way(each[0].text.request) == way]:
                 way(some)
+
+    def _way(self, request: Request) -> Callable[[Sequence[tuple[Piece, Tensor]]], None]:
+        """What becomes of a request's states."""
+        if request.given:
+            return self._score
+        return self._draw if request.search is None else self._search
 
     def _draw(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
         logits = self.runner.logits(torch.cat([states for _, states in found]))

@@ -133,7 +133,7 @@ class Request:
     """Its grammar, on the way."""
     given: list[list[int]] = field(default_factory=list[list[int]])
     """What its texts say, one a seed, where they are scored and not drawn."""
-    has_forked: bool = False
+    has_forked: bool = field(default=False, init=False)
     """Whether each of them has begun."""
 
     texts: list[Text] = field(default_factory=list[Text], init=False)

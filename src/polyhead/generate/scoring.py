@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ class Scoring:
 
     def __init__(self, runner: Runner, scheduler: Scheduler) -> None:
         self.runner, self.scheduler = runner, scheduler
+        self.vocab_size: int = getattr(runner.model.config, "vocab_size")  # noqa: B009
 
     def propose(self, room: int) -> None:
         """Let texts read what is given next: about `room` tokens in all."""
@@ -89,7 +89,7 @@ class Scoring:
         order = sorted(range(len(rows)), key=rows.__getitem__)
         at, targets = (torch.tensor([x[i] for i in order]) for x in (rows, wanted))
         found: list[tuple[int, float, int, float]] = []
-        size = max(_MOST_LOGITS // cast(int, getattr(self.runner.model.config, "vocab_size")), 1)  # noqa: B009
+        size = max(_MOST_LOGITS // self.vocab_size, 1)
         for first in range(0, len(states), size):
             logits = self.runner.logits(states[first : first + size]).float()
             total, (best, likeliest) = logits.logsumexp(1), logits.max(1)
@@ -107,6 +107,7 @@ class Scoring:
         """Add what was scored; whether nothing is left to score."""
         text.ids += [score.token_id for score in scores]
         text.logprobs += scores
+        self.scheduler.had[text.request.client] += len(scores)
         if text.written == len(text.given):
             text.finish_reason = "stop"
             return True

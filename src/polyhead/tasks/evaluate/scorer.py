@@ -53,7 +53,7 @@ class Scorer:
     A request gives what it gives alone. The start that all contexts share is read once, and a
     context once for all its continuations. Of an encoder-decoder the context is the source.
 
-    most_tokens: of a batch, with its padding; it bounds the memory. start: what the decoder of an
+    most_tokens: read at once, and held; it bounds the memory. start: what the decoder of an
     encoder-decoder begins with; None: as the checkpoint, or else the tokenizer, says.
     Errors: ConfigError for a model that writes no texts.
     """
@@ -118,6 +118,11 @@ class Scorer:
         widths = [group.width if self.start is None else group.longest + 1 for group in groups]
         # A row of its own for each continuation, and what is copied when it leaves the others.
         blocks = max(n * (2 + width // _BLOCK_SIZE) for n, width in zip(rows, widths, strict=True))
+        # Rows that were sent back hold a source each.
+        sources = max(
+            n * (1 + len(group.context) // _BLOCK_SIZE)
+            for n, group in zip(rows, groups, strict=True)
+        )
         read = sum(
             len(group.context) + n * group.longest for n, group in zip(rows, groups, strict=True)
         )
@@ -126,7 +131,7 @@ class Scorer:
             max_rows=max(at_once, *rows, 1), chunk=self.most_tokens, idle_chunk=self.most_tokens,
             cache_tokens=max(min(self.most_tokens, read), _BLOCK_SIZE * blocks),
             block_size=_BLOCK_SIZE,
-            source_tokens=max(self.most_tokens, *(len(group.context) for group in groups)),
+            source_tokens=max(self.most_tokens, _BLOCK_SIZE * sources),
         )  # fmt: skip
 
     def _fitted(self, number: int, request: Request) -> Request:
