@@ -176,9 +176,12 @@ class _Group:
 def _groups(rows: Sequence[Request], most_tokens: int) -> list[_Group]:
     """Requests by their context, the longest first; one with more continuations than fit comes
     several times."""
-    by_context = sorted(range(len(rows)), key=lambda place: rows[place].context)
+
+    def context_of(place: int) -> tuple[int, ...]:
+        return tuple(rows[place].context)
+
     groups: list[_Group] = []
-    for context, found in groupby(by_context, key=lambda place: rows[place].context):
+    for context, found in groupby(sorted(range(len(rows)), key=context_of), key=context_of):
         places = list(found)
         whole = _Group(context, [rows[place].continuation for place in places], places)
         size = max(1, min(most_tokens // whole.width, _MOST_ROWS))
