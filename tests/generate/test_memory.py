@@ -1,5 +1,9 @@
-"""Rows over blocks: whatever comes, each row finds its own tokens, and no block is lost."""
+"""Rows over blocks: whatever comes, each row finds its own tokens, and no block is lost.
 
+POLYHEAD_EXAMPLES=10000 tries so many random lives, in place of 150.
+"""
+
+import os
 from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -135,8 +139,8 @@ class Rows(RuleBasedStateMachine):
 
 TestRows = Rows.TestCase
 TestRows.settings = settings(
-    max_examples=150, stateful_step_count=40, deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=int(os.environ.get("POLYHEAD_EXAMPLES", "150")), stateful_step_count=40,
+    deadline=None, suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 
 

@@ -230,3 +230,20 @@ def test_a_model_needs_its_tokenizer(saved):
 
     with pytest.raises(ConfigError, match="tokenizer"):
         PolyheadLM(ph.load(saved))
+
+
+def test_its_command_line_knows_the_model(saved, tasks, monkeypatch, capsys):
+    from polyhead.tasks.lm_eval import main
+
+    def run(model: object) -> int:
+        asked = ["--tasks", "tiny_quiz,tiny_text", "--include_path", str(tasks)]
+        named = ["--model", "polyhead", "--model_args", f"model={model}"]
+        monkeypatch.setattr("sys.argv", ["lm-eval", "run", *named, *asked])
+        return main()
+
+    assert run(saved) == 0
+    said = capsys.readouterr().out
+    assert "tiny_quiz" in said
+    assert "word_perplexity" in said
+    assert run(tasks / "nothing") == 2
+    assert "no such file" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """Many requests at once: schedule, run, postprocess."""
 
+from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
 from time import perf_counter
 from typing import Any, cast
 
 import torch
 
+from polyhead.errors import DataError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.intake import Intake
@@ -13,7 +15,7 @@ from polyhead.generate.memory import Memory
 from polyhead.generate.mode import evaluating
 from polyhead.generate.pace import Pace
 from polyhead.generate.postprocess import Postprocess
-from polyhead.generate.prompts import Prompt
+from polyhead.generate.prompts import Prompt, check_ids
 from polyhead.generate.request import Request, Text
 from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.sampling.sampler import Sampler
@@ -87,6 +89,36 @@ class Engine:
         self.enter(request)
         return request
 
+    def score(
+        self, context: Prompt, continuations: Sequence[Sequence[int]], **named: Any
+    ) -> Request:
+        """A request for how likely the model holds each of these ids after the context, waiting.
+
+        Its results are the continuations with their `logprobs`, and at each token's place the
+        likeliest. What contexts share is read once, and a context once for all that follows it.
+        Errors: DataError for ids that do not fit the model or the cache, ConfigError for more
+        continuations than rows.
+        """
+        given = [list(ids) for ids in continuations]
+        if not given:
+            raise DataError("there is no continuation; give at least one")
+        for number, ids in enumerate(given):
+            if not ids:
+                raise DataError(f"continuation {number} has no tokens; give it some text")
+            check_ids(ids, self.intake.vocab_size)
+        most = max(map(len, given))
+        config = GenerationConfig(logprobs=1, max_new_tokens=most, num_return_sequences=len(given))
+        request = self.request(context, config, ends=(), seeds=[0] * len(given), **named)
+        # The last token is predicted, not read.
+        if request.limit < most - 1:
+            raise DataError(
+                f"a context of {len(request.prompt)} tokens leaves room for {request.limit + 1} "
+                f"and a continuation has {most}; shorten it, or give the engine more cache_tokens"
+            )
+        request.given, request.limit = given, most
+        self.enter(request)
+        return request
+
     def cancel(self, request: Request) -> None:
         """End a request as far as it came; its rows and blocks are free at once."""
         if not request.is_finished:
@@ -144,13 +176,15 @@ class Engine:
             wait(compiling, _PATIENCE, FIRST_COMPLETED)
 
     def _propose(self) -> None:
-        """Let the proposer guess how those texts go on that can be guessed."""
+        """Let the proposer guess how those texts go on that can be guessed, and others be read as
+        they are given."""
+        self.postprocess.scoring.propose(self.config.idle_chunk)
         if self.proposer is None:
             return
         texts = [
             text
             for request in self.scheduler.running
-            if request.search is None and request.config.speculates
+            if request.search is None and request.config.speculates and not request.given
             for text in request.texts
             if text.decodes and text.slot is not None
         ]
@@ -162,6 +196,8 @@ class Engine:
 def _piece(text: Text, count: int) -> Piece:
     """The next tokens of a text; the states of the last ones are wanted, or, by some, of all."""
     end = text.held + count
+    if end < len(text.ids):
+        text.draft = []
     ids = [*text.ids[text.held : end], *text.draft]
     wanted = 1 + len(text.draft) if end == len(text.ids) else 0
     return Piece(text, ids, len(ids) if text.request.needs_states else wanted)

@@ -3,7 +3,7 @@
 `N` places in texts that a step draws at, `E` model width, `V` vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -16,6 +16,7 @@ from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.sampling.logprobs import token_logprobs
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
+from polyhead.generate.scoring import Scoring, not_finite
 from polyhead.generate.searching import Searching
 from polyhead.generate.speculative import Proposer
 
@@ -33,6 +34,7 @@ class Postprocess:
         self.runner, self.scheduler, self.sampler = runner, scheduler, sampler
         self.proposer = proposer
         self.searching = Searching(scheduler, sampler)
+        self.scoring = Scoring(runner, scheduler)
         self.ended: list[Request] = []
 
     def __call__(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
@@ -40,11 +42,15 @@ class Postprocess:
 
         found: pieces, and the states `[wanted, E]` of the last tokens of each.
         """
-        drawing = [(piece, states) for piece, states in found if piece.text.request.search is None]
-        if drawing:
-            self._draw(drawing)
-        if len(drawing) < len(found):
-            self._search([each for each in found if each[0].text.request.search is not None])
+        for way in (self._draw, self._search, self._score):
+            if some := [each for each in found if self._way(each[0].text.request) == way]:
+                way(some)
+
+    def _way(self, request: Request) -> Callable[[Sequence[tuple[Piece, Tensor]]], None]:
+        """What becomes of a request's states."""
+        if request.given:
+            return self._score
+        return self._draw if request.search is None else self._search
 
     def _draw(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
         logits = self.runner.logits(torch.cat([states for _, states in found]))
@@ -126,11 +132,14 @@ class Postprocess:
 
     def _no_token(self, text: Text) -> DataError:
         why = self.sampler.problem(cast(int, text.slot))
-        return DataError(
-            why
-            or f"the model's logits are not finite after {len(text.ids)} tokens; load it with "
-            "dtype=torch.float32, or check its weights"
-        )
+        return DataError(why) if why else not_finite(len(text.ids))
+
+    def _score(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
+        done, broken = self.scoring(found)
+        for text in done:
+            self._done(text)
+        for request in broken:
+            self.fail(request, not_finite(len(request.prompt)))
 
     def _search(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
         states: dict[Request, list[tuple[Text, Tensor]]] = {}

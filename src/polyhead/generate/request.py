@@ -37,6 +37,11 @@ class Text:
         self.finish_reason = ""
 
     @property
+    def given(self) -> list[int]:
+        """What it says, where that is scored and not drawn."""
+        return self.request.given[self.number]
+
+    @property
     def written(self) -> int:
         """Tokens drawn so far."""
         return len(self.ids) - len(self.request.prompt)
@@ -126,6 +131,10 @@ class Request:
     search: Search | None = None
     compiled: Future[Any] | None = None
     """Its grammar, on the way."""
+    given: list[list[int]] = field(default_factory=list[list[int]])
+    """What its texts say, one a seed, where they are scored and not drawn."""
+    has_forked: bool = field(default=False, init=False)
+    """Whether each of them has begun."""
 
     texts: list[Text] = field(default_factory=list[Text], init=False)
     done: list[Text] = field(default_factory=list[Text], init=False)

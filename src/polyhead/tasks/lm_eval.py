@@ -4,6 +4,7 @@
 lm-eval's own command line with this model known to it.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from polyhead.adapt.load import load
 from polyhead.adapt.load import tokenizer as load_tokenizer
-from polyhead.errors import ConfigError, DataError
+from polyhead.errors import ConfigError, DataError, PolyheadError
 from polyhead.generate.prompts import encode_prompt
 from polyhead.models.model import TaskModel
 from polyhead.tasks.evaluate.scorer import MOST_TOKENS, Request, Scored
@@ -220,7 +221,17 @@ def _device(name: str | None) -> str:
     return name
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """lm-eval's command line; what is wrong with a model or its files is one line, and code 2."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except PolyheadError as error:
+        print(f"polyhead: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,33 +1,25 @@
-"""How likely a model holds continuations of contexts; what contexts share is read once.
+"""How likely a model holds continuations of contexts; what contexts share is read once."""
 
-`B` rows, `G` contexts, `T` tokens, `E` model width, `V` vocabulary.
-"""
-
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple, cast
-
-import torch
-from torch import Tensor
+from typing import NamedTuple, cast
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.mode import evaluating
-from polyhead.generate.prompts import check_ids, padded
+from polyhead.generate.engine import Engine
+from polyhead.generate.engine_config import EngineConfig
+from polyhead.generate.prompts import check_ids
+from polyhead.generate.request import Request as EngineRequest
+from polyhead.generate.result import Generation
 from polyhead.generate.seq2seq import start_id
-from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.model import TaskModel, require_causal
-from polyhead.nn.cache import Caches
-from polyhead.nn.mask import Mask
 from polyhead.text.tokenizer import Tokenizer
 
 MOST_TOKENS = 8192
-"""That a batch holds, padding included; a single longer row is a batch of its own."""
+"""That are read at once, and held; a single longer request is held alone."""
 
-_MOST_LOGITS = 1 << 24  # numbers held at once: 64 MB in float32
-_LEAST_FILLED = 0.75  # of a batch's width, by each of its rows
-_WORTH_SHARING = 16  # tokens that all contexts begin with
+_MOST_ROWS = 128
+_BLOCK_SIZE = 8  # what contexts share is found by whole blocks
 
 
 class Request(NamedTuple):
@@ -61,7 +53,7 @@ class Scorer:
     A request gives what it gives alone. The start that all contexts share is read once, and a
     context once for all its continuations. Of an encoder-decoder the context is the source.
 
-    most_tokens: of a batch, with its padding; it bounds the memory. start: what the decoder of an
+    most_tokens: read at once, and held; it bounds the memory. start: what the decoder of an
     encoder-decoder begins with; None: as the checkpoint, or else the tokenizer, says.
     Errors: ConfigError for a model that writes no texts.
     """
@@ -81,7 +73,8 @@ class Scorer:
             require_causal(model)
         elif start is None and (start := start_id(model, tokenizer)) is None:
             raise ConfigError("nothing says what the decoder begins with; give start=")
-        self.model, self.most_tokens, self.start = model, most_tokens, start
+        self.model, self.most_tokens = model, most_tokens
+        self.start = start if self.is_encoder_decoder else None
 
     def logprobs(
         self,
@@ -96,17 +89,50 @@ class Scorer:
         range, a continuation longer than the model, and logits that are not numbers.
         """
         rows = [self._fitted(number, request) for number, request in enumerate(requests)]
+        groups = _groups(rows, self.most_tokens)
+        if not groups:
+            return []
+        engine = Engine(self.model, None, self._size(groups))
+        groups_of = {self._ask(engine, group): group for group in groups}
         scored: list[Scored | None] = [None] * len(rows)
         done = 0
-        with evaluating(self.model), torch.inference_mode():
-            for found in self._batches(rows):
-                for place, tokens, is_greedy in found:
+        while engine.has_work:
+            ended = engine.step()
+            for asked in ended:
+                for place, found in zip(groups_of[asked].places, asked.outcome(), strict=True):
                     cut = len(requests[place].context) - len(rows[place].context)
-                    scored[place] = Scored(tokens, is_greedy, cut)
-                done += len(found)
-                if progress is not None:
-                    progress(done, len(rows))
+                    scored[place] = _scored(found, cut)
+                    done += 1
+            if progress is not None and ended:
+                progress(done, len(rows))
         return cast(list[Scored], scored)
+
+    def _ask(self, engine: Engine, group: "_Group") -> EngineRequest:
+        if self.start is None:
+            return engine.score(group.context, group.continuations)
+        return engine.score([self.start], group.continuations, source=group.context)
+
+    def _size(self, groups: "Sequence[_Group]") -> EngineConfig:
+        """Room for as many at once as `most_tokens` says, and for the largest of all."""
+        rows = [len(group.continuations) for group in groups]
+        widths = [group.width if self.start is None else group.longest + 1 for group in groups]
+        # A row of its own for each continuation, and what is copied when it leaves the others.
+        blocks = max(n * (2 + width // _BLOCK_SIZE) for n, width in zip(rows, widths, strict=True))
+        # Rows that were sent back hold a source each.
+        sources = max(
+            n * (1 + len(group.context) // _BLOCK_SIZE)
+            for n, group in zip(rows, groups, strict=True)
+        )
+        read = sum(
+            len(group.context) + n * group.longest for n, group in zip(rows, groups, strict=True)
+        )
+        at_once = min(self.most_tokens * sum(rows) // read, _MOST_ROWS)
+        return EngineConfig(
+            max_rows=max(at_once, *rows, 1), chunk=self.most_tokens, idle_chunk=self.most_tokens,
+            cache_tokens=max(min(self.most_tokens, read), _BLOCK_SIZE * blocks),
+            block_size=_BLOCK_SIZE,
+            source_tokens=max(self.most_tokens, _BLOCK_SIZE * sources),
+        )  # fmt: skip
 
     def _fitted(self, number: int, request: Request) -> Request:
         """The end of the context that the model has room for, checked."""
@@ -127,173 +153,45 @@ class Scorer:
         room = most if self.is_encoder_decoder else most - len(continuation) + 1
         return Request(context[-room:], continuation)
 
-    def _batches(self, rows: Sequence[Request]) -> "Iterator[list[_Found]]":
-        groups = _groups(rows, self.most_tokens)
-        if self.is_encoder_decoder:
-            for batch in _within(groups, self.most_tokens):
-                yield self._translated(batch)
-            return
-        shared = _shared(groups)
-        first = self._read_once(groups[0].context[:shared]) if shared else None
-        single = [group for group in groups if first is None and len(group.members) == 1]
-        for batch in _within(single, self.most_tokens):
-            yield self._in_one(batch)
-        branching = groups if first is not None else [g for g in groups if len(g.members) > 1]
-        for batch in _within(branching, self.most_tokens):
-            yield self._branched(batch, first, shared)
 
-    def _in_one(self, batch: "list[_Group]") -> "list[_Found]":
-        """Contexts of one continuation each: both are read together, and nothing is kept."""
-        rows = [[*g.context, *g.members[0][1][:-1]] for g in batch]
-        ids, _ = padded(rows, self.model.device)
-        hidden = self.model.backbone(ids)  # what is padded stands where no causal row can see it
-        members = [group.members[0] for group in batch]
-        starts = [len(group.context) - 1 for group in batch]
-        return self._found(hidden, members, starts)
-
-    def _branched(self, batch: "list[_Group]", first: Caches | None, shared: int) -> "list[_Found]":
-        """Contexts are read over caches, which each of their continuations goes on from."""
-        backbone: Any = self.model.backbone
-        count = len(batch)
-        caches = backbone.make_caches(count) if first is None else _forked(first, [0] * count)
-        ids, keep = padded([group.context[shared:] for group in batch], self.model.device)
-        mask = None if bool(keep.all()) else keep
-        hidden = backbone(ids, attention_mask=mask, caches=caches)
-        owners = [row for row, group in enumerate(batch) for _ in group.members]
-        members = [member for group in batch for member in group.members]
-        # What follows the context's last token is the first that is asked.
-        hidden = hidden[torch.arange(count, device=ids.device), keep.sum(1) - 1][owners]
-        most = max(len(ids) for _, ids in members)
-        states = hidden.new_zeros(len(members), most, hidden.shape[1])
-        states[:, 0] = hidden
-        for rows in _alike([len(ids) - 1 for _, ids in members]):
-            branches = _forked(caches, [owners[row] for row in rows])
-            ids, keep = padded([members[row][1][:-1] for row in rows], self.model.device)
-            mask = None if bool(keep.all()) else keep
-            states[rows, 1 : 1 + ids.shape[1]] = backbone(ids, attention_mask=mask, caches=branches)
-        return self._found(states, members, [0] * len(members))
-
-    def _translated(self, batch: "list[_Group]") -> "list[_Found]":
-        """Each source is encoded once for all of its continuations."""
-        assert self.start is not None
-        backbone = cast(EncoderDecoder, self.model.backbone)
-        ids, keep = padded([group.context for group in batch], self.model.device)
-        memory = backbone.encode(ids, Mask() if bool(keep.all()) else Mask(keep=keep))
-        owners = [row for row, group in enumerate(batch) for _ in group.members]
-        members = [member for group in batch for member in group.members]
-        read, _ = padded([[self.start, *ids[:-1]] for _, ids in members], self.model.device)
-        hidden = backbone.decode(read, memory[owners], Mask(keep=keep[owners]))
-        return self._found(hidden, members, [0] * len(members))
-
-    def _read_once(self, ids: Sequence[int]) -> Caches:
-        backbone: Any = self.model.backbone
-        caches: Caches = backbone.make_caches(1)
-        backbone(torch.tensor([ids], device=self.model.device), caches=caches)
-        return caches
-
-    def _found(
-        self, hidden: Tensor, members: "Sequence[_Member]", starts: Sequence[int]
-    ) -> "list[_Found]":
-        """Of each continuation its tokens' log-probabilities, which the states of its row
-        `[B, T, E]` predict from `starts` on."""
-        lengths = [len(ids) for _, ids in members]
-        row = [r for r, length in enumerate(lengths) for _ in range(length)]
-        column = [s + i for s, n in zip(starts, lengths, strict=True) for i in range(n)]
-        targets = torch.tensor([i for _, ids in members for i in ids], device=hidden.device)
-        states = hidden[row, column]
-        logprobs: list[float] = []
-        greedy: list[bool] = []
-        at_once = max(_MOST_LOGITS // getattr(self.model.config, "vocab_size"), 1)  # noqa: B009
-        for some, wanted in zip(states.split(at_once), targets.split(at_once), strict=True):
-            logits = cast(Any, self.model.head)(some).float()
-            chosen = logits.gather(1, wanted[:, None])[:, 0]
-            logprobs += (chosen - logits.logsumexp(1)).tolist()
-            greedy += (logits.argmax(1) == wanted).tolist()
-        if any(value != value for value in logprobs):
-            raise DataError(
-                "the model's logits are not finite; load it with dtype=torch.float32, or check its "
-                "weights"
-            )
-        found: list[_Found] = []
-        end = 0
-        for (place, _), length in zip(members, lengths, strict=True):
-            start, end = end, end + length
-            found.append((place, tuple(logprobs[start:end]), all(greedy[start:end])))
-        return found
-
-
-_Member = tuple[int, Sequence[int]]  # a request's place, and its continuation
-_Found = tuple[int, tuple[float, ...], bool]  # a request's place, log-probabilities, is_greedy
-
-
-class _Group(NamedTuple):
-    """A context and everything that is to follow it."""
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A context and what is to follow it, with the requests' places."""
 
     context: Sequence[int]
-    members: list[_Member]
+    continuations: list[Sequence[int]]
+    places: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest continuation."""
+        return max(map(len, self.continuations))
 
     @property
     def width(self) -> int:
-        """Tokens of its longest row."""
-        return len(self.context) + max(len(ids) for _, ids in self.members)
+        """Tokens of the longest row."""
+        return len(self.context) + self.longest
 
 
 def _groups(rows: Sequence[Request], most_tokens: int) -> list[_Group]:
-    """Requests by their context, those of like length beside each other, the longest first.
+    """Requests by their context, the longest first; one with more continuations than fit comes
+    several times."""
 
-    A context with more continuations than fit a batch comes several times.
-    """
-    places = sorted(range(len(rows)), key=lambda place: rows[place].context)
+    def context_of(place: int) -> tuple[int, ...]:
+        return tuple(rows[place].context)
+
     groups: list[_Group] = []
-    for context, some in groupby(places, key=lambda place: rows[place].context):
-        whole = _Group(context, [(place, rows[place].continuation) for place in some])
-        at_once = max(1, most_tokens // whole.width)
-        starts = range(0, len(whole.members), at_once)
-        groups += [_Group(context, whole.members[start : start + at_once]) for start in starts]
+    for context, found in groupby(sorted(range(len(rows)), key=context_of), key=context_of):
+        places = list(found)
+        whole = _Group(context, [rows[place].continuation for place in places], places)
+        size = max(1, min(most_tokens // whole.width, _MOST_ROWS))
+        for start in range(0, len(places), size):
+            some = slice(start, start + size)
+            groups.append(_Group(context, whole.continuations[some], places[some]))
     return sorted(groups, key=lambda group: -group.width)
 
 
-def _shared(groups: Sequence[_Group]) -> int:
-    """Tokens that all of several contexts begin with, if reading them once is worth it.
-
-    At least the last token of each is left to read.
-    """
-    if len(groups) < 2:
-        return 0
-    # What the first and the last in order share, all between them share.
-    low, high = min(g.context for g in groups), max(g.context for g in groups)
-    most = min(len(group.context) for group in groups) - 1
-    same = 0
-    while same < most and low[same] == high[same]:
-        same += 1
-    return same if same >= _WORTH_SHARING else 0
-
-
-def _within(groups: Sequence[_Group], most_tokens: int) -> Iterator[list[_Group]]:
-    """Groups of falling width together, as many as fit, and none that is mostly padding."""
-    batch: list[_Group] = []
-    rows = 0
-    for group in groups:
-        full = bool(batch) and (rows + len(group.members)) * batch[0].width > most_tokens
-        if full or (batch and group.width < _LEAST_FILLED * batch[0].width):
-            yield batch
-            batch, rows = [], 0
-        batch.append(group)
-        rows += len(group.members)
-    if batch:
-        yield batch
-
-
-def _alike(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows whose lengths differ by less than a factor of two; those of length 0 are left out."""
-    order = sorted((row for row in range(len(lengths)) if lengths[row]), key=lengths.__getitem__)
-    for _, rows in groupby(order, key=lambda row: lengths[row].bit_length()):
-        yield list(rows)
-
-
-def _forked(caches: Caches, rows: Sequence[int]) -> Caches:
-    """Caches of their own that go on from these rows; the old ones stay as they are."""
-    other = copy.copy(caches)
-    other.layers = [copy.copy(layer) for layer in caches.layers]
-    other.select(rows)
-    return other
+def _scored(found: Generation, cut: int) -> Scored:
+    assert found.logprobs is not None
+    is_greedy = all(token.top[0][0] == token.token_id for token in found.logprobs)
+    return Scored(tuple(token.logprob for token in found.logprobs), is_greedy, cut)
