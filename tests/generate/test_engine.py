@@ -38,6 +38,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "window_mlp": ("window_mlp", dict(vocab_size=V, d_model=32, window=5)),
     "lstm": ("lstm", dict(vocab_size=V, d_model=32, num_layers=2)),
 }  # fmt: skip
+SOURCED: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5": ("t5", dict(vocab_size=V, d_model=32, d_ff=32, num_layers=1, num_heads=4))
+}
 ENGINES = {
     "roomy": EngineConfig(chunk=256),
     "small blocks": EngineConfig(max_rows=5, block_size=3, chunk=4, idle_chunk=11),
@@ -46,7 +49,7 @@ ENGINES = {
 
 
 def made(name: str, seed: int = 0, **changes: Any) -> TaskModel:
-    family, fields = MODELS[name]
+    family, fields = (MODELS | SOURCED)[name]
     model = ph.build(family, seed=seed, **fields | changes).eval()
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -490,9 +493,7 @@ def test_logits_that_are_no_numbers_end_one_request() -> None:
 
 
 def test_sources_are_looked_over() -> None:
-    sizes = dict(vocab_size=V, d_model=32, d_ff=32, num_layers=1, num_heads=4)
-    model = ph.build("t5", seed=0, **sizes).eval()
-    engine = Engine(model, None, EngineConfig(max_rows=2, cache_tokens=64, source_tokens=32))
+    engine = Engine(made("t5"), None, EngineConfig(max_rows=2, cache_tokens=64, source_tokens=32))
     for source, why in (
         ([], "t5 reads a source first"), ([1] * 33, "33 tokens and the cache holds 32"),
         ([V], "outside the model's vocabulary"),
@@ -503,3 +504,27 @@ def test_sources_are_looked_over() -> None:
     engine.run()
     assert [len(text) for text in written(requests)] == [4] * 5
     assert nothing_is_held(engine)
+
+
+def test_copies_of_a_text_share_its_source_when_they_come_back() -> None:
+    engine = Engine(made("t5"), None, EngineConfig(max_rows=3, source_tokens=32))
+    drawn = GenerationConfig(num_return_sequences=3, max_new_tokens=12, seed=1, ignore_eos=True)
+    source = [i % V for i in range(32)]
+    alone = engine.add([0], drawn, source=source)
+    engine.run()
+    request = engine.add([0], drawn, source=source)
+    for _ in range(4):
+        engine.step()
+    engine.add([0], greedy(max_new_tokens=2), source=source, priority=1)
+    engine.run()
+    assert request.times_preempted == 1
+    assert request.outcome() == alone.outcome()
+    assert nothing_is_held(engine)
+
+
+def test_clients_that_are_gone_are_forgotten() -> None:
+    engine = Engine(made("bigram"), None)
+    for number in range(500):
+        engine.add([1], greedy(max_new_tokens=1), client=str(number))
+        engine.run()
+    assert len(engine.scheduler.had) < 100

@@ -177,10 +177,14 @@ class Memory:
             length = min(length, most)
         return length
 
-    def open_source(self, row: int, length: int) -> None:
-        """Make room for a row's source."""
-        if self.sources is not None:
+    def open_source(self, row: int, length: int, like: int | None = None) -> None:
+        """Make room for a row's source, or take that of a row that reads the same."""
+        if self.sources is None:
+            return
+        if like is None or like == row:
             self.sources.extend(row, 0, length)
+        else:
+            self.sources.share(like, row)
 
     def _blocks(self, length: int) -> int:
         return -(-length // self.block_size)

@@ -9,6 +9,7 @@ from polyhead.generate.pages import extend_keys
 from polyhead.generate.request import Request, Text
 
 _WRITTEN_COST = 2
+_REMEMBERED = 64  # clients that are gone
 
 
 class Scheduler:
@@ -31,9 +32,14 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let a request wait. A client that comes back is owed nothing for its absence."""
         active = {other.client for other in (*self.running, *self.waiting)}
-        if active and request.client not in active:
-            least = min(self.had[client] for client in active)
+        least = min((self.had[client] for client in active), default=0)
+        if request.client not in active:
             self.had[request.client] = max(self.had[request.client], least)
+        if len(self.had) > 2 * len(active) + _REMEMBERED:
+            # Those who are gone and had no more than others would begin with these anyway.
+            self.had = Counter(
+                {c: n for c, n in self.had.items() if c in active or (active and n > least)}
+            )
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
@@ -156,7 +162,7 @@ class Scheduler:
             text.row, text.held = self.memory.fork(first.row), first.held
             return
         text.row = self.memory.open()
-        self.memory.open_source(text.row, len(text.request.source))
+        self.memory.open_source(text.row, len(text.request.source), first.row)
         if self.memory.finds_prefixes and not text.request.needs_states:
             text.held = self.memory.adopt(text.row, self.keys(text), len(text.ids) - 1)
         if not text.written:
@@ -172,7 +178,7 @@ class Scheduler:
             for other in self.running
         )
         return rows <= self.memory.num_free_rows - promised and self.memory.has_room(
-            keys, len(longest.ids) + 1, rows, len(request.source) * len(request.texts)
+            keys, len(longest.ids) + 1, rows, len(request.source)
         )
 
     def _turn(self, request: Request) -> tuple[int, int, int]:
