@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 
+from polyhead.errors import ConfigError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.intake import Intake
@@ -72,11 +73,15 @@ class Engine:
         return self.intake.request(prompt, config, **named)
 
     def enter(self, request: Request) -> None:
-        """Let a request wait for its turn."""
+        """Let a request wait for its turn. Errors: ConfigError for one that came before."""
+        if request.has_entered:
+            raise ConfigError("this request was entered before; ask for another one")
+        request.has_entered = True
+        if request.is_finished:  # it was cancelled meanwhile
+            return
         self.scheduler.add(request)
         if request.limit < 1:
-            request.texts[0].finish_reason = "length"
-            self.postprocess.end(request)
+            self._end_full(request)
 
     def add(self, prompt: Prompt, config: GenerationConfig | None = None, **named: Any) -> Request:
         """`request`, and let it wait for its turn."""
@@ -84,16 +89,25 @@ class Engine:
         self.enter(request)
         return request
 
+    def _end_full(self, request: Request) -> None:
+        """Where the prompt leaves no room, every text is empty."""
+        first = request.texts[0]
+        others = range(1, len(request.seeds))
+        request.texts += [Text(request, number, first.tokenizer) for number in others]
+        for text in request.texts:
+            text.finish_reason = "length"
+        self.postprocess.end(request)
+
     def cancel(self, request: Request) -> None:
-        """End a request as far as it came; its rows and blocks are free at once."""
+        """End a request, in whatever state, as far as it came; what it holds is free at once."""
         if not request.is_finished:
             for text in request.texts:
                 text.finish_reason = "cancelled"
             self.postprocess.end(request)
 
     def fail(self, error: Exception) -> None:
-        """End what is at work with an error; what waits is not touched."""
-        for request in list(self.scheduler.running):
+        """End what is at work with an error; what waits is not touched, unless nothing else is."""
+        for request in list(self.scheduler.running or self.scheduler.waiting):
             self.postprocess.fail(request, error)
 
     def run(self) -> None:
