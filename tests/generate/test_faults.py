@@ -14,6 +14,7 @@ from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.front import EngineThread
 from polyhead.generate.generator import TextGenerator
+from polyhead.text.tokenizer import Tokenizer
 
 PROMPTS = drawn_prompts(3)
 SEARCHES: dict[str, dict[str, Any]] = {
@@ -22,6 +23,11 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "contrastive": dict(penalty_alpha=0.5, top_k=3),
 }
 LATE = SEARCHES | {"best of several": dict(best_of=3, temperature=1.0, seed=3)}
+
+
+def words(**more: Any) -> Tokenizer:
+    special = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
+    return Tokenizer.train(["the quick brown fox"], vocab_size=300, special_tokens=special, **more)
 
 
 @pytest.mark.parametrize("name", ["logit_bias", "forced_bos_token_id", "bad_words_ids"])
@@ -171,13 +177,6 @@ def test_without_a_tokenizer_prompts_are_ids(prompt: Any) -> None:
         Engine(made("gpt2"), None).add(prompt)
 
 
-def words() -> Any:
-    from polyhead.text.tokenizer import Tokenizer
-
-    special = {"bos": "<s>", "eos": "</s>", "pad": "<pad>"}
-    return Tokenizer.train(["the quick brown fox"], vocab_size=300, special_tokens=special)
-
-
 @pytest.mark.parametrize("kind", LATE)
 def test_a_stream_gives_what_generate_gives(kind: str) -> None:
     generator = TextGenerator(made("llama", vocab_size=300), words())
@@ -186,8 +185,7 @@ def test_a_stream_gives_what_generate_gives(kind: str) -> None:
 
 
 def test_a_chat_may_search() -> None:
-    tokens = words()
-    tokens.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokens = words(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
     chat = Chat(TextGenerator(made("llama", vocab_size=300), tokens), greedy(num_beams=3))
     assert "".join(chat.say("the")) == chat.messages[-1]["content"]
 
