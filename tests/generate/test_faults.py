@@ -14,6 +14,7 @@ from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.front import EngineThread
 from polyhead.generate.generator import TextGenerator
+from polyhead.generate.speculative import NgramLookup
 from polyhead.text.tokenizer import Tokenizer
 
 PROMPTS = drawn_prompts(3)
@@ -97,6 +98,11 @@ def test_a_reader_may_cancel_a_search(kind: str) -> None:
     assert search.outcome()[0].finish_reason == "cancelled"
     assert len(request.outcome()[0].token_ids) == 20
     assert nothing_is_held(engine)
+
+
+def test_nobody_guesses_for_a_recurrent_model() -> None:
+    with pytest.raises(ConfigError, match="lstm cannot go back .* leave the proposer out"):
+        Engine(made("lstm"), None, proposer=NgramLookup())
 
 
 def test_requests_enter_once() -> None:

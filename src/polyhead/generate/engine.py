@@ -32,7 +32,8 @@ class Engine:
     is the same greedy tokens unless two are equally likely to the last bits. It belongs to one
     thread; `EngineThread` serves many.
 
-    proposer: guesses how texts go on; it changes how fast they come, and nothing else.
+    proposer: guesses how texts go on; it changes how fast they come, and nothing else. Errors:
+    ConfigError for a recurrent model with one.
     """
 
     def __init__(
@@ -52,6 +53,11 @@ class Engine:
             kv=config.kv, source_tokens=config.source_tokens or tokens,
             whole_prompts=isinstance(model.config, LlavaConfig),
         )  # fmt: skip
+        if proposer is not None and self.memory.states:
+            kind = model.config.model_type
+            raise ConfigError(
+                f"{kind} cannot go back to its state before a wrong guess; leave the proposer out"
+            )
         self.scheduler = Scheduler(self.memory, config.chunk, config.idle_chunk)
         self.runner = Runner(model, self.memory, config.static, config.compile)
         # Texts that were sent back keep their slots, and the last token drawn is not held.
