@@ -101,7 +101,7 @@ def test_a_reader_may_cancel_a_search(kind: str) -> None:
 
 
 def test_nobody_guesses_for_a_recurrent_model() -> None:
-    with pytest.raises(ConfigError, match="lstm cannot go back .* leave the proposer out"):
+    with pytest.raises(ConfigError, match=r"lstm cannot go back .* leave the proposer out"):
         Engine(made("lstm"), None, proposer=NgramLookup())
 
 
