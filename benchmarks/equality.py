@@ -217,7 +217,10 @@ def ours_of(pair: Pair, prompts: Sequence[list[int]], options: Options) -> list[
     """The same by an engine that all of them do not fit at once."""
     options = dict(options)
     ends = options.pop("eos_token_id")
-    config = ph.GenerationConfig(temperature=0.0, max_new_tokens=MOST, **options)
+    config = ph.GenerationConfig(
+        temperature=0.0, max_new_tokens=MOST,
+        num_return_sequences=options.get("num_beams", 1), **options,
+    )  # fmt: skip
     size = EngineConfig(max_rows=24, cache_tokens=6144, max_len=512, source_tokens=4096, chunk=100)
     engine = Engine(pair.ours, None, size)
     if pair.start is None:

@@ -123,6 +123,15 @@ def test_what_a_file_may_say_is_read():
         ({"force_words_ids": [[1]]}, "force_words_ids"),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
         ({"best_of": 2, "num_return_sequences": 3}, "best_of=2"),
+        ({"best_of": 2, "num_beams": 2, "temperature": 0}, "not for a search; leave it at None"),
+        ({"logprobs": 1, "num_beams": 2, "temperature": 0}, "logprobs=1 is for texts"),
+        (
+            {"num_return_sequences": 2, "penalty_alpha": 0.5, "top_k": 4, "temperature": 0},
+            "leave it at 1",
+        ),
+        ({"length_penalty": 400.0}, "length_penalty=400.0 must be from -16 to 16"),
+        ({"logit_bias": {"x": 1.0}}, "must be token ids"),
+        ({"json_schema": {"enum": {1}}}, "what is not JSON"),
         ({"num_beams": 2, "num_return_sequences": 3, "temperature": 0}, "num_return_sequences=3"),
     ],
 )

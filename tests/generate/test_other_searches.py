@@ -105,7 +105,7 @@ def test_diverse_beams(family: str, groups: int, size: int, penalty: float, powe
     model = made(family, groups * size)
     config = GenerationConfig(
         temperature=0, num_beams=groups * size, num_beam_groups=groups, diversity_penalty=penalty,
-        length_penalty=power, max_new_tokens=8,
+        length_penalty=power, max_new_tokens=8, num_return_sequences=groups * size,
     )  # fmt: skip
     for prompt, texts in zip(PROMPTS, found(model, config), strict=True):
         expected = diverse(model, prompt, groups, size, penalty, 8, power)
@@ -117,8 +117,9 @@ def test_diverse_beams(family: str, groups: int, size: int, penalty: float, powe
 def test_groups_that_do_not_avoid_each_other_say_the_same() -> None:
     model = made("gpt2", 5)
     both: dict[str, Any] = dict(temperature=0, max_new_tokens=9)
-    alone = found(model, GenerationConfig(num_beams=2, **both), (1, 2, 3))
-    config = GenerationConfig(num_beams=6, num_beam_groups=3, diversity_penalty=0.0, **both)
+    alone = found(model, GenerationConfig(num_beams=2, num_return_sequences=2, **both), (1, 2, 3))
+    groups = dict(num_beams=6, num_beam_groups=3, num_return_sequences=6)
+    config = GenerationConfig(**groups, diversity_penalty=0.0, **both)
     for texts, plain in zip(found(model, config, (1, 2, 3)), alone, strict=True):
         assert [ids for ids, _ in texts] == [ids for ids, _ in plain for _ in range(3)]
 

@@ -169,7 +169,8 @@ def test_decoders_are_searched_alike(models: Any, seed: int) -> None:
         for name in ("repetition_penalty", "no_repeat_ngram_size"):
             options.pop(name, None)
     engine = Engine(ours, None, EngineConfig(max_rows=40))
-    requests = [engine.add(text, SearchConfig(**options), ends=ends) for text in texts]
+    config = SearchConfig(**options, num_return_sequences=options["num_beams"])
+    requests = [engine.add(text, config, ends=ends) for text in texts]
     engine.run()
     found = [
         [Hypothesis(answer.token_ids, answer.score) for answer in request.results]

@@ -122,7 +122,7 @@ class GenerationConfig:
     """What the decoder of an encoder-decoder reads first; None: what the model or its tokenizer
     begins with."""
     num_return_sequences: int = 1
-    """Texts for each prompt."""
+    """Texts for each prompt: drawn, or the best that beams found."""
     best_of: int | None = None
     """Write this many texts for each prompt and return the likeliest; None: all that are asked."""
 

@@ -54,7 +54,8 @@ _NUMBERS: dict[str, tuple[float, float, str]] = {
     "dry_multiplier": (0, _INF, "0 for none, or a number above it"),
     "dry_base": (1, _INF, "1 or more"),
     "guidance_scale": (-_INF, _INF, "a finite number; 1 is none"),
-    "length_penalty": (-_INF, _INF, "a finite number"),
+    # A length to a higher power may be no number any more.
+    "length_penalty": (-16, 16, "from -16 to 16"),
     "diversity_penalty": (0, _INF, "0 or more"),
     "penalty_alpha": (0, 1, "from 0 to 1"),
 }
@@ -82,7 +83,7 @@ def normalized(config: Any) -> dict[str, Any]:
         for entry in _items("force_words_ids", config.force_words_ids)
     )
     values["logit_bias"] = tuple(
-        (_ids("logit_bias", _as_int(token))[0], _bias("logit_bias", bias))
+        (_ids("logit_bias", [_as_int(token)])[0], _bias("logit_bias", bias))
         for token, bias in _pairs("logit_bias", config.logit_bias)
     )
     values["sequence_bias"] = tuple(
@@ -92,7 +93,7 @@ def normalized(config: Any) -> dict[str, Any]:
     if (decay := config.exponential_decay_length_penalty) is not None:
         values["exponential_decay_length_penalty"] = _decay(decay)
     if isinstance(config.json_schema, Mapping | bool):
-        values["json_schema"] = json.dumps(config.json_schema)
+        values["json_schema"] = _json(config.json_schema)
     return values
 
 
@@ -177,6 +178,14 @@ def _check_search(config: Any) -> None:
             f"penalty_alpha={config.penalty_alpha} is contrastive search; give a top_k of 2 or "
             "more, temperature=0 and no beams"
         )
+    for name, neutral in (("best_of", None), ("logprobs", None), ("num_return_sequences", 1)):
+        # Beams return several, but draw none.
+        is_fine = getattr(config, name) == neutral or (beams > 1 and neutral == 1)
+        if (beams > 1 or config.penalty_alpha) and not is_fine:
+            raise ConfigError(
+                f"{name}={getattr(config, name)} is for texts that are drawn, not for a search; "
+                f"leave it at {neutral}"
+            )
     if beams > 1 and config.num_return_sequences > beams:
         raise ConfigError(
             f"num_return_sequences={config.num_return_sequences} is more than num_beams={beams}; "
@@ -239,6 +248,15 @@ def _bias(name: str, value: Any) -> float:
     if value != -math.inf and not _is_number(value):
         raise ConfigError(f"{name} has a bias of {value!r}; it must be a number, or -inf")
     return float(value)
+
+
+def _json(schema: Any) -> str:
+    try:
+        return json.dumps(schema)
+    except RecursionError:
+        raise ConfigError("json_schema is nested too deep; make it flatter") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"json_schema holds what is not JSON: {error}") from None
 
 
 def _decay(value: Any) -> tuple[int, float]:

@@ -25,7 +25,7 @@ class ContrastiveSearch:
         self.answers: list[list[int]] = [[] for _ in range(k)]
         self.is_done = False
         self._context: list[Tensor] = []  # [some, E] each, of length one
-        self._likely = torch.empty(0)
+        self._likely = self._is_banned = torch.empty(0)
 
     def read(self, states: Tensor) -> None:
         """Take in the states `[T, E]` of tokens that are there for good."""
@@ -41,14 +41,17 @@ class ContrastiveSearch:
             own = F.normalize(states.float(), dim=-1)
             likeness = (own @ torch.cat(self._context).T).amax(1)
             scores = (1 - self.alpha) * self._likely - self.alpha * likeness
-            best = int(scores.argmax())
+            # Of fewer than k allowed tokens, a banned one may be the least like what was said.
+            best = int(scores.masked_fill(self._is_banned, -torch.inf).argmax())
             self.chosen = self.answers[best]
             self._context.append(own[best : best + 1])
             if self.chosen[-1] in self.ends or len(self.chosen) == self.limit:
                 self.is_done = True
                 return []
-        found = logits[best].float().softmax(-1).topk(self.k)
+        scores = logits[best].float()
+        found = scores.softmax(-1).topk(self.k)
         self._likely = found.values
+        self._is_banned = scores[found.indices] == -torch.inf
         self.answers = [[*self.chosen, token] for token in found.indices.tolist()]
         return [best] * self.k
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 
-from polyhead.errors import DataError
+from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.intake import Intake
@@ -35,7 +35,8 @@ class Engine:
     is the same greedy tokens unless two are equally likely to the last bits. It belongs to one
     thread; `EngineThread` serves many.
 
-    proposer: guesses how texts go on; it changes how fast they come, and nothing else.
+    proposer: guesses how texts go on; it changes how fast they come, and nothing else. Errors:
+    ConfigError for a recurrent model with one.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class Engine:
             kv=config.kv, source_tokens=config.source_tokens or tokens,
             whole_prompts=isinstance(model.config, LlavaConfig),
         )  # fmt: skip
+        if proposer is not None and self.memory.states:
+            kind = model.config.model_type
+            raise ConfigError(
+                f"{kind} cannot go back to its state before a wrong guess; leave the proposer out"
+            )
         self.scheduler = Scheduler(self.memory, config.idle_chunk)
         self.pace = Pace(config.stretch)
         self.runner = Runner(model, self.memory, config.static, config.compile)
@@ -77,11 +83,15 @@ class Engine:
         return self.intake.request(prompt, config, **named)
 
     def enter(self, request: Request) -> None:
-        """Let a request wait for its turn."""
+        """Let a request wait for its turn. Errors: ConfigError for one that came before."""
+        if request.has_entered:
+            raise ConfigError("this request was entered before; ask for another one")
+        request.has_entered = True
+        if request.is_finished:  # it was cancelled meanwhile
+            return
         self.scheduler.add(request)
         if request.limit < 1:
-            request.texts[0].finish_reason = "length"
-            self.postprocess.end(request)
+            self._end_full(request)
 
     def add(self, prompt: Prompt, config: GenerationConfig | None = None, **named: Any) -> Request:
         """`request`, and let it wait for its turn."""
@@ -119,16 +129,25 @@ class Engine:
         self.enter(request)
         return request
 
+    def _end_full(self, request: Request) -> None:
+        """Where the prompt leaves no room, every text is empty."""
+        first = request.texts[0]
+        others = range(1, len(request.seeds))
+        request.texts += [Text(request, number, first.tokenizer) for number in others]
+        for text in request.texts:
+            text.finish_reason = "length"
+        self.postprocess.end(request)
+
     def cancel(self, request: Request) -> None:
-        """End a request as far as it came; its rows and blocks are free at once."""
+        """End a request, in whatever state, as far as it came; what it holds is free at once."""
         if not request.is_finished:
             for text in request.texts:
                 text.finish_reason = "cancelled"
             self.postprocess.end(request)
 
     def fail(self, error: Exception) -> None:
-        """End what is at work with an error; what waits is not touched."""
-        for request in list(self.scheduler.running):
+        """End what is at work with an error; what waits is not touched, unless nothing else is."""
+        for request in list(self.scheduler.running or self.scheduler.waiting):
             self.postprocess.fail(request, error)
 
     def run(self) -> None:

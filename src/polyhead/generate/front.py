@@ -1,7 +1,9 @@
 """An engine that runs in a thread of its own, for callers in many."""
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +18,10 @@ from polyhead.generate.result import Generation
 _END = None
 
 
+class _ClosedError(ConfigError):
+    """Something is asked of an engine that was closed."""
+
+
 class Handle:
     """One request on its way: iterate over its text as it comes, or wait for its results.
 
@@ -27,12 +33,13 @@ class Handle:
         self._front, self.request = front, request
         self._pieces: SimpleQueue[str | None] = SimpleQueue()
         self._done = threading.Event()
-        request.on_text = self._pieces.put
+        self._listener, request.on_text = request.on_text, self._hear
 
     def __iter__(self) -> Iterator[str]:
         try:
             while (piece := self._pieces.get()) is not _END:
                 yield piece
+            self._pieces.put(_END)  # whoever iterates again, or from another thread, ends too
         finally:
             self.cancel()
         if self.request.error is not None:
@@ -47,8 +54,14 @@ class Handle:
 
     def cancel(self) -> None:
         """End it as far as it came, unless it is done."""
-        if not self._done.is_set():
-            self._front.call(lambda engine: engine.cancel(self.request))
+        with contextlib.suppress(_ClosedError):  # which ends it as well
+            if not self._done.is_set():
+                self._front.call(lambda engine: engine.cancel(self.request))
+
+    def _hear(self, piece: str) -> None:
+        self._pieces.put(piece)
+        if self._listener is not None:
+            self._listener(piece)
 
     def _finish(self) -> None:
         self._done.set()
@@ -64,7 +77,7 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._handles: dict[Request, Handle] = {}
-        self._calls: list[Callable[[Engine], Any]] = []
+        self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name="polyhead-engine", daemon=True)
@@ -83,13 +96,15 @@ class EngineThread:
         self.call(enter)
         return handle
 
-    def call(self, what: Callable[[Engine], Any]) -> None:
-        """Have the engine's thread do something before its next step."""
+    def call(self, what: Callable[[Engine], Any]) -> Future[Any]:
+        """Have the engine's thread do something before its next step; what came of it."""
+        done: Future[Any] = Future()
         with self._changed:
             if self._is_closing:
-                raise ConfigError("the engine is closed; start another one")
-            self._calls.append(what)
+                raise _ClosedError("the engine is closed; start another one")
+            self._calls.append((what, done))
             self._changed.notify()
+        return done
 
     def close(self) -> None:
         """End what is at work as far as it came, and the thread."""
@@ -110,26 +125,49 @@ class EngineThread:
         self.close()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(
-                    lambda: self._calls or self._is_closing or self.engine.has_work
-                )
-                calls, self._calls = self._calls, []
-            for call in calls:
-                call(self.engine)
-            if self._is_closing:
-                for request in list(self._handles):
-                    self.engine.cancel(request)
+        try:
+            while not self._is_closing:
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: self._calls or self._is_closing or self.engine.has_work
+                    )
+                self._answer()
+                self._step()
+                self._deliver()
+        finally:
+            self._end()
+
+    def _answer(self) -> None:
+        """Do what was called for; what goes wrong with it is for the one who called."""
+        with self._changed:
+            calls, self._calls = self._calls, []
+        for call, done in calls:
+            if not done.set_running_or_notify_cancel():
+                continue
             try:
-                self.engine.step()
-            # Whatever a model or a callback raises, those who wait must hear of it.
+                done.set_result(call(self.engine))
             except Exception as error:
-                self.engine.fail(error)
-            self._deliver()
-            if self._is_closing:
-                return
+                done.set_exception(error)
+
+    def _step(self) -> None:
+        try:
+            self.engine.step()
+        # Whatever a model raises, those who wait must hear of it.
+        except Exception as error:
+            self.engine.fail(error)
 
     def _deliver(self) -> None:
         for request in [request for request in self._handles if request.is_finished]:
             self._handles.pop(request)._finish()
+
+    def _end(self) -> None:
+        """Nobody waits any longer, in whatever state the engine is."""
+        with self._changed:
+            self._is_closing = True
+        self._answer()
+        for request, handle in self._handles.items():
+            try:
+                self.engine.cancel(request)
+            except Exception as error:
+                request.error = error
+            handle._finish()

@@ -120,10 +120,15 @@ class TextGenerator:
             for prompt, own, images_of, some in zip(ids, configs, pixels, seeds, strict=True)
         ]
         # What is of like length is read together.
-        for request in sorted(requests, key=lambda request: len(request.prompt)):
-            engine.enter(request)
-        while not all(request.is_finished for request in requests):
-            engine.step()
+        try:
+            for request in sorted(requests, key=lambda request: len(request.prompt)):
+                engine.enter(request)
+            while engine.has_work:
+                engine.step()
+        finally:
+            # Whoever broke this off may ask the same engine again.
+            for request in requests:
+                engine.cancel(request)
         return [request.outcome() for request in requests]
 
     def stream(
@@ -135,6 +140,7 @@ class TextGenerator:
     ) -> Stream:
         """Pieces of the text as they become certain; joined, they are what `generate` gives.
 
+        What a search finds, or the best of several, is known at the end, and comes in one piece.
         The generator's return value is the whole `Generation`. engine: one whose memory outlives
         the call, so that what it holds of the prompt is not read again. Errors as for `generate`.
         """
@@ -142,14 +148,17 @@ class TextGenerator:
         ids = prompt_ids(self.model, self.tokenizer, prompt)
         engine = engine or self._engine([ids], [config], 1)
         (seeds,) = _seeds([config], [ids], True)
-        request = engine.request(ids, config, seeds=seeds[:1])
+        # Of several texts the first is given, unless the best is wanted.
+        request = engine.request(ids, config, seeds=seeds if config.best_of else seeds[:1])
         return _stream(engine, request)
 
-    def own_engine(self) -> Engine:
-        """An engine for one text at a time, as long as the model takes, that remembers the last."""
-        return Engine(
-            self.model, self.tokenizer, EngineConfig(max_rows=1, **self._shapes), self.proposer
-        )
+    def own_engine(self, config: GenerationConfig | None = None) -> Engine:
+        """An engine for one prompt at a time, as long as the model takes, that remembers the last.
+
+        config: what its prompts will ask for.
+        """
+        settings = EngineConfig(max_rows=rows_of(config or GenerationConfig()), **self._shapes)
+        return Engine(self.model, self.tokenizer, settings, self.proposer)
 
     def _engine(
         self, prompts: Sequence[Sequence[int]], configs: Sequence[GenerationConfig], at_once: int

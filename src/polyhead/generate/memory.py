@@ -206,9 +206,10 @@ class Memory:
             tables.cut(row, length)
 
     def _span(self, window: int) -> int:
-        """Slots for a window and what is read at once, neither of which begins with a block."""
+        """Slots, of whole blocks, for a window and what is read at once, neither of which begins
+        with a block."""
         read = self.max_len if self._whole_prompts else window
-        return min(window + read, self.max_len) + 2 * self.block_size
+        return (self._blocks(min(window + read, self.max_len)) + 2) * self.block_size
 
     def _tables(self, k: Tensor, window: int | None, num_tokens: int, max_len: int) -> Tables:
         kind = (k.shape[1], k.shape[3], window)

@@ -42,8 +42,10 @@ class Postprocess:
 
         found: pieces, and the states `[wanted, E]` of the last tokens of each.
         """
-        for way in (self._draw, self._search, self._score):
-            if some := [each for each in found if self._way(each[0].text.request) == way]:
+        for way in (self._draw, self._score, self._search):
+            # Whoever heard of a text may have cancelled others.
+            some = [each for each in found if not each[0].text.request.is_finished]
+            if some := [each for each in some if self._way(each[0].text.request) == way]:
                 way(some)
 
     def _way(self, request: Request) -> Callable[[Sequence[tuple[Piece, Tensor]]], None]:
@@ -70,9 +72,12 @@ class Postprocess:
         drawn = self.sampler(logits, [cast(int, text.slot) for text in texts], places)
         logprobs = _logprobs(texts, logits, drawn)
         ids, at = drawn.tolist(), 0
+        are_numbers = logits.amax(1).isfinite().tolist() if min(ids) < 0 else ()
         while at < len(texts):
-            until = at + 1 + len(texts[at].draft)
-            self._take(texts[at], ids[at:until], logprobs[at:until])
+            text, until = texts[at], at + 1 + len(texts[at].draft)
+            if ids[at] < 0 and not text.request.is_finished:
+                self.fail(text.request, self._no_token(text, are_numbers[at]))
+            self._take(text, ids[at:until], logprobs[at:until])
             at = until
 
     def _open(self, text: Text) -> list[Text]:
@@ -98,12 +103,9 @@ class Postprocess:
         for token, logprob in zip(ids, logprobs, strict=True):
             if request.is_finished:  # by an error of another text, or by whoever heard of this one
                 return
-            if token < 0 and kept:
+            if token < 0:
                 kept -= 1  # whether the text goes on after what it has is the next step's to say
                 break
-            if token < 0:
-                self.fail(request, self._no_token(text))
-                return
             self._tell(text, text.take(token, logprob))
             if text.finish_reason or kept == len(draft) or token != draft[kept]:
                 break
@@ -127,12 +129,30 @@ class Postprocess:
             self._done(text)
 
     def _tell(self, text: Text, piece: str) -> None:
-        if piece and text.number == 0 and text.request.on_text is not None:
-            text.request.on_text(piece)
+        request = text.request
+        if text.number == 0 and not request.is_chosen_late:
+            self._hand_over(request, piece)
 
-    def _no_token(self, text: Text) -> DataError:
-        why = self.sampler.problem(cast(int, text.slot))
-        return DataError(why) if why else not_finite(len(text.ids))
+    def _hand_over(self, request: Request, piece: str) -> None:
+        if not piece or request.on_text is None:
+            return
+        try:
+            request.on_text(piece)
+        # Others are not to suffer from what one reader does.
+        except Exception as error:
+            if request.is_finished:
+                request.error = error
+            else:
+                self.fail(request, error)
+
+    def _no_token(self, text: Text, are_numbers: bool) -> DataError:
+        if not are_numbers:
+            return not_finite(len(text.ids))
+        return DataError(
+            self.sampler.problem(cast(int, text.slot))
+            or f"nothing is left to write after {len(text.ids)} tokens; forbid less, or use "
+            "smaller biases and penalties"
+        )
 
     def _score(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
         done, broken = self.scoring(found)
@@ -153,6 +173,10 @@ class Postprocess:
         if ready:
             rows = self.runner.logits(torch.stack([last for _, last in ready]))
             logits = {text: row for (text, _), row in zip(ready, rows, strict=True)}
+            are_numbers = rows.amax(1).isfinite().tolist()
+            for text, good in zip(logits, are_numbers, strict=True):
+                if not good and states.pop(text.request, None):
+                    self.fail(text.request, self._no_token(text, are_numbers=False))
         for request in self.searching.advance(states, logits):
             self.end(request)
 
@@ -173,7 +197,8 @@ class Postprocess:
 
     def end(self, request: Request) -> None:
         """End a request as far as it came; all it holds is free at once."""
-        self.scheduler.remove(request)
+        if request.has_entered:
+            self.scheduler.remove(request)
         for text in request.texts:
             self._close(text)
         request.done += request.texts
@@ -181,6 +206,8 @@ class Postprocess:
         if request.error is None:
             request.results = self._results(request)
         self.ended.append(request)
+        if request.results and request.is_chosen_late:
+            self._hand_over(request, str(request.results[0]))
 
     def _close(self, text: Text) -> None:
         self.searching.close(text)
@@ -188,9 +215,10 @@ class Postprocess:
             self.proposer.forget(text)
 
     def _results(self, request: Request) -> list[Generation]:
-        if request.search is not None:
-            return [self._answer(request, *hypothesis) for hypothesis in request.search.results()]
         config, texts = request.config, sorted(request.done, key=lambda text: text.number)
+        if request.search is not None:
+            best = request.search.results()[: config.num_return_sequences]
+            return [self._answer(request, *hypothesis) for hypothesis in best]
         if config.best_of is None:
             return [text.result() for text in texts]
         found = [text.result(text.logprob / max(1, text.written)) for text in texts]

@@ -14,14 +14,19 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
     """The ids of a text (with the tokenizer's special tokens) or ids as given, checked.
 
     An empty prompt starts from the bos token, or, as GPT-2 does, from eos. Errors: DataError for
-    an empty prompt where there is neither, and for ids that the model has no row for.
+    an empty prompt where there is neither, for a text or an empty prompt without a tokenizer, and
+    for ids that the model has no row for.
     """
-    ids = _opened(prompt, tokenizer) if isinstance(prompt, str) else _whole_numbers(prompt)
-    if not ids:
+    ids = [] if isinstance(prompt, str) else _whole_numbers(prompt)
+    if tokenizer is None and not ids:
+        raise DataError("there is no tokenizer to read the prompt with; give it as token ids")
+    if tokenizer is not None and isinstance(prompt, str):
+        ids = _opened(prompt, tokenizer)
+    if tokenizer is not None and not ids:
         first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
         if first is None:
             raise DataError(

@@ -112,7 +112,8 @@ class Request:
 
     priority: a higher one goes first. client: whose it is; of one priority, clients get equal
     shares. source: ids for an encoder. pixels: `[N, C, height, width]` of the N images in the
-    prompt. on_text: called with each piece of a single text as it becomes certain.
+    prompt. on_text: called with each piece of the first result as it becomes certain: of a search,
+    or of the best of several, with all of it at the end. What it raises ends the request.
     """
 
     prompt: list[int]
@@ -140,6 +141,8 @@ class Request:
     done: list[Text] = field(default_factory=list[Text], init=False)
     results: list[Generation] | None = field(default=None, init=False)
     error: Exception | None = field(default=None, init=False)
+    has_entered: bool = field(default=False, init=False)
+    """Whether an engine has been told to see to it."""
     found: int = field(default=0, init=False)
     """Tokens of the prompt that were in memory already."""
     times_preempted: int = field(default=0, init=False)
@@ -154,6 +157,11 @@ class Request:
         if self.error is not None:
             raise self.error
         return self.results or []
+
+    @property
+    def is_chosen_late(self) -> bool:
+        """Whether only the end tells which text is the first result."""
+        return self.search is not None or self.config.best_of is not None
 
     @property
     def needs_states(self) -> bool:

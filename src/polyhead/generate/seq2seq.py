@@ -1,6 +1,7 @@
 """Answers of encoder-decoders: greedy, drawn, or by beams; every source is encoded once."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from polyhead.errors import ConfigError, DataError
@@ -65,6 +66,8 @@ class Seq2Seq:
             raise ConfigError(
                 "nothing says what the decoder begins with; give decoder_start_token_id"
             )
+        if config.num_beams > 1:
+            config = replace(config, num_return_sequences=config.num_beams)
         ends = frozenset(() if config.ignore_eos else {*self.ends, *config.stop_token_ids})
         if not rows:
             return []

@@ -76,6 +76,12 @@ class Streams:
         self.filled = [0] * slots
         self.numbers = torch.zeros(slots, 0, dtype=_exact(device), device=device)
 
+    def grow(self, slots: int) -> None:
+        """So many slots more."""
+        self.generators += [None] * slots
+        self.filled += [0] * slots
+        self.numbers = torch.nn.functional.pad(self.numbers, (0, 0, 0, slots))
+
     def seed(self, slot: int, seed: int) -> None:
         """The slot's numbers are those of this seed from now on."""
         self.generators[slot] = torch.Generator().manual_seed(seed)

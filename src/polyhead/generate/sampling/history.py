@@ -21,6 +21,10 @@ class History:
         """Tokens `start, start + 1, ...` of a slot, its prompt counted."""
         self._waiting.update(((slot, start + i), token) for i, token in enumerate(ids))
 
+    def grow(self, slots: int) -> None:
+        """So many slots more."""
+        self.tokens = torch.nn.functional.pad(self.tokens, (0, 0, 0, slots))
+
     def copy(self, source: int, target: int) -> None:
         self._flush()
         self.tokens[target] = self.tokens[source]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.errors import ConfigError
@@ -23,7 +24,8 @@ from polyhead.text.tokenizer import Tokenizer
 
 
 class Sampler:
-    """Draws tokens for up to `max_rows` texts of up to `max_len` tokens, their prompts counted.
+    """Draws tokens for `max_rows` texts of up to `max_len` tokens, their prompts counted; there is
+    room for more where texts that were sent back keep their slots.
 
     Token number i of a row follows from the logits there, from what stands before it, and from
     the i-th random number of the row's seed alone: not from its batch, nor from how often or in
@@ -53,10 +55,12 @@ class Sampler:
         self._plan: _Plan | None = None
 
     def prepare(self, config: GenerationConfig) -> Future[Walk] | None:
-        """Begin to compile the grammar of a config, if it has one; the future tells how it went.
+        """Look a config over and begin to compile its grammar; the future tells how that went.
 
-        Errors, at once or by the future: ConfigError for a grammar that is refused.
+        Errors, at once or by the future: ConfigError for a grammar that is refused, at once for a
+        token that the head does not have.
         """
+        self._check(config)
         if not config.constrained:
             return None
         if self._tokenizer is None:
@@ -76,9 +80,10 @@ class Sampler:
 
         Its grammar, if it has one, is compiled meanwhile: see `ready`. Errors: as `prepare`.
         """
-        self._check(config)
         compiled = self.prepare(config)
-        slot = Slot(config, tuple(prompt_ids), seed, tuple(sorted(ends)), compiled=compiled)
+        # A tokenizer may know of ends that the head cannot write.
+        drawable = tuple(sorted(end for end in ends if end < self.vocab_size))
+        slot = Slot(config, tuple(prompt_ids), seed, drawable, compiled=compiled)
         number = self._place(slot)
         if slot.needs_history:
             self._history.write(number, 0, slot.prompt)
@@ -172,10 +177,20 @@ class Sampler:
         self._slots[slot], self._plan = None, None
 
     def _place(self, row: Slot) -> int:
+        if None not in self._slots:
+            self._grow()
         number = self._slots.index(None)
         self._slots[number], self._plan = row, None
         self._streams.seed(number, row.seed)
         return number
+
+    def _grow(self) -> None:
+        """Twice as many slots."""
+        more = len(self._slots)
+        self._slots += [None] * more
+        self._history.grow(more)
+        self._streams.grow(more)
+        self._mu, self._surprise = (F.pad(x, (0, more)) for x in (self._mu, self._surprise))
 
     def _row(self, slot: int) -> Slot:
         row = self._slots[slot]
