@@ -8,7 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from polyhead.errors import DataError, PolyheadError
+from polyhead.errors import ConfigError, DataError, PolyheadError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import BLOCK_SIZE, EngineConfig
@@ -67,7 +67,7 @@ class PromptRun:
     def __post_init__(self) -> None:
         require_causal(self.model)
         if self.rows < 1:
-            raise DataError(f"rows is {self.rows}; it must be 1 or more")
+            raise ConfigError(f"rows={self.rows} must be 1 or more")
         if self.system is not None and not self.has_template:
             raise DataError("a system message needs a chat template, and none is used here")
 
