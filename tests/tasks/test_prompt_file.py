@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 from itertools import islice
+from pathlib import Path
 
 import pytest
 from tests.cli.conftest import CHATML, save_model
@@ -143,9 +144,17 @@ def test_conversations(chatty):
     assert raw[0]["text"] == generator.generate("the quick", config)
 
 
+def test_the_lines_that_the_docs_show(chatty):
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    body = page.split("```json\n")[1].split("```")[0]
+    found = streamed(run(chatty, ph.GenerationConfig(max_new_tokens=3)), *body.splitlines())
+    assert [row.get("id", row.get("topic")) for row in found] == ["q1", None, "greetings"]
+    assert not any("error" in row for row in found)
+
+
 def test_lines_of_text_and_what_is_zipped(plain):
     config = ph.GenerationConfig(max_new_tokens=2, temperature=0)
-    text = "\ufeffthe \"quick\"\r\n\r\n  \n{fox\n".encode()
+    text = '\ufeffthe "quick"\r\n\r\n  \n{fox\n'.encode()
     for raw, name in ((text, "a.txt"), (gzip.compress(text), "a.txt.gz"), (text, "-")):
         found = []
         run(plain, config).stream(PromptFile(io.BytesIO(raw), name), found.append)
@@ -233,6 +242,18 @@ def test_a_full_context_and_an_empty_prompt(chatty, plain):
     assert (found["finish_reason"], found["tokens"]) == ("length", 0)
     (found,) = streamed(run(chatty), {"prompt": ""})
     assert found["tokens"] > 0
+
+
+def test_there_is_room_for_long_prompts(plain):
+    sizes = {"d_model": 8, "num_layers": 1, "num_heads": 1, "max_seq_len": 20000, "d_ff": 8}
+    model = ph.build("llama", vocab_size=plain[1].vocab_size, **sizes)
+    config = ph.GenerationConfig(
+        max_new_tokens=40, seed=1, ignore_eos=True, num_return_sequences=3, stop_token_ids=()
+    )
+    found = streamed(run((model, plain[1]), config, rows=1), {"prompt": "z#" * 4000})
+    texts = found[0]["texts"]
+    assert texts[0]["prompt_tokens"] > 6000
+    assert [text["tokens"] for text in texts] == [40] * 3
 
 
 def test_other_work_is_not_gone_on_with(plain, chatty, tmp_path):

@@ -76,9 +76,8 @@ def run(args: Args) -> int:
         from polyhead.cli.prompt_file import answer_file
 
         return answer_file(args, config)
-    for name in ("out", "force"):
-        if getattr(args.files, name):
-            raise DataError(f"--{name} is for the answers to a file of prompts; give --file too")
+    if args.files != Files():
+        raise DataError("--out, --rows and --force are for a file of prompts; give --file too")
     if not args.prompts:
         raise DataError(
             "there is no prompt; give one in quotes, - to read standard input, or --file FILE"

@@ -92,7 +92,7 @@ def _sum_up(state: "Progress", out: Path | None, as_json: bool) -> None:
     """What was done, on standard error; with --out and --json as an object on standard output."""
     if out is not None and as_json:
         said = {
-            "out": str(out), "prompts": state.prompts, "failed": state.failed,
+            "out": str(out), "prompts": state.prompts, "done": state.done, "failed": state.failed,
             "tokens": state.tokens, "seconds": round(state.seconds, 3),
             "tokens_per_second": round(state.tokens_per_second, 1),
         }  # fmt: skip

@@ -18,7 +18,7 @@ class Watch:
         self.bar = Progress(
             TextColumn(text), BarColumn(), TextColumn("{task.percentage:.0f}%"),
             TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
-            console=console, disable=not self.live,
+            console=console, disable=not self.live, redirect_stdout=sys.stdout.isatty(),
         )  # fmt: skip
         self.task = self.bar.add_task(text, total=None, figures="")
         self.said = time.monotonic()
