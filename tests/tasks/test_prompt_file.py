@@ -250,9 +250,9 @@ def test_there_is_room_for_long_prompts(plain):
     config = ph.GenerationConfig(
         max_new_tokens=40, seed=1, ignore_eos=True, num_return_sequences=3, stop_token_ids=()
     )
-    found = streamed(run((model, plain[1]), config, rows=1), {"prompt": "z#" * 4000})
+    found = streamed(run((model, plain[1]), config, rows=1), {"prompt": "z#" * 8000})
     texts = found[0]["texts"]
-    assert texts[0]["prompt_tokens"] > 6000
+    assert texts[0]["prompt_tokens"] == 16000
     assert [text["tokens"] for text in texts] == [40] * 3
 
 
@@ -268,6 +268,7 @@ def test_other_work_is_not_gone_on_with(plain, chatty, tmp_path):
         (run((ph.first_layers(plain[0], 1), plain[1])), asked, "model"),
         (run(chatty), asked, "tokenizer"),
         (run(plain), asked[1:], "prompts"),
+        (run(plain), [*asked[:-1], {"prompt": "dog", "max_new_tokens": 10**12}], "prompts"),
     ]
     for work, rows, what in others:
         with pytest.raises(FileError, match=rf"of another run \(.*{what}"):

@@ -67,7 +67,7 @@ class Overview:
     """What is known of a file before any of it is answered.
 
     prompts: how many. rows: texts at once that one asks for at most. most_bytes: of the longest
-    line. most_tokens: that an answer may have, of all its texts. digest: SHA-256 of the file.
+    line. most_tokens: of a text that answers. digest: SHA-256 of the file and of how it is read.
     """
 
     prompts: int
@@ -121,7 +121,7 @@ class PromptFile:
             where = f"{self.name}, line {asked.line}"
             if asked.needs_template and not has_template:
                 raise DataError(
-                    f"{where}: {asked.needs_template} need a chat template, not used here"
+                    f"{where}: {asked.needs_template} need a chat template; none is used"
                 )
             try:
                 config = asked.config(base)
@@ -135,8 +135,9 @@ class PromptFile:
         if not prompts:
             raise DataError(f"{self.name} holds no prompts; write one a line")
         self.file.seek(0)
-        digest = hashlib.file_digest(self.file, "sha256").hexdigest()
-        return Overview(prompts, rows, most_bytes, most_tokens, digest)
+        digest = hashlib.file_digest(self.file, "sha256")
+        digest.update(b"objects" if self.has_objects else b"lines")
+        return Overview(prompts, rows, most_bytes, most_tokens, digest.hexdigest())
 
 
 def _asked(row: Any, line: int, where: str) -> Asked:

@@ -26,6 +26,7 @@ ROWS = 32
 _IN_FLIGHT = 2  # requests in the engine for each row
 _PROMPTS_AT_ONCE = 8192  # tokens that a step reads: nobody waits for the next token
 _USUAL = 4096  # tokens of a text, for as many of which as rows there is room
+_ENDLESS = 1 << 20  # tokens of a text, for models that take any number
 
 Record = Mapping[str, Any]
 
@@ -44,6 +45,10 @@ class Progress:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def count(self, record: Record) -> None:
+        """One more answer that is kept."""
+        self.done, self.failed = self.done + 1, self.failed + ("error" in record)
 
 
 Tell = Callable[[Progress], None]
@@ -129,8 +134,9 @@ class PromptRun:
                 try:
                     working[self._add(engine, *one)] = one[0]
                 except PolyheadError as error:
-                    progress.done, progress.failed = progress.done + 1, progress.failed + 1
-                    yield _failed(one[0], error)
+                    record = _failed(one[0], error)
+                    yield record
+                    progress.count(record)
             if not working:
                 break
             for request in engine.step():
@@ -138,10 +144,7 @@ class PromptRun:
                 written += sum(len(answer.token_ids) for answer in request.results or ())
                 record = self._record(asked, request)
                 yield record
-                progress.done, progress.failed = (
-                    progress.done + 1,
-                    progress.failed + ("error" in record),
-                )
+                progress.count(record)
             at_work = sum(text.written for request in working for text in request.texts)
             progress.tokens, progress.seconds = written + at_work, time.monotonic() - start
             tell(progress)
@@ -180,11 +183,11 @@ class PromptRun:
 
     def _engine(self, overview: Overview) -> Engine:
         """One that holds its rows of this file's texts, and in any case the longest."""
-        longest: int = getattr(self.model.config, "max_seq_len", None) or 1 << 62
+        longest: int = getattr(self.model.config, "max_seq_len", None) or _ENDLESS
         # No token is less than a byte; templates write little more than themselves.
         around = 0 if not self.has_template else len(f"{self.tokenizer.chat_template}{self.system}")
         prompt = min(longest, max(overview.most_bytes + around, _USUAL))
-        alone = prompt + overview.rows * (overview.most_tokens + 2 * BLOCK_SIZE)
+        alone = prompt + overview.rows * (min(longest, overview.most_tokens) + 2 * BLOCK_SIZE)
         usual = min(longest, overview.most_bytes + around + overview.most_tokens, _USUAL)
         rows = max(self.rows, overview.rows)
         config = EngineConfig(
