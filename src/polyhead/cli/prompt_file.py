@@ -33,8 +33,11 @@ def answer_file(args: "Args", config: "GenerationConfig") -> int:
         raise DataError(f"--file and {other} do not go together; leave out one of them")
     with _opened(args.files.file, out) as prompts:
         model, tokenizer = args.opening.open(args.model)
+        from polyhead.kernels import pack
         from polyhead.tasks.prompt_file.run import PromptRun
 
+        if model.device.type == "cpu":
+            model = pack(model)
         run = PromptRun(
             model=model, tokenizer=tokenizer, raw=args.raw, system=args.system,
             config=with_own(config, args.given, model.generation), rows=args.files.rows,
