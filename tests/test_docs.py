@@ -118,6 +118,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make(runs / "bert", "lm")
     make(runs / "vectors", "none")
     story(runs / "story")
+    (folder / "prompts.txt").write_text("once upon a time\nonce\n")
+    asked = [{"prompt": "once", "id": "q1"}, {"prompt": "time", "temperature": 0, "topic": "t"}]
+    (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in asked))
     translator(runs / "en-es")
     vision(runs / "vit")
     clip(runs / "clip")

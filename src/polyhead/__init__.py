@@ -29,6 +29,8 @@ _HOMES = {
     "PerplexityTask": "tasks.evaluate.perplexity",
     "PolyheadError": "errors",
     "Processor": "images.processor",
+    "PromptFile": "tasks.prompt_file.reading",
+    "PromptRun": "tasks.prompt_file.run",
     "Scorer": "tasks.evaluate.scorer",
     "SearchConfig": "generate.config",
     "Similar": "tasks.similar",

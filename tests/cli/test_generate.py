@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from polyhead.cli.generate import settings
+from polyhead.cli.settings import with_own
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.generator import TextGenerator
 from polyhead.generate.prompts import encode_chat
@@ -85,7 +85,7 @@ def test_a_device_that_is_not_there(cli, plain):
     ],
 )
 def test_flags_win_over_the_model_and_the_model_over_defaults(own, given, temperature, stops):
-    found = settings(GenerationConfig(), given, own)
+    found = with_own(GenerationConfig(), given, own)
     assert found.temperature == temperature
     assert found.stop_token_ids == stops
 

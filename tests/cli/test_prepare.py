@@ -7,7 +7,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from polyhead.cli.prepare import Watch
+from polyhead.cli.watch import Watch
 from polyhead.train import sources, tokens
 
 SMALL = (
@@ -152,11 +152,10 @@ def test_a_blend_of_texts_and_tokens(cli, book, tmp_path):
     assert found.code == 0, found.err
 
 
-def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("polyhead.cli.prepare._EVERY", 0.0)
-    with Watch() as watch:
-        watch(50, 100, 1234)
-        watch(60, 0, 2345)
+def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys):
+    with Watch("tokenising", every=0.0) as watch:
+        watch(50, 100, "1,234 tokens")
+        watch(60, 0, "2,345 tokens")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("tokenising: 50%  1,234 tokens")
     assert lines[1].startswith("tokenising: 2,345 tokens")

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tests.test_floors import needed
 
 import polyhead as ph
-from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
+from polyhead.errors import ConfigError, DataError, FileError
+from polyhead.files.disk import locked
 from polyhead.text.tokenizer import Tokenizer
 from polyhead.text.train import KINDS
-from polyhead.train import prepare as making
 from polyhead.train import prepared, sources, tokens
 from polyhead.train.blend import Corpus, text_windows
 from polyhead.train.corpus import load_tokens
@@ -294,8 +294,8 @@ def test_bad_calls_say_what_to_do(tmp_path, tokenizer):
 
 def test_one_process_at_a_time(tmp_path, tokenizer):
     with (
-        making._locked(tmp_path),
-        pytest.raises(PolyheadError, match="being prepared by another"),
+        locked(tmp_path, "being prepared"),
+        pytest.raises(FileError, match="being prepared by another"),
     ):
         prepare(TEXTS, tokenizer, tmp_path)
 

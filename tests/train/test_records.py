@@ -8,7 +8,8 @@ import pytest
 from pyarrow import parquet
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.train import lines, records
+from polyhead.files import lines
+from polyhead.train import records
 from polyhead.train.records import ExampleColumns, read_table
 
 WANTED = {"text": True, "label": True, "pair": False}

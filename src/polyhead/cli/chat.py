@@ -3,15 +3,14 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.generate import settings
-from polyhead.cli.opening import Opening, decoded, given_fields, note
+from polyhead.cli.opening import Opening, decoded, note
+from polyhead.cli.settings import Settings, config_of, named, with_own
 from polyhead.errors import ConfigError, PolyheadError
-from polyhead.generate.config import GenerationConfig
 
 if TYPE_CHECKING:
     from polyhead.generate.chat import Chat
@@ -40,17 +39,14 @@ class Args:
     """Directory, .gguf file, name (see `polyhead pull`) or owner/name of the hub."""
     system: str | None = None
     """System message."""
-    opening: Annotated[Opening, tyro.conf.arg(name="")] = field(default_factory=Opening)
-    config: Annotated[GenerationConfig, tyro.conf.arg(name="")] = field(
-        default_factory=GenerationConfig
-    )
+    opening: Annotated[Opening, tyro.conf.arg(name="model")] = field(default_factory=Opening)
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     given: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
 def defaults(argv: Sequence[str]) -> Args:
     """As for `generate`."""
-    names = [item.name for item in fields(GenerationConfig)]
-    return Args(tyro.MISSING, given=tuple(sorted(given_fields(argv, names))))
+    return Args(tyro.MISSING, given=named(argv))
 
 
 def run(args: Args) -> int:
@@ -64,7 +60,7 @@ def run(args: Args) -> int:
             f"{args.model} has no chat template, so it was not taught to answer; "
             "use polyhead generate"
         )
-    config = settings(args.config, args.given, model.generation)
+    config = with_own(config_of(args.settings), args.given, model.generation)
     chat = Chat(TextGenerator(model, tokenizer), config, args.system)
     live = sys.stdin.isatty() and sys.stdout.isatty()
     if live:

@@ -2,22 +2,36 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import Opening, given_fields, read_text
+from polyhead.cli.opening import Opening, read_text
+from polyhead.cli.settings import Settings, config_of, named, with_own
 from polyhead.errors import DataError
-from polyhead.generate.config import GenerationConfig
 
 if TYPE_CHECKING:
-    from polyhead.generate.result import Generation
     from polyhead.text.tokenizer import Tokenizer
 
-# Left to the checkpoint's generation_config.json where the command line says nothing.
-_SETTINGS = [item.name for item in fields(GenerationConfig)]
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """Many prompts from a file, through one engine."""
+
+    file: str | None = None
+    """A prompt a line; or, in a .jsonl file, an object with a prompt or messages, and perhaps a
+    system message, tools, and settings of its own (temperature, max_new_tokens, seed, ...); other
+    fields come back with the answer. Either may be gzipped; - is standard input."""
+    out: Path | None = None
+    """A .jsonl file for the answers, each written when it is done, in the end in the order of the
+    prompts. The same command goes on where it was stopped. Without it: standard output."""
+    rows: int = 32
+    """Texts that are written together; fewer need less memory."""
+    force: bool = False
+    """Begin anew where --out holds the answers of another run."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class Args:
       polyhead generate smollm2-135m "Where is the Eiffel Tower?" --temperature 0
       polyhead generate runs/docs "The with statement" --raw --stream --seed 1
       cat letter.txt | polyhead generate smollm2-135m - --system "Answer this letter." --json
+      polyhead generate smollm2-135m --file prompts.jsonl --out answers.jsonl
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -41,74 +56,51 @@ class Args:
     stream: bool = False
     """Print the text as it is written."""
     json: bool = False
-    """One JSON object a prompt and line: text, finish_reason, token counts, logprobs."""
-    opening: Annotated[Opening, tyro.conf.arg(name="")] = field(default_factory=Opening)
-    config: Annotated[GenerationConfig, tyro.conf.arg(name="")] = field(
-        default_factory=GenerationConfig
-    )
+    """One JSON object a prompt and line: text, finish_reason, token counts, logprobs; several texts
+    of a prompt are in texts. With --out one object of the run: prompts, failed, tokens, seconds."""
+    files: Annotated[Files, tyro.conf.arg(name="file")] = field(default_factory=Files)
+    opening: Annotated[Opening, tyro.conf.arg(name="model")] = field(default_factory=Opening)
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(default_factory=Settings)
     given: tyro.conf.Suppress[tuple[str, ...]] = ()
 
 
 def defaults(argv: Sequence[str]) -> Args:
     """Remembers which settings the command line names, so that these alone win over the model's."""
-    given = tuple(sorted(given_fields(argv, _SETTINGS)))
-    return Args(tyro.MISSING, tyro.MISSING, given=given)
+    return Args(tyro.MISSING, (), given=named(argv))
 
 
 def run(args: Args) -> int:
     """Generate and print."""
+    config = config_of(args.settings)
+    if args.files.file is not None:
+        from polyhead.cli.prompt_file import answer_file
+
+        return answer_file(args, config)
+    if args.files != Files():
+        raise DataError("--out, --rows and --force are for a file of prompts; give --file too")
     if not args.prompts:
-        raise DataError("there is no prompt; give one in quotes, or - to read standard input")
+        raise DataError(
+            "there is no prompt; give one in quotes, - to read standard input, or --file FILE"
+        )
     prompts = [_from_stdin() if text == "-" else text for text in args.prompts]
     model, tokenizer = args.opening.open(args.model)
     from polyhead.generate.generator import TextGenerator
+    from polyhead.tasks.prompt_file.answers import answer_record
 
-    config = settings(args.config, args.given, model.generation)
+    config = with_own(config, args.given, model.generation)
     rows = [_encode(text, tokenizer, args) for text in prompts]
     generator = TextGenerator(model, tokenizer)
     if args.stream and not args.json:
         for row in rows:
             _print_stream(generator.stream(row, config))
         return 0
-    for prompt, answer in zip(prompts, generator.generate(rows, config), strict=True):
-        print(json.dumps(record(prompt, answer, tokenizer)) if args.json else str(answer))
+    for prompt, answers in zip(prompts, generator.generate_all(rows, config), strict=True):
+        if args.json:
+            several = config.num_return_sequences > 1
+            print(json.dumps({"prompt": prompt, **answer_record(answers, tokenizer, several)}))
+        else:
+            print(*answers, sep="\n")
     return 0
-
-
-def settings(
-    config: GenerationConfig, given: Sequence[str], own: Mapping[str, Any]
-) -> GenerationConfig:
-    """The flags that were given, else what the checkpoint recommends, else the defaults."""
-    if not own:
-        return config
-    flags = {name: value for name, value in asdict(config).items() if name in given}
-    if "do_sample" in own:
-        return GenerationConfig.from_hf(own, **flags)
-    # Without do_sample, transformers would be greedy; the file says nothing about it, so neither
-    # do we: only where the text ends is taken from it.
-    ends = {} if own.get("eos_token_id") is None else {"stop_token_ids": own["eos_token_id"]}
-    return GenerationConfig(**(ends | flags))
-
-
-def record(prompt: str, answer: "Generation", tokenizer: "Tokenizer") -> dict[str, Any]:
-    """What --json says of an answer."""
-    found: dict[str, Any] = {
-        "prompt": prompt,
-        "text": str(answer),
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "tokens": len(answer.token_ids),
-    }
-    if answer.logprobs is not None:
-        found["logprobs"] = [
-            {
-                "token": tokenizer.decode([row.token_id], skip_special_tokens=False),
-                "logprob": row.logprob,
-                "top": [[tokenizer.decode([i], skip_special_tokens=False), p] for i, p in row.top],
-            }
-            for row in answer.logprobs
-        ]
-    return found
 
 
 def _encode(text: str, tokenizer: "Tokenizer", args: Args) -> Any:

@@ -52,6 +52,7 @@ examples:
   polyhead chat smollm2-135m
   polyhead train pydocs --model gpt2 --set d_model=128 num_layers=4 --steps 500 --out runs/docs
   polyhead generate runs/docs "The with statement"
+  polyhead generate smollm2-135m --file prompts.jsonl --out answers.jsonl
   polyhead similar minilm-l6 "a cat" "a kitten" "a car" "the sea"
   polyhead diff bert deberta-v3
   polyhead convert smollm2-135m smol/ --to hf --verify
@@ -63,7 +64,7 @@ standard error. --json, where a verb has it, is for scripts; --debug shows an er
 
 exit codes:
   0    done
-  1    a check failed (convert --verify)
+  1    a check failed (convert --verify), or some prompts of a file (generate --file) did
   2    something to mend in the flags, the files or the data; one line says what
   70   a fault of polyhead itself
   130  interrupted (Ctrl-C); 143 terminated: a training run has saved a checkpoint before it

@@ -2,21 +2,18 @@
 
 import json
 import os
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from polyhead.cli.opening import note, working
+from polyhead.cli.watch import Watch
 from polyhead.errors import ConfigError
 
 if TYPE_CHECKING:
     from polyhead.text.tokenizer import Tokenizer
-
-_EVERY = 2.0  # seconds between lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -71,10 +68,14 @@ def run(args: Args) -> int:
     tokenizer = _tokenizer(args, texts)
     workers = (os.cpu_count() or 1) if args.workers is None else args.workers
     try:
-        with Watch() as watch:
+        with Watch("tokenising") as watch:
+
+            def tell(done: int, total: int, tokens: int) -> None:
+                watch(done, total, f"{tokens:,} tokens")
+
             found = prepare(
                 texts, tokenizer, args.out, workers=workers, shard_tokens=args.shard_tokens,
-                force=args.force, progress=watch,
+                force=args.force, progress=tell,
             )  # fmt: skip
     except KeyboardInterrupt:
         note(f"{args.out} is not finished: the same command goes on with it")
@@ -118,41 +119,3 @@ def _tokenizer(args: Args, texts: Any) -> "Tokenizer":
         note(f"going on with the tokenizer in {args.out}")
         return Tokenizer.load(args.out)
     return make_tokenizer(args.tokenizer, args.vocab_size, texts.documents)
-
-
-class Watch:
-    """Progress on standard error: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True, highlight=False)
-        self.live = console.is_terminal
-        self.bar = Progress(
-            TextColumn("tokenising"), BarColumn(), TextColumn("{task.percentage:.0f}%"),
-            TextColumn("{task.fields[figures]}"), TimeRemainingColumn(),
-            console=console, disable=not self.live,
-        )  # fmt: skip
-        self.task = self.bar.add_task("tokenising", total=None, figures="")
-        self.said = time.monotonic()
-
-    def __enter__(self) -> Self:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, done: int, total: int, tokens: int) -> None:
-        """What is read of all there is (0 where that is not known), and the tokens so far."""
-        from polyhead.train.log import clock
-
-        figures = f"{tokens:,} tokens"
-        self.bar.update(self.task, completed=done, total=total or None, figures=figures)
-        if not self.live and time.monotonic() - self.said >= _EVERY:
-            self.said = time.monotonic()
-            share = f"{done / total:.0%}  " if total else ""
-            seconds = self.bar.tasks[0].time_remaining
-            left = "" if seconds is None else f"  {clock(seconds)} left"
-            print(f"tokenising: {share}{figures}{left}", file=sys.stderr, flush=True)

@@ -59,6 +59,28 @@ def atomic_file(path: Path) -> Generator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def locked(path: Path, doing: str) -> Generator[None]:
+    """Keep other processes from doing the same to a file or directory that is there.
+
+    Errors: FileError where one does; does nothing on Windows.
+    """
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise FileError(f"{path} is {doing} by another process: wait for it") from None
+    else:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames inside a directory survive a power cut; does nothing on Windows."""
     if os.name == "nt":

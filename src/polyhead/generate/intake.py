@@ -64,9 +64,7 @@ class Intake:
         more texts at once than rows.
         """
         config = config or GenerationConfig()
-        for name, neutral in _NOT_YET.items():
-            if getattr(config, name) != neutral:
-                raise ConfigError(f"{name} is not supported yet; leave it at {neutral}")
+        check_supported(config)
         ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
         ends = end_ids(self.tokenizer, config) if ends is None else frozenset(ends)
         self._check_source(source)
@@ -117,6 +115,13 @@ class Intake:
                 "the engine more cache_tokens"
             )
         return min(config.max_new_tokens, min(room, longest or room) - length)
+
+
+def check_supported(config: GenerationConfig) -> None:
+    """ConfigError for a setting that is known, and not followed yet."""
+    for name, neutral in _NOT_YET.items():
+        if getattr(config, name) != neutral:
+            raise ConfigError(f"{name} is not supported yet; leave it at {neutral}")
 
 
 def prompt_ids(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from polyhead.errors import ConfigError, DataError, PolyheadError
-from polyhead.train.lines import listed
+from polyhead.files.lines import listed
 
 PREFIXES = ("hf:", "hf-stream:")
 _SAVED, _SPLITS = "state.json", "dataset_dict.json"

@@ -7,7 +7,6 @@ their hash: going on is to read past them.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -27,7 +26,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from polyhead.errors import ConfigError, DataError, FileError, PolyheadError
+from polyhead.errors import ConfigError, DataError, FileError
+from polyhead.files.disk import locked
 from polyhead.train import sources
 from polyhead.train.prepared import FORMAT, Plan, Prepared, Shard, read_prepared, shard_path
 from polyhead.train.sources import Reading, Source, Texts, groups
@@ -88,7 +88,7 @@ def prepare(
     plan = Plan(FORMAT, known, size, dtype_for(size), shard_tokens, sources.PIECE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder):
+        with locked(folder, "being prepared"):
             _claim(folder, plan, tokenizer, force)
             return _fill(folder, texts, tokenizer, plan, workers, progress)
     except BrokenProcessPool:
@@ -299,20 +299,6 @@ def _leave_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Generator[None]:
-    """Keep others from writing to a directory."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PolyheadError(f"{folder} is being prepared by another process: wait for it") from None
-    else:
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.train.lines import cells, check_width, columns_of, listed, objects
+from polyhead.files.lines import cells, check_width, columns_of, listed, objects
 
 Rows = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
@@ -196,8 +196,8 @@ class _Hashed(io.RawIOBase):
 
 def _jsonl(file: BinaryIO, path: Path) -> dict[str, list[Any]]:
     columns: dict[str, list[Any]] = {}
-    for count, (where, row) in enumerate(objects(file, path), 1):
-        _append(columns, row, count, where)
+    for count, (number, row) in enumerate(objects(file, path), 1):
+        _append(columns, row, count, f"{path}, line {number}")
     return columns
 
 

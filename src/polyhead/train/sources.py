@@ -5,7 +5,6 @@ may be gzipped (.gz). Folders of these. Datasets of the `datasets` library: save
 (`hf:NAME`), or at hand. From Python also any iterable of strings or of rows with named columns.
 """
 
-import gzip
 import hashlib
 import io
 import os
@@ -16,8 +15,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from polyhead.errors import ConfigError, DataError
+from polyhead.files.lines import (
+    cells,
+    check_width,
+    columns_of,
+    kind_of,
+    listed,
+    objects,
+    unzipped,
+)
 from polyhead.train import hf
-from polyhead.train.lines import cells, check_width, columns_of, listed, objects
 from polyhead.train.tokens import Piece, is_prepared
 
 PIECE = 1 << 20  # characters tokenised at once
@@ -179,11 +186,6 @@ def files(source: str | os.PathLike[str]) -> list[Path]:
     return found
 
 
-def kind_of(path: Path) -> str:
-    """The ending that says what a file holds: .gz says nothing of that."""
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-
-
 def cut(parts: Iterable[str]) -> Iterator[Piece]:
     """One document in pieces, cut where the usual tokenizers would cut as well: after a line."""
     rest = ""
@@ -283,9 +285,7 @@ def _pieces(file: BinaryIO, path: Path, texts: Texts) -> Iterator[tuple[Piece, f
         for text, share in _parquet(path, texts.column):
             yield from ((piece, share) for piece in cut([text]))
         return
-    raw: Any = file
-    if path.suffix == ".gz":  # whose own lines are slow
-        raw = io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 16)  # pyright: ignore
+    raw = unzipped(file, path)
     if kind in TABLES:
         found = _table(raw, path, kind, texts)
         yield from ((piece, None) for text in found for piece in cut([text]))
@@ -300,8 +300,8 @@ def _pieces(file: BinaryIO, path: Path, texts: Texts) -> Iterator[tuple[Piece, f
 def _table(file: Iterable[bytes], path: Path, kind: str, texts: Texts) -> Iterator[str]:
     """The texts of a table of lines."""
     if kind == ".jsonl":
-        for where, row in objects(file, path):
-            yield text_of(row, texts.column, where)
+        for number, row in objects(file, path):
+            yield text_of(row, texts.column, f"{path}, line {number}")
         return
     rows = cells(file, path, kind)
     line, first = next(rows, (0, []))

@@ -19,12 +19,20 @@ def row_seeds(
     times: dict[bytes, int] = {}
     seeds: list[int] = []
     for config, prompt in zip(configs, prompts, strict=True):
-        if config.seed is None:
-            seeds.append(secrets.randbits(63))
-            continue
-        key = str(config.seed).encode() + b":" + array("q", prompt).tobytes()
+        key = _key(config, prompt)
         time = times.get(key, 0) if shared else 0
         times[key] = time + 1
-        digest = hashlib.blake2b(key, digest_size=8, salt=time.to_bytes(16)).digest()
-        seeds.append(int.from_bytes(digest) >> 1)
+        seeds.append(row_seed(config, prompt, time))
     return seeds
+
+
+def row_seed(config: GenerationConfig, prompt: Sequence[int], time: int) -> int:
+    """The seed of a prompt that was asked `time` times before; anew where the config has none."""
+    if config.seed is None:
+        return secrets.randbits(63)
+    digest = hashlib.blake2b(_key(config, prompt), digest_size=8, salt=time.to_bytes(16)).digest()
+    return int.from_bytes(digest) >> 1
+
+
+def _key(config: GenerationConfig, prompt: Sequence[int]) -> bytes:
+    return f"{config.seed}:".encode() + array("q", prompt).tobytes()

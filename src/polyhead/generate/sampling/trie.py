@@ -4,6 +4,7 @@ Nodes are numbered level by level, so that the children of a node stand side by 
 """
 
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 from itertools import chain
 
 import numpy as np
@@ -46,6 +47,12 @@ class Trie:
     def max_token(self) -> int:
         """The largest id in it."""
         return int(self._tokens.max())
+
+    @property
+    def digest(self) -> str:
+        """What tells it from others."""
+        arrays = (self._tokens, self._first, self._ends)
+        return sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends.sum())

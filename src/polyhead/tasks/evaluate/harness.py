@@ -67,9 +67,9 @@ def run_harness(
     )
     cache = None
     if folder is not None:
-        identity = {**asdict(task), **fingerprints(worker)}
+        identity = {**asdict(task), **fingerprints(worker.model, worker.tokenizer)}
         kept = Kept(folder, f"{file_name(task.name)}.lm-eval", identity, force)
-        cache = str(kept.lines.with_suffix(""))
+        cache = str(kept.path.with_suffix(""))
         if force:
             Path(f"{cache}_rank0.db").unlink(missing_ok=True)
     try:

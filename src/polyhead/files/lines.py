@@ -1,15 +1,30 @@
 """Files of lines: text and its numbers, the fields of TSV and CSV, the objects of JSONL."""
 
 import csv
+import gzip
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from polyhead.errors import DataError
 
 MOST_FIELD = 1 << 24  # characters of one field
 _SHOWN = 8
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says what a file holds: .gz says nothing of that."""
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def unzipped(file: BinaryIO, path: Path) -> BinaryIO:
+    """What a file holds, of one that ends in .gz what is packed in it."""
+    if path.suffix != ".gz":
+        return file
+    # GzipFile's own lines are slow.
+    return io.BufferedReader(gzip.GzipFile(fileobj=file), 1 << 16)  # pyright: ignore
 
 
 def lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
@@ -24,17 +39,18 @@ def lines(file: Iterable[bytes], path: Path) -> Iterator[str]:
         yield text.removeprefix("\ufeff") if number == 1 else text
 
 
-def objects(file: Iterable[bytes], path: Path) -> Iterator[tuple[str, Any]]:
-    """What each line of JSON holds, and where it stands; blank lines are passed over."""
+def objects(file: Iterable[bytes], path: Path) -> Iterator[tuple[int, Any]]:
+    """Line numbers and what each line of JSON holds; blank lines are passed over."""
     for number, line in enumerate(lines(file, path), 1):
         if not line.strip():
             continue
-        where = f"{path}, line {number}"
         try:
-            yield where, json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "nested too deep")
-            raise DataError(f"{where}: not JSON ({reason}); mend or remove it") from None
+            raise DataError(
+                f"{path}, line {number}: not JSON ({reason}); mend or remove it"
+            ) from None
 
 
 def cells(file: Iterable[bytes], path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
