@@ -74,8 +74,6 @@ def test_what_a_file_may_say_is_read():
     raw = {
         "do_sample": False,
         "num_beams": 4,
-        "num_beam_groups": 2,
-        "diversity_penalty": 0.5,
         "no_repeat_ngram_size": 3,
         "bad_words_ids": [[5], [6, 7]],
         "sequence_bias": [[[5, 6], 2.0]],
@@ -121,6 +119,11 @@ def test_what_a_file_may_say_is_read():
         ({"num_beams": 4, "num_beam_groups": 3, "temperature": 0}, "num_beam_groups=3"),
         ({"diversity_penalty": 0.5}, "diversity_penalty"),
         ({"force_words_ids": [[1]]}, "force_words_ids"),
+        ({"force_words_ids": [[]], "num_beams": 2, "temperature": 0}, "entry without words"),
+        (
+            {"force_words_ids": [[1]], "num_beams": 2, "num_beam_groups": 2, "temperature": 0},
+            "groups are not made to write words",
+        ),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
         ({"best_of": 2, "num_return_sequences": 3}, "best_of=2"),
         ({"num_beams": 2, "num_return_sequences": 3, "temperature": 0}, "num_return_sequences=3"),

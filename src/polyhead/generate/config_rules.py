@@ -81,6 +81,8 @@ def normalized(config: Any) -> dict[str, Any]:
         _words("force_words_ids", [entry] if _flat(entry) else entry)
         for entry in _items("force_words_ids", config.force_words_ids)
     )
+    if not all(values["force_words_ids"]):
+        raise ConfigError("force_words_ids has an entry without words; remove it")
     values["logit_bias"] = tuple(
         (_ids("logit_bias", _as_int(token))[0], _bias("logit_bias", bias))
         for token, bias in _pairs("logit_bias", config.logit_bias)
@@ -172,6 +174,11 @@ def _check_search(config: Any) -> None:
         raise ConfigError("diversity_penalty needs groups of beams; give num_beam_groups")
     if config.force_words_ids and beams == 1:
         raise ConfigError("force_words_ids needs beam search; give num_beams of 2 or more")
+    if config.force_words_ids and config.num_beam_groups > 1:
+        raise ConfigError(
+            f"force_words_ids with num_beam_groups={config.num_beam_groups}: groups are not made "
+            "to write words; leave num_beam_groups at 1"
+        )
     if config.penalty_alpha and (not greedy or config.top_k < 2 or beams > 1):
         raise ConfigError(
             f"penalty_alpha={config.penalty_alpha} is contrastive search; give a top_k of 2 or "

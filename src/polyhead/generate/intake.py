@@ -19,7 +19,7 @@ from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
-_NOT_YET = {"guidance_scale": 1.0, "force_words_ids": ()}
+_NOT_YET = {"guidance_scale": 1.0}
 
 
 class Intake:

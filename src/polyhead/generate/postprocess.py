@@ -145,7 +145,10 @@ class Postprocess:
             rows = self.runner.logits(torch.stack([last for _, last in ready]))
             logits = {text: row for (text, _), row in zip(ready, rows, strict=True)}
         for request in self.searching.advance(states, logits):
-            self.end(request)
+            if request.search is not None and request.search.results():
+                self.end(request)
+            else:
+                self.fail(request, _no_text(request))
 
     def _done(self, text: Text) -> None:
         """A text gives back what it holds; the last one ends its request."""
@@ -196,6 +199,13 @@ class Postprocess:
                 text.take(token)
         text.finish_reason = text.finish_reason or request.done[0].finish_reason or "length"
         return text.result(score)
+
+
+def _no_text(request: Request) -> DataError:
+    return DataError(
+        f"no text of {request.limit} tokens or fewer was found that holds force_words_ids; give "
+        "more max_new_tokens or num_beams, or allow what the words need"
+    )
 
 
 def _logprobs(

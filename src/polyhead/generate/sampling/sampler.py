@@ -55,8 +55,10 @@ class Sampler:
     def prepare(self, config: GenerationConfig) -> Future[Walk] | None:
         """Begin to compile the grammar of a config, if it has one; the future tells how it went.
 
-        Errors, at once or by the future: ConfigError for a grammar that is refused.
+        Errors, at once or by the future: ConfigError for a grammar that is refused, and for a
+        token that the head does not have.
         """
+        self._check(config)
         if not config.constrained:
             return None
         if self._tokenizer is None:
@@ -76,7 +78,6 @@ class Sampler:
 
         Its grammar, if it has one, is compiled meanwhile: see `ready`. Errors: as `prepare`.
         """
-        self._check(config)
         compiled = self.prepare(config)
         slot = Slot(config, tuple(prompt_ids), seed, tuple(sorted(ends)), compiled=compiled)
         number = self._place(slot)
@@ -212,6 +213,7 @@ class Sampler:
             "suppress_tokens": config.suppress_tokens,
             "begin_suppress_tokens": config.begin_suppress_tokens,
             "forced_prefix_ids": config.forced_prefix_ids,
+            "force_words_ids": [t for e in config.force_words_ids for word in e for t in word],
             "trie": () if config.trie is None else (config.trie.max_token,),
             "forced_bos_token_id": (config.forced_bos_token_id or 0,),
             "forced_eos_token_id": (config.forced_eos_token_id or 0,),
