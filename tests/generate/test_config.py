@@ -81,7 +81,6 @@ def test_what_a_file_may_say_is_read():
         "force_words_ids": [[[1, 2], [3]], [4, 5]],
         "exponential_decay_length_penalty": [5, 1.1],
         "suppress_tokens": [8],
-        "guidance_scale": 1.5,
         "typical_p": 0.9,
         "max_length": 20,
         "min_length": 3,

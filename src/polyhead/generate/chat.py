@@ -33,7 +33,7 @@ class Chat:
         """Forget everything but the system message."""
         first = [] if self.system is None else [{"role": "system", "content": self.system}]
         self.messages: list[dict[str, str]] = first
-        self._engine = self.generator.own_engine()
+        self._engine = self.generator.own_engine(self.config)
 
     def say(self, text: str) -> Stream:
         """Pieces of the answer to `text`; the generator's return value is the `Generation`.

@@ -127,6 +127,7 @@ def check(config: Any) -> None:
 def _check_together(config: Any) -> None:
     _check_mirostat(config)
     _check_search(config)
+    _check_guidance(config)
     forms = ("json_schema", "regex", "grammar", "trie")
     asked = [name for name in forms if getattr(config, name) is not None]
     if len(asked) > 1:
@@ -157,6 +158,23 @@ def _check_mirostat(config: Any) -> None:
                 f"mirostat={config.mirostat} with {name}={getattr(config, name)!r}: mirostat "
                 f"itself chooses how many tokens stay; leave {name} at {neutral}"
             )
+
+
+def _check_guidance(config: Any) -> None:
+    negative = [
+        name for name in ("negative_prompt", "negative_prompt_ids") if getattr(config, name)
+    ]
+    if not isinstance(config.negative_prompt, str):
+        raise ConfigError(f"negative_prompt={config.negative_prompt!r} must be a text")
+    if len(negative) > 1:
+        raise ConfigError("negative_prompt and negative_prompt_ids are given; give one of them")
+    if config.guidance_scale == 1 and negative:
+        raise ConfigError(f"{negative[0]} does nothing at guidance_scale=1; give another scale")
+    if config.guidance_scale != 1 and (config.num_beams > 1 or config.penalty_alpha):
+        raise ConfigError(
+            f"guidance_scale={config.guidance_scale} is for texts that are greedy or drawn; leave "
+            "num_beams at 1 and penalty_alpha at 0"
+        )
 
 
 def _check_search(config: Any) -> None:
