@@ -25,6 +25,7 @@ import polyhead as ph
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import EngineConfig
+from polyhead.generate.intake import rows_of
 from polyhead.generate.pages import NOBODY
 from polyhead.generate.request import Request
 from polyhead.generate.speculative import Jacobi, NgramLookup
@@ -56,7 +57,7 @@ def made(name: str) -> Any:
 @cache
 def alone(name: str, prompt: tuple[int, ...], config: GenerationConfig) -> list[tuple[int, ...]]:
     """What a request gives in an engine of its own that has room for it and reads it at once."""
-    rows = max(config.num_beams, config.num_return_sequences)
+    rows = rows_of(config)
     engine = Engine(made(name), None, EngineConfig(max_rows=rows, cache_tokens=64 * rows))
     request = engine.add(prompt, config, ends=(0,))
     engine.run()
@@ -74,7 +75,7 @@ def drawn_engine(chance: random.Random, name: str) -> Engine:
 
 
 def drawn_request(chance: random.Random, engine: Engine) -> Request:
-    """A prompt that often begins as others do, and one of four ways to go on."""
+    """A prompt that often begins as others do, and one of six ways to go on."""
     start = [1, 2, 3, 4, 1, 2, 5, 6] * chance.choice([0, 1, 2])
     prompt = (*start, *(chance.randrange(1, V) for _ in range(chance.randint(1, 4))))[:20]
     most = chance.randint(1, 3 if len(prompt) > 12 else 9)
@@ -83,6 +84,11 @@ def drawn_request(chance: random.Random, engine: Engine) -> Request:
         dict(temperature=0.0, num_beams=chance.choice([2, 3])),
         dict(seed=chance.randrange(3), num_return_sequences=chance.choice([1, 3])),
         dict(seed=chance.randrange(3), repetition_penalty=1.3),
+        dict(
+            seed=chance.randrange(3), num_return_sequences=chance.choice([1, 1, 2]),
+            guidance_scale=1.5, negative_prompt_ids=chance.choice([(), (1, 2, 3, 4, 1)]),
+        ),
+        dict(temperature=0.0, num_beams=2, force_words_ids=[[chance.randrange(1, V)]]),
     ])  # fmt: skip
     return engine.add(
         prompt, GenerationConfig(max_new_tokens=most, **config), ends=(0,),

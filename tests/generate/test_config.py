@@ -74,8 +74,6 @@ def test_what_a_file_may_say_is_read():
     raw = {
         "do_sample": False,
         "num_beams": 4,
-        "num_beam_groups": 2,
-        "diversity_penalty": 0.5,
         "no_repeat_ngram_size": 3,
         "bad_words_ids": [[5], [6, 7]],
         "sequence_bias": [[[5, 6], 2.0]],
@@ -83,7 +81,6 @@ def test_what_a_file_may_say_is_read():
         "force_words_ids": [[[1, 2], [3]], [4, 5]],
         "exponential_decay_length_penalty": [5, 1.1],
         "suppress_tokens": [8],
-        "guidance_scale": 1.5,
         "typical_p": 0.9,
         "max_length": 20,
         "min_length": 3,
@@ -121,6 +118,11 @@ def test_what_a_file_may_say_is_read():
         ({"num_beams": 4, "num_beam_groups": 3, "temperature": 0}, "num_beam_groups=3"),
         ({"diversity_penalty": 0.5}, "diversity_penalty"),
         ({"force_words_ids": [[1]]}, "force_words_ids"),
+        ({"force_words_ids": [[]], "num_beams": 2, "temperature": 0}, "entry without words"),
+        (
+            {"force_words_ids": [[1]], "num_beams": 2, "num_beam_groups": 2, "temperature": 0},
+            "groups are not made to write words",
+        ),
         ({"penalty_alpha": 0.6}, "penalty_alpha"),
         ({"best_of": 2, "num_return_sequences": 3}, "best_of=2"),
         ({"best_of": 2, "num_beams": 2, "temperature": 0}, "not for a search; leave it at None"),

@@ -99,10 +99,12 @@ class GenerationConfig:
     """A `Trie` of token runs, one of which the text is (De Cao et al. 2021)."""
 
     guidance_scale: float = 1.0
-    """Logits are moved away from those after `negative_prompt_ids` by this factor
-    (Sanchez et al. 2023). 1: not at all."""
+    """Classifier-free guidance: logits are moved away from those after the negative prompt by this
+    factor (Sanchez et al. 2023). 1: not at all."""
+    negative_prompt: str = ""
+    """What guidance leads away from; without one, the last token of the prompt alone."""
     negative_prompt_ids: tuple[int, ...] = ()
-    """What classifier-free guidance leads away from; empty: the last token of the prompt alone."""
+    """The same as token ids."""
 
     num_beams: int = 1
     """Keep this many unfinished texts; 1 is greedy, or drawn."""
@@ -154,6 +156,11 @@ class GenerationConfig:
     def speculates(self) -> bool:
         """Whether a token can be drawn before it is certain which ones stand before it."""
         return not self.mirostat
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the model reads a second prompt, to be led away from."""
+        return self.guidance_scale != 1
 
     @property
     def constrained(self) -> bool:

@@ -82,6 +82,8 @@ def normalized(config: Any) -> dict[str, Any]:
         _words("force_words_ids", [entry] if _flat(entry) else entry)
         for entry in _items("force_words_ids", config.force_words_ids)
     )
+    if not all(values["force_words_ids"]):
+        raise ConfigError("force_words_ids has an entry without words; remove it")
     values["logit_bias"] = tuple(
         (_ids("logit_bias", [_as_int(token)])[0], _bias("logit_bias", bias))
         for token, bias in _pairs("logit_bias", config.logit_bias)
@@ -126,6 +128,7 @@ def check(config: Any) -> None:
 def _check_together(config: Any) -> None:
     _check_mirostat(config)
     _check_search(config)
+    _check_guidance(config)
     forms = ("json_schema", "regex", "grammar", "trie")
     asked = [name for name in forms if getattr(config, name) is not None]
     if len(asked) > 1:
@@ -158,6 +161,23 @@ def _check_mirostat(config: Any) -> None:
             )
 
 
+def _check_guidance(config: Any) -> None:
+    negative = [
+        name for name in ("negative_prompt", "negative_prompt_ids") if getattr(config, name)
+    ]
+    if not isinstance(config.negative_prompt, str):
+        raise ConfigError(f"negative_prompt={config.negative_prompt!r} must be a text")
+    if len(negative) > 1:
+        raise ConfigError("negative_prompt and negative_prompt_ids are given; give one of them")
+    if config.guidance_scale == 1 and negative:
+        raise ConfigError(f"{negative[0]} does nothing at guidance_scale=1; give another scale")
+    if config.guidance_scale != 1 and (config.num_beams > 1 or config.penalty_alpha):
+        raise ConfigError(
+            f"guidance_scale={config.guidance_scale} is for texts that are greedy or drawn; leave "
+            "num_beams at 1 and penalty_alpha at 0"
+        )
+
+
 def _check_search(config: Any) -> None:
     greedy, beams = config.greedy, config.num_beams
     if beams > 1 and not greedy:
@@ -173,6 +193,11 @@ def _check_search(config: Any) -> None:
         raise ConfigError("diversity_penalty needs groups of beams; give num_beam_groups")
     if config.force_words_ids and beams == 1:
         raise ConfigError("force_words_ids needs beam search; give num_beams of 2 or more")
+    if config.force_words_ids and config.num_beam_groups > 1:
+        raise ConfigError(
+            f"force_words_ids with num_beam_groups={config.num_beam_groups}: groups are not made "
+            "to write words; leave num_beam_groups at 1"
+        )
     if config.penalty_alpha and (not greedy or config.top_k < 2 or beams > 1):
         raise ConfigError(
             f"penalty_alpha={config.penalty_alpha} is contrastive search; give a top_k of 2 or "

@@ -205,11 +205,12 @@ class Engine:
             for request in self.scheduler.running
             if request.search is None and request.config.speculates and not request.given
             for text in request.texts
-            if text.decodes and text.slot is not None
+            if text.slot is not None and all(each.decodes for each in text.both)
         ]
         for text, draft in zip(texts, self.proposer.propose(texts, self.sampler), strict=True):
             # One token more is drawn than is guessed.
-            text.draft = draft[: text.request.limit - text.written - 1]
+            for each in text.both:
+                each.draft = draft[: text.request.limit - text.written - 1]
 
 
 def _piece(text: Text, count: int) -> Piece:

@@ -10,7 +10,7 @@ from polyhead.errors import ConfigError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import BLOCK_SIZE, EngineConfig
-from polyhead.generate.intake import copies_of, prompt_ids, rows_of
+from polyhead.generate.intake import copies_of, negative_ids, prompt_ids, rows_of
 from polyhead.generate.prompts import Prompt
 from polyhead.generate.request import Request
 from polyhead.generate.result import Generation
@@ -161,14 +161,19 @@ class TextGenerator:
         return Engine(self.model, self.tokenizer, settings, self.proposer)
 
     def _engine(
-        self, prompts: Sequence[Sequence[int]], configs: Sequence[GenerationConfig], at_once: int
+        self, prompts: Sequence[list[int]], configs: Sequence[GenerationConfig], at_once: int
     ) -> Engine:
         """One that holds `at_once` of these from beginning to end."""
         most: int | None = getattr(self.model.config, "max_seq_len", None)
         rows = [rows_of(config) for config in configs]
-        lengths = [
-            max(len(prompt), min(len(prompt) + config.max_new_tokens, most or _ENDLESS))
+        vocab_size: int = getattr(self.model.config, "vocab_size")  # noqa: B009
+        begun = [
+            max(len(prompt), len(negative_ids(config, prompt, self.tokenizer, vocab_size)))
             for prompt, config in zip(prompts, configs, strict=True)
+        ]
+        lengths = [
+            max(length, min(length + config.max_new_tokens, most or _ENDLESS))
+            for length, config in zip(begun, configs, strict=True)
         ]
         if self._shapes:
             # Rounded up, so that one compiled step serves texts of many lengths.

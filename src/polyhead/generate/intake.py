@@ -19,8 +19,6 @@ from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
-_NOT_YET = {"guidance_scale": 1.0, "force_words_ids": ()}
-
 
 class Intake:
     """Makes requests for one model and the memory that it has; any thread may ask for one."""
@@ -64,14 +62,19 @@ class Intake:
         more texts at once than rows.
         """
         config = config or GenerationConfig()
-        check_supported(config)
         ids = encode_prompt(prompt, self.tokenizer, self.vocab_size)
         ends = end_ids(self.tokenizer, config) if ends is None else frozenset(ends)
         self._check_source(source)
+        if config.is_guided and (source or pixels is not None):
+            raise ConfigError(
+                f"guidance_scale={config.guidance_scale} is for a prompt alone, and here are "
+                f"{'images' if pixels is not None else 'ids of a source'}; leave it at 1"
+            )
+        away = negative_ids(config, ids, self.tokenizer, self.vocab_size)
         rows, copies = rows_of(config), copies_of(config)
         if rows > self.config.max_rows:
             raise ConfigError(f"{rows} texts at once are more than max_rows={self.config.max_rows}")
-        limit, search = self._limit(ids, config, rows), search_of(config)
+        limit, search = self._limit(ids, away, config, rows), search_of(config)
         request = Request(
             prompt=ids, config=config, number=next(self._numbers), limit=limit, ends=ends,
             seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
@@ -79,7 +82,8 @@ class Intake:
             compiled=self.sampler.prepare(config), salt=_salt(pixels), on_text=on_text,
             search=search and search(ends, limit),
         )  # fmt: skip
-        request.texts = [Text(request, 0, self.tokenizer)]
+        text = Text(request, 0, self.tokenizer)
+        request.texts = [text, text.accompanied(away)] if away else [text]
         return request
 
     def _check_source(self, source: Sequence[int]) -> None:
@@ -101,27 +105,34 @@ class Intake:
                 "give the engine more source_tokens"
             )
 
-    def _limit(self, prompt: Sequence[int], config: GenerationConfig, rows: int) -> int:
+    def _limit(
+        self, prompt: Sequence[int], away: Sequence[int], config: GenerationConfig, rows: int
+    ) -> int:
         """Tokens that may be written, so that the request fits the cache when it is alone."""
-        length, longest = len(prompt), self.longest
+        length, longest = max(len(prompt), len(away)), self.longest
+        name = "prompt" if length == len(prompt) else "negative prompt"
         if longest is not None and length > longest:
             raise DataError(
-                f"the prompt has {length} tokens and the model takes {longest}; shorten it"
+                f"the {name} has {length} tokens and the model takes {longest}; shorten it"
             )
-        room = self.memory.longest(length, rows)
+        # Texts of two prompts share neither.
+        room = self.memory.longest(0 if away else length, rows)
         if length > room:
             raise DataError(
-                f"the prompt has {length} tokens and the cache holds {room}; shorten it, or give "
+                f"the {name} has {length} tokens and the cache holds {room}; shorten it, or give "
                 "the engine more cache_tokens"
             )
         return min(config.max_new_tokens, min(room, longest or room) - length)
 
 
-def check_supported(config: GenerationConfig) -> None:
-    """ConfigError for a setting that is known, and not followed yet."""
-    for name, neutral in _NOT_YET.items():
-        if getattr(config, name) != neutral:
-            raise ConfigError(f"{name} is not supported yet; leave it at {neutral}")
+def negative_ids(
+    config: GenerationConfig, prompt: list[int], tokenizer: Tokenizer | None, vocab_size: int
+) -> list[int]:
+    """What guidance leads a prompt's texts away from; nothing, where there is none."""
+    if not config.is_guided:
+        return []
+    given = config.negative_prompt or config.negative_prompt_ids
+    return encode_prompt(given, tokenizer, vocab_size) if given else prompt[-1:]
 
 
 def prompt_ids(
@@ -147,7 +158,7 @@ def rows_of(config: GenerationConfig) -> int:
     """Rows that a request takes at most."""
     if config.penalty_alpha:
         return config.top_k
-    return max(config.num_beams, copies_of(config))
+    return max(config.num_beams, copies_of(config)) * (2 if config.is_guided else 1)
 
 
 def end_ids(tokenizer: Tokenizer | None, config: GenerationConfig) -> frozenset[int]:

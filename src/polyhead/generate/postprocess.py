@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from itertools import count
 from typing import cast
 
 import torch
@@ -13,6 +14,7 @@ from polyhead.errors import DataError
 from polyhead.generate.request import Request, Text
 from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.runner import Piece, Runner
+from polyhead.generate.sampling.guidance import guide
 from polyhead.generate.sampling.logprobs import token_logprobs
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
@@ -56,20 +58,26 @@ class Postprocess:
 
     def _draw(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
         logits = self.runner.logits(torch.cat([states for _, states in found]))
+        rows_of: dict[Text, range] = {}
+        start = 0
+        for piece, states in found:
+            rows_of[piece.text] = range(start, start + len(states))
+            start += len(states)
         texts: list[Text] = []
         places: list[int] = []
         rows: list[int] = []
-        start = 0
-        for piece, states in found:
-            until = start + len(states)
-            for text in self._open(piece.text):
-                texts += [text] * len(states)
-                places += range(text.written, text.written + len(states))
-                rows += range(start, until)
-            start = until
-        if len(rows) > len(logits):
-            logits = logits[rows]
-        drawn = self.sampler(logits, [cast(int, text.slot) for text in texts], places)
+        away: dict[int, int] = {}  # of a place, the row that its companion read
+        for own, its_rows in rows_of.items():
+            if own.is_companion:
+                continue
+            for text in self._open(own):
+                if own.companion is not None:
+                    away |= zip(count(len(texts)), rows_of[own.companion], strict=False)
+                texts += [text] * len(its_rows)
+                places += range(text.written, text.written + len(its_rows))
+                rows += its_rows
+        scores, logits = _guided(logits, rows, away, texts)
+        drawn = self.sampler(scores, [cast(int, text.slot) for text in texts], places)
         logprobs = _logprobs(texts, logits, drawn)
         ids, at = drawn.tolist(), 0
         are_numbers = logits.amax(1).isfinite().tolist() if min(ids) < 0 else ()
@@ -89,7 +97,7 @@ class Postprocess:
             return [text]
         memory = self.scheduler.memory
         others = [text.fork(number, memory) for number in range(1, len(request.seeds))]
-        request.texts += others
+        request.texts += [each for other in others for each in other.both]
         for each, seed in zip((text, *others), request.seeds, strict=True):
             each.slot = self.sampler.open(request.config, request.prompt, seed, request.ends)
         return [text, *others]
@@ -119,12 +127,13 @@ class Postprocess:
         # Without a token that ends a text, only the grammar knows that it is over.
         if request.config.is_formal and not request.ends and self.sampler.is_complete(slot):
             self._tell(text, text.finish("stop"))
-        text.draft = []
-        self.scheduler.hold(text, kept)
-        if draft:
-            self.scheduler.memory.cut(cast(int, text.row), text.held)
-            if self.proposer is not None:
-                self.proposer.observe(text, ids, kept)
+        for each in text.both:
+            each.draft = []
+            self.scheduler.hold(each, kept)
+            if draft:
+                self.scheduler.memory.cut(cast(int, each.row), each.held)
+        if draft and self.proposer is not None:
+            self.proposer.observe(text, ids, kept)
         if text.finish_reason:
             self._done(text)
 
@@ -178,16 +187,20 @@ class Postprocess:
                 if not good and states.pop(text.request, None):
                     self.fail(text.request, self._no_token(text, are_numbers=False))
         for request in self.searching.advance(states, logits):
-            self.end(request)
+            if request.search is not None and request.search.results():
+                self.end(request)
+            else:
+                self.fail(request, _no_text(request))
 
     def _done(self, text: Text) -> None:
         """A text gives back what it holds; the last one ends its request."""
         request = text.request
-        if len(request.texts) == 1:
+        if len(request.texts) == len(text.both):
             self.end(request)
             return
-        self._close(text)
-        request.texts.remove(text)
+        for each in text.both:
+            self._close(each)
+            request.texts.remove(each)
         request.done.append(text)
 
     def fail(self, request: Request, error: Exception) -> None:
@@ -201,7 +214,7 @@ class Postprocess:
             self.scheduler.remove(request)
         for text in request.texts:
             self._close(text)
-        request.done += request.texts
+        request.done += [text for text in request.texts if not text.is_companion]
         request.texts = []
         if request.error is None:
             request.results = self._results(request)
@@ -233,6 +246,32 @@ class Postprocess:
                 text.take(token)
         text.finish_reason = text.finish_reason or request.done[0].finish_reason or "length"
         return text.result(score)
+
+
+def _guided(
+    logits: Tensor, rows: Sequence[int], away: dict[int, int], texts: Sequence[Text]
+) -> tuple[Tensor, Tensor]:
+    """What is drawn from at each place, and the model's own logits there.
+
+    rows: of `logits`, for each place; away: for some, the row to be led away from.
+    """
+    own = logits if rows == [*range(len(logits))] else logits[rows]
+    if not away:
+        return own, own
+    scales = [texts[place].request.config.guidance_scale for place in away]
+    places = torch.tensor(list(away), device=own.device)
+    guided = guide(
+        own[places].float(), logits[list(away.values())].float(),
+        torch.tensor(scales, device=own.device),
+    )  # fmt: skip
+    return own.float().index_copy(0, places, guided), own
+
+
+def _no_text(request: Request) -> DataError:
+    return DataError(
+        f"no text of {request.limit} tokens or fewer was found that holds force_words_ids; give "
+        "more max_new_tokens or num_beams, or allow what the words need"
+    )
 
 
 def _logprobs(

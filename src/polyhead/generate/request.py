@@ -1,6 +1,6 @@
 """What is asked of the engine, and how far it has come."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,15 +17,27 @@ from polyhead.text.tokenizer import Tokenizer
 
 
 class Text:
-    """One text at work: its tokens, how many of them are held in memory, and what came of it."""
+    """One text at work: its tokens, how many of them are held in memory, and what came of it.
 
-    def __init__(self, request: "Request", number: int, tokenizer: Tokenizer | None) -> None:
+    prompt: None is the request's.
+    """
+
+    def __init__(
+        self,
+        request: "Request",
+        number: int,
+        tokenizer: Tokenizer | None,
+        prompt: Sequence[int] | None = None,
+    ) -> None:
         self.request, self.number, self.tokenizer = request, number, tokenizer
+        self.prompt = request.prompt if prompt is None else prompt
         config = request.config
         self.writer = tokenizer and TextWriter(
             tokenizer, config.stop, config.min_new_tokens, config.skip_special_tokens
         )
-        self.ids = list(request.prompt)
+        self.companion: Text | None = None
+        self.is_companion = False
+        self.ids = list(self.prompt)
         self.held = 0
         self.row: int | None = None  # in memory
         self.slot: int | None = None  # in the sampler
@@ -44,7 +56,12 @@ class Text:
     @property
     def written(self) -> int:
         """Tokens drawn so far."""
-        return len(self.ids) - len(self.request.prompt)
+        return len(self.ids) - len(self.prompt)
+
+    @property
+    def both(self) -> list["Text"]:
+        """It and its companion, if it has one."""
+        return [self] if self.companion is None else [self, self.companion]
 
     @property
     def unread(self) -> int:
@@ -54,7 +71,8 @@ class Text:
     def take(self, token_id: int, logprob: TokenLogprob | None = None) -> str:
         """Add a token that was drawn; returns the text it made certain."""
         config, writer = self.request.config, self.writer
-        self.ids.append(token_id)
+        for each in self.both:
+            each.ids.append(token_id)
         if logprob is not None:
             self.logprob += logprob.logprob
         if logprob is not None and config.logprobs is not None:
@@ -84,9 +102,19 @@ class Text:
             self.pieces.append(piece)
         return piece
 
+    def accompanied(self, prompt: Sequence[int]) -> "Text":
+        """A text that reads another prompt and then what this one writes: its logits guide it."""
+        companion = Text(self.request, self.number, None, prompt)
+        companion.is_companion = True
+        self.companion = companion
+        return companion
+
     def fork(self, number: int, memory: Memory) -> "Text":
         """A text that goes its own way from here, before it has written anything to be read."""
-        other = Text(self.request, number, self.tokenizer)
+        other = Text(self.request, number, self.tokenizer, self.prompt)
+        other.is_companion = self.is_companion
+        if self.companion is not None:
+            other.companion = self.companion.fork(number, memory)
         other.ids, other.held, other.keys = list(self.ids), self.held, list(self.keys)
         assert self.row is not None
         other.row = memory.fork(self.row)
@@ -103,7 +131,7 @@ class Text:
     @property
     def decodes(self) -> bool:
         """Whether one token more gives the next."""
-        return self.held > 0 and self.unread == 1
+        return self.row is not None and self.unread == 1
 
 
 @dataclass(eq=False)
@@ -169,6 +197,11 @@ class Request:
         return isinstance(self.search, ContrastiveSearch)
 
     @property
+    def moves_together(self) -> bool:
+        """Whether none of its texts goes on before all of them can."""
+        return self.search is not None or self.config.is_guided
+
+    @property
     def is_ready(self) -> bool:
         """Whether nothing is waited for but a turn."""
         return self.compiled is None or self.compiled.done()
@@ -179,4 +212,4 @@ class Request:
         if self.search is not None:
             return max(len(self.texts), len(self.search.answers))
         has_begun = bool(self.done) or any(text.slot is not None for text in self.texts)
-        return len(self.texts) if has_begun else len(self.seeds)
+        return len(self.texts) if has_begun else len(self.texts) * len(self.seeds)

@@ -165,7 +165,7 @@ class Scheduler:
         self.memory.open_source(text.row, len(text.request.source), first.row)
         if self.memory.finds_prefixes and not text.request.needs_states:
             text.held = self.memory.adopt(text.row, self.keys(text), len(text.ids) - 1)
-        if not text.written:
+        if not text.written and not text.is_companion:
             text.request.found = text.held
 
     def _fits(self, request: Request) -> bool:
@@ -213,9 +213,9 @@ class Scheduler:
 def num_read(plan: Iterable[tuple[Text, int]]) -> int:
     """Tokens of prompts that a plan reads, and of the sources that it begins with."""
     return sum(
-        count + (0 if text.held else len(text.request.source))
+        (0 if text.held and text.decodes else count)
+        + (0 if text.held else len(text.request.source))
         for text, count in plan
-        if not text.decodes
     )
 
 
@@ -226,13 +226,12 @@ def _order(request: Request) -> tuple[int, int]:
 def _wanted(request: Request, budget: int, most: int) -> list[tuple[Text, int]]:
     """Texts that decode and, within the budget, parts of those that do not yet.
 
-    The texts of a search go on together.
+    The texts of a search go on together, and those that are guided with their companions.
     """
     reading = [text for text in request.texts if not text.decodes]
-    if request.search is not None and reading and len(request.texts) > 1:
-        decoding: list[Text] = []
-    else:
-        decoding = [text for text in request.texts if text.decodes]
+    decoding = [text for text in request.texts if text.decodes]
+    if request.moves_together and reading:
+        decoding = []
     pieces = [(text, 1) for text in decoding]
     for text in reading:
         if text.row is None:

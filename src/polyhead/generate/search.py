@@ -72,7 +72,7 @@ class BeamSearch:
         limit: int,
         num_beams: int | None = None,
     ) -> None:
-        self.config, self.ends, self.limit = config, ends, limit
+        self.config, self.ends, self.limit = config, frozenset(ends), limit
         self.num_beams = config.num_beams if num_beams is None else num_beams
         self.answers: list[list[int]] = [[] for _ in range(self.num_beams)]
         self.last: list[int] = []
@@ -83,7 +83,7 @@ class BeamSearch:
 
     def take(self, scores: list[float], places: list[int], vocab_size: int) -> list[int]:
         """Go on with the best of these continuations; returns the beams that they extend."""
-        config, num_beams = self.config, self.num_beams
+        num_beams = self.num_beams
         length = len(self.answers[0]) + 1
         is_last = length == self.limit
         going: list[tuple[float, int, int]] = []
@@ -93,10 +93,7 @@ class BeamSearch:
                 going.append((score, beam, token))
             # What ends below the best is there to be overtaken, not to be kept.
             elif rank < num_beams and score > _COPY:
-                ids = (*self.answers[beam], token)
-                self.finished.append(Hypothesis(ids, score / length**config.length_penalty))
-        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
-        del self.finished[num_beams:]
+                self.finish((*self.answers[beam], token), score)
         going = going[:num_beams]
         tokens = (place % vocab_size for place in places)
         self.last = [token for token in tokens if token not in self.ends][:num_beams]
@@ -105,6 +102,13 @@ class BeamSearch:
             self.answers = [[*self.answers[beam], token] for _, beam, token in going]
             self.scores = [score for score, _, _ in going]
         return [beam for _, beam, _ in going]
+
+    def finish(self, ids: tuple[int, ...], logprob: float) -> None:
+        """Keep a text that is at its end, if it is among the best."""
+        score = logprob / len(ids) ** self.config.length_penalty
+        self.finished.append(Hypothesis(ids, score))
+        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
+        del self.finished[self.num_beams :]
 
     def _cannot_improve(self, best: float, length: int) -> bool:
         config = self.config

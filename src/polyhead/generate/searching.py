@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.contrastive import ContrastiveSearch
+from polyhead.generate.forced import ForcedBeams
 from polyhead.generate.request import Request, Text
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
@@ -24,6 +25,8 @@ def search_of(config: GenerationConfig) -> MakeSearch | None:
     """What makes the search that a config asks for, from end tokens and a limit, if any."""
     if config.penalty_alpha:
         return partial(ContrastiveSearch, config.top_k, config.penalty_alpha)
+    if config.force_words_ids:
+        return partial(ForcedBeams, config)
     if config.num_beam_groups > 1:
         return partial(DiverseBeams, config)
     return partial(BeamSearch, config) if config.num_beams > 1 else None
@@ -48,7 +51,7 @@ class Searching:
             search = request.search
             if isinstance(search, ContrastiveSearch):
                 self._contrast(request, search, states, logits)
-            elif isinstance(search, DiverseBeams):
+            elif isinstance(search, DiverseBeams | ForcedBeams):
                 scores = self._scores([request], len(search.answers), logits)
                 self._go_on(request, search.advance(scores))
             elif search is not None:

@@ -227,6 +227,7 @@ class Sampler:
             "suppress_tokens": config.suppress_tokens,
             "begin_suppress_tokens": config.begin_suppress_tokens,
             "forced_prefix_ids": config.forced_prefix_ids,
+            "force_words_ids": [t for e in config.force_words_ids for word in e for t in word],
             "trie": () if config.trie is None else (config.trie.max_token,),
             "forced_bos_token_id": (config.forced_bos_token_id or 0,),
             "forced_eos_token_id": (config.forced_eos_token_id or 0,),

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from polyhead.errors import ConfigError, DataError, FileError
 from polyhead.files.lines import kind_of, lines, objects, unzipped
 from polyhead.generate.config import GenerationConfig
-from polyhead.generate.intake import check_supported, rows_of
+from polyhead.generate.intake import rows_of
 from polyhead.generate.prompts import Message
 
 _OBJECTS = (".jsonl", ".ndjson")
@@ -125,13 +125,13 @@ class PromptFile:
                 )
             try:
                 config = asked.config(base)
-                check_supported(config)
             except (ConfigError, TypeError) as error:
                 raise DataError(f"{where}: {error}") from None
             prompts += 1
             rows = max(rows, rows_of(config))
             most_tokens = max(most_tokens, config.max_new_tokens)
-            most_bytes = max(most_bytes, _bytes(asked, where))
+            led_away = len(config.negative_prompt.encode()) + len(config.negative_prompt_ids)
+            most_bytes = max(most_bytes, _bytes(asked, where), led_away)
         if not prompts:
             raise DataError(f"{self.name} holds no prompts; write one a line")
         self.file.seek(0)
