@@ -118,8 +118,9 @@ def drawn(seed: int) -> tuple[Entries, dict[str, Any], list[int]]:
     entries = [
         [word() for _ in range(chance.choice([1, 1, 2]))] for _ in range(chance.randint(1, 3))
     ]
+    beams = chance.choice([2, 3, 5])
     options: dict[str, Any] = dict(
-        num_beams=chance.choice([2, 3, 5]),
+        num_beams=beams, num_return_sequences=beams,
         max_new_tokens=lacking([], entries) + chance.randint(0, 5),
         length_penalty=chance.choice([0.0, 1.0, 2.0, -0.5]),
         early_stopping=chance.choice([False, True, "never"]),

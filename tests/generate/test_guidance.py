@@ -160,8 +160,13 @@ def test_guesses_are_kept_where_they_are_right(models: Any, proposer: Proposer) 
     _, model = models("gpt2")
     config = guided(guidance_scale=1.5, max_new_tokens=40, suppress_tokens=(0,))
     alone = written(run(model, [(PROMPTS[0], config)])[0])
+    read: list[int] = []
+    hook = model.backbone.register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1]))
     assert written(run(model, [(PROMPTS[0], config)], proposer=proposer)[0]) == alone
+    hook.remove()
     assert proposer.accepted
+    # Two for the prompt's pieces, one for the other prompt; then one for each token not guessed.
+    assert len(read) - 3 <= 40 - proposer.accepted
 
 
 def test_prefixes_of_both_prompts_are_found_again(models: Any) -> None:
@@ -246,6 +251,16 @@ def test_what_cannot_be_guided_is_one_line(said: dict[str, Any], why: str) -> No
     with pytest.raises(ph.ConfigError, match=why) as caught:
         guided(**said)
     assert "\n" not in str(caught.value)
+
+
+def test_two_long_prompts_leave_room_for_what_both_take(models: Any) -> None:
+    _, model = models("gpt2")
+    long = [*range(2, 14)]
+    config = guided(guidance_scale=2, negative_prompt_ids=long[::-1], suppress_tokens=(0,))
+    settings = EngineConfig(max_rows=2, cache_tokens=32, block_size=4)
+    (request,) = run(model, [(long, config)], settings)
+    assert [len(ids) for ids in written(request)] == [4]
+    assert not request.times_preempted
 
 
 def test_what_does_not_fit_is_refused_at_once(models: Any) -> None:

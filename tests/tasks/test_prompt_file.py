@@ -183,7 +183,7 @@ def test_lines_of_text_and_what_is_zipped(plain):
         ('{"messages": [{"role": "system"}], "system": "b"}', "system message twice"),
         ('{"prompt": "a", "temperature": "hot"}', "temperature='hot' must be"),
         ('{"prompt": "a", "num_beams": 2}', "beams are not drawn"),
-        ('{"prompt": "a", "guidance_scale": 2, "num_beams": 2}', "guidance_scale=2.0 is for texts"),
+        ('{"prompt": "a", "negative_prompt": "b"}', "does nothing at guidance_scale=1"),
         ('{"prompt": "a", "trie": [[1]]}', "give a Trie"),
         ('{"prompt": "a", "temprature": 0}', "'temprature' is no setting; write temperature"),
         ('{"prompt": "a", "max_tokens": 9}', "write max_new_tokens"),

@@ -33,7 +33,7 @@ GROUPS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "What may not come, and what must.",
         ("logit_bias", "sequence_bias", "bad_words_ids", "suppress_tokens",
          "begin_suppress_tokens", "forced_bos_token_id", "forced_prefix_ids", "force_words_ids",
-         "guidance_scale", "negative_prompt_ids"),
+         "guidance_scale", "negative_prompt", "negative_prompt_ids"),
     ),
     "form": (
         "What the whole text must look like.",
