@@ -91,10 +91,12 @@ def gap(model: Any, tokenizer: Any, rounds: int) -> dict[str, Any]:
             request, steps = engine.add(long, config), list[float]()
             while not request.texts[0].decodes:
                 steps.append(_timed(engine.step))
+            alone = [_timed(engine.step) for _ in steps]
             name = "as it chooses" if chunk is None else f"chunks of {chunk}"
             found.setdefault(name, []).append(
                 {
                     "longest": max(steps) / plain, "usual": statistics.median(steps) / plain,
+                    "longest_plain": max(alone) / statistics.median(alone),
                     "prompt_seconds": sum(steps),
                 }
             )  # fmt: skip

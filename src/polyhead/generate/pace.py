@@ -6,7 +6,7 @@ from collections import deque
 _FIRST, _LEAST, _MOST = 16, 4, 4096
 _REMEMBERED = 8
 _LOOK_AGAIN = 64
-_AIM = 0.6
+_AIM = 0.4
 """Of the time that reading may take: steps are not all alike."""
 
 
