@@ -7,7 +7,7 @@ import torch
 
 import polyhead as ph
 from polyhead.compress import layers
-from polyhead.compress.formats import FORMATS, Int8, Nf4, Nf6, normal_float
+from polyhead.compress.formats import FORMATS, Int4, Int8, Nf4, Nf6, normal_float
 from polyhead.compress.quantize import weight_bytes
 from polyhead.errors import ConfigError
 from polyhead.train import objectives
@@ -55,7 +55,12 @@ def test_levels_are_the_papers():
 
 
 # The error that a format leaves in normal weights, as a share of their length.
-ERRORS = {"nf4": (Nf4, 0.085, 0.1), "nf6": (Nf6, 0.02, 0.032), "int8": (Int8, 0.004, 0.012)}
+ERRORS = {
+    "int4": (Int4, 0.06, 0.09),
+    "nf4": (Nf4, 0.085, 0.1),
+    "nf6": (Nf6, 0.02, 0.032),
+    "int8": (Int8, 0.004, 0.012),
+}
 
 
 @pytest.mark.parametrize(("form", "low", "high"), ERRORS.values(), ids=ERRORS)
@@ -166,7 +171,7 @@ def test_an_adapter_of_a_packed_base_fits_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda m: ph.quantize(m, "int3"), "form is 'int3': choose one of nf4, nf6, int8"),
+        (lambda m: ph.quantize(m, "int3"), "form is 'int3': choose one of nf4, nf6, int4, int8"),
         (lambda m: ph.quantize(m, "none"), "form is 'none'"),
         (lambda m: ph.quantize(m, embeddings="fp8"), "form is 'fp8'"),
         (lambda m: ph.quantize(ph.quantize(m)), "few bits already"),
@@ -212,7 +217,7 @@ def test_a_large_matrix_is_never_whole(form, monkeypatch):
         sizes.append(len(found := unpack(self, rows)))
         return found
 
-    monkeypatch.setattr(FORMATS["int8" if form == "int8" else "nf6"], "unpack", counted)
+    monkeypatch.setattr(FORMATS["int8" if form.startswith("int") else "nf6"], "unpack", counted)
     for a, b in zip(found(), whole, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     assert 0 < max(sizes) <= 9

@@ -36,6 +36,9 @@ class Opening:
     adapter: str | None = None
     """Directory of a LoRA adapter to put on the model; one that names its model can stand in the
     model's place."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Keep the weights in so many bits: less memory, and on a CPU with VNNI several times the
+    speed, for answers that differ a little."""
 
     def open(self, name: str, texts: Sequence[str] = ()) -> "tuple[TaskModel, Tokenizer]":
         """A model and its tokenizer, ready to run; packed for a CPU where many texts await it."""
@@ -59,14 +62,19 @@ class Opening:
             dtype = None if self.dtype == "auto" else self.dtype
             adapter = None if self.adapter is None else model_path(Path(self.adapter))
             model = load(path, dtype=dtype, adapter=adapter)
-            return _packed(model.to(device_named(self.device)), inputs), path
+            if self.quantize is not None:
+                from polyhead.compress.quantize import quantize
+
+                model = quantize(model, self.quantize)
+            model = model.to(device_named(self.device))
+            return _packed(model, inputs, self.quantize is not None), path
 
 
-def _packed(model: "TaskModel", inputs: Sequence[str]) -> "TaskModel":
+def _packed(model: "TaskModel", inputs: Sequence[str], is_worth_it: bool) -> "TaskModel":
     """The model laid out for a CPU where there is work enough to win the time back."""
     reads_images = getattr(model.config, "kind", "") in ("vision", "two towers")
     work = len(inputs) * _AN_IMAGE if reads_images else sum(map(len, inputs))
-    if model.device.type != "cpu" or work < _WORTH_PACKING:
+    if model.device.type != "cpu" or not (is_worth_it or work >= _WORTH_PACKING):
         return model
     from polyhead.kernels import pack
 

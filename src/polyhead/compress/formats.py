@@ -11,6 +11,8 @@ from torch import Tensor, nn
 Rows = slice | Tensor
 """Which rows: a stretch, or their numbers `[n]`."""
 _ALL = slice(None)
+STEPS = 32  # weights of a group with steps of its own
+_HALF = 65504.0  # the largest float16
 BLOCK, GROUP = 64, 256  # weights of a scale, scales of a step (Dettmers et al. 2023, section 3)
 _AT_ONCE = 1 << 18  # weights that are unpacked at a time, so that they stay in a cache
 
@@ -26,6 +28,10 @@ class PackedWeight(nn.Module):
     def unpack(self, rows: Rows = _ALL) -> Tensor:
         """The matrix, or some rows of it, in `dtype`."""
         raise NotImplementedError
+
+    def times(self, x: Tensor, rows: slice = _ALL) -> Tensor | None:
+        """x `[..., W]` by some rows, `[..., n]`; None where it must be unpacked for that."""
+        return None
 
     def _hold(self, name: str, part: Tensor) -> None:
         # The layer's state is the weight that it unpacks to.
@@ -62,6 +68,39 @@ class Int8(PackedWeight):
 
     def unpack(self, rows: Rows = _ALL) -> Tensor:
         return (self.codes[rows] * self.scale[rows]).to(self.dtype)
+
+
+class Int4(PackedWeight):
+    """Four bits a weight, in even steps from the least to the largest of 32: 0.625 bytes.
+
+    What a code stands for is `scale * code + least`, both in float16, as in GGUF's Q4_1. Each row
+    has groups of its own, the last of which may be short.
+    """
+
+    codes: Tensor  # [R, groups, 16]: the first half of a group in the low bits, the other above
+    scales: Tensor  # [R, groups]
+    least: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        weight = weight.detach().float()
+        short = -weight.shape[1] % STEPS
+        groups = F.pad(weight[:, None], (0, short), mode="replicate").view(len(weight), -1, STEPS)
+        least = groups.amin(2).clamp(-_HALF, _HALF).half()
+        scales = ((groups.amax(2) - least.float()) / 15).clamp(max=_HALF).half()
+        above = groups - least.float()[..., None]
+        codes = (above / scales.float().clamp_min(1e-30)[..., None]).round_().clamp_(0, 15)
+        low, high = codes.to(torch.uint8).unflatten(2, (2, -1)).unbind(2)
+        self._hold("codes", high << 4 | low)
+        self._hold("scales", scales)
+        self._hold("least", least)
+
+    def unpack(self, rows: Rows = _ALL) -> Tensor:
+        codes = torch.cat([self.codes[rows] & 15, self.codes[rows] >> 4], 2)
+        found = torch.addcmul(
+            self.least[rows].float()[..., None], codes, self.scales[rows].float()[..., None]
+        )
+        return found.flatten(1)[:, : self.shape[1]].to(self.dtype)
 
 
 class Nf4(PackedWeight):
@@ -147,7 +186,7 @@ class Nf6(Nf4):
         return levels.index_select(0, index).view_as(coarse)
 
 
-FORMATS: dict[str, type[PackedWeight]] = {"nf4": Nf4, "nf6": Nf6, "int8": Int8}
+FORMATS: dict[str, type[PackedWeight]] = {"nf4": Nf4, "nf6": Nf6, "int4": Int4, "int8": Int8}
 
 
 @cache

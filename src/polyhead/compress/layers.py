@@ -43,6 +43,9 @@ def product(x: Tensor, weight: PackedWeight, rows: slice = _ALL) -> Tensor:
 
 def times(x: Tensor, weight: PackedWeight, rows: slice = _ALL) -> Tensor:
     """The product without its gradient. A large matrix, as of a vocabulary, is never whole."""
+    found = weight.times(x, rows)
+    if found is not None:
+        return found
     stretches = _stretches(weight, rows)
     if len(stretches) == 1:
         return F.linear(x, weight.unpack(rows))

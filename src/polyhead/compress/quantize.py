@@ -17,16 +17,17 @@ from polyhead.nn.moe import Experts
 def quantize(model: TaskModel, form: str = "nf4", *, embeddings: str | None = None) -> TaskModel:
     """A copy of `model` whose matrices are kept in few bits and unpacked when they are used.
 
-    form:       "nf4": 4.13 bits a weight (QLoRA, Dettmers et al. 2023), "nf6": 6.13, "int8": 8 bits
-                and a scale a row.
+    form:       "nf4": 4.13 bits a weight (QLoRA, Dettmers et al. 2023), "nf6": 6.13, "int4": 5, in
+                even steps for each 32 weights, "int8": 8 and a scale a row. int4 and int8 are those
+                that `pack` makes fast.
     embeddings: of the tables of tokens and the language heads, which bear few bits ill; "none"
-                leaves them as they are, None is int8 with int8 and else nf6.
+                leaves them as they are, None is nf6 with nf4 and nf6, else int8.
     Linear layers and experts of the backbone are packed; norms, biases, routers and other heads
     stay. The copy computes in the old model's dtype; its matrices do not learn: an adapter can. It
     saves as the floats that its matrices unpack to. The old model is untouched.
     Errors: ConfigError for another form, and for a model that has adapters or is packed already.
     """
-    finer = embeddings or ("int8" if form == "int8" else "nf6")
+    finer = embeddings or ("int8" if form.startswith("int") else "nf6")
     for name in (form, finer):
         if name not in FORMATS and not name == embeddings == "none":
             raise ConfigError(f"form is {name!r}: choose one of {', '.join(FORMATS)}")

@@ -1,0 +1,137 @@
+"""Products with weights in four or eight bits by a kernel of our own, activations in eight.
+
+Activations are rounded to 127 steps of the largest of each 32; sums are whole numbers, as the
+VNNI instructions of x86 make them. `R` rows of a matrix in blocks of 16, `W` columns in groups of
+32.
+"""
+
+import ctypes
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.compress.formats import STEPS, Int4, Int8, PackedWeight, Rows
+from polyhead.kernels.native import TYPES, address, library, takes
+
+_ROWS = 16  # of a block
+_ALL = slice(None)
+
+
+class LaidOut(PackedWeight):
+    """A packed matrix whose numbers lie as the kernel reads them; see products.cpp."""
+
+    kind: str
+    data: Tensor  # [blocks, groups, bytes]
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__(torch.empty(0))
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self.num_weights = weight.num_weights
+
+    @staticmethod
+    def of(weight: PackedWeight) -> "LaidOut | None":
+        """The same matrix laid out; None where there is no kernel for it here."""
+        form = {Int4: LaidOutInt4, Int8: LaidOutInt8}.get(type(weight))
+        device = next(weight.buffers()).device
+        if form is None or device.type != "cpu" or library("products") is None:
+            return None
+        return form(weight)
+
+    def times(self, x: Tensor, rows: slice = _ALL) -> Tensor | None:
+        start, stop, _ = rows.indices(self.shape[0])
+        if start % _ROWS or not takes(x):
+            return None
+        kernel = library("products")
+        assert kernel is not None
+        x = x.contiguous()
+        found = x.new_empty(*x.shape[:-1], stop - start)
+        if found.numel():
+            width = self.shape[1]
+            getattr(kernel, f"product_{self.kind}_{TYPES[x.dtype]}")(
+                address(x), address(self.data[start // _ROWS]), self._row_scales(start),
+                address(found), ctypes.c_int64(x.numel() // width), ctypes.c_int64(width),
+                ctypes.c_int64(stop - start), ctypes.c_int32(torch.get_num_threads()),
+            )  # fmt: skip
+        return found
+
+    def _row_scales(self, start: int) -> ctypes.c_void_p:
+        return address(None)
+
+    def unpack(self, rows: Rows = _ALL) -> Tensor:
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.shape[0])
+            first = start // _ROWS
+            blocks = slice(first, -(-stop // _ROWS))
+            found = self._unpack(blocks).transpose(1, 2).flatten(0, 1)
+            found = found[start - first * _ROWS : stop - first * _ROWS]
+        else:
+            blocks, lanes = rows // _ROWS, rows % _ROWS
+            found = self._unpack(blocks)[torch.arange(len(rows)), :, lanes]
+        return found.flatten(1)[:, : self.shape[1]].to(self.dtype)
+
+    def _unpack(self, blocks: Rows) -> Tensor:
+        """The weights of blocks `[n, groups, 16, 32]`, float32."""
+        raise NotImplementedError
+
+
+class LaidOutInt4(LaidOut):
+    """`Int4`, its steps beside its codes."""
+
+    kind = "int4"
+
+    def __init__(self, weight: Int4) -> None:
+        super().__init__(weight)
+        codes = torch.cat([weight.codes & 15, weight.codes >> 4], 2)
+        low, high = _columns(codes).unflatten(2, (2, -1)).unbind(2)
+        steps = [_lanes(x).view(torch.uint8) for x in (weight.scales, weight.least)]
+        self._hold("data", torch.cat([*steps, (high << 4 | low).flatten(2)], 2).contiguous())
+
+    def _unpack(self, blocks: Rows) -> Tensor:
+        scales, least, codes = self.data[blocks].split([2 * _ROWS, 2 * _ROWS, 16 * _ROWS], 2)
+        scales, least = (x.contiguous().view(torch.float16).float() for x in (scales, least))
+        both = codes.unflatten(2, (-1, _ROWS, 4))
+        found = torch.cat([both & 15, both >> 4], 2).transpose(2, 3).flatten(3)
+        return torch.addcmul(least[..., None], found, scales[..., None])
+
+
+class LaidOutInt8(LaidOut):
+    """`Int8`, its codes from 0."""
+
+    kind = "int8"
+    scales: Tensor  # [R]
+
+    def __init__(self, weight: Int8) -> None:
+        super().__init__(weight)
+        codes = (weight.codes.to(torch.int16) + 128).to(torch.uint8)
+        short = -weight.shape[1] % STEPS
+        codes = F.pad(codes, (0, short), value=128).unflatten(1, (-1, STEPS))
+        self._hold("data", _columns(codes).flatten(2).contiguous())
+        self._hold("scales", weight.scale[:, 0].clone())
+
+    def _row_scales(self, start: int) -> ctypes.c_void_p:
+        return address(self.scales[start:])
+
+    def _unpack(self, blocks: Rows) -> Tensor:
+        codes = self.data[blocks].unflatten(2, (-1, _ROWS, 4)).transpose(2, 3).flatten(3)
+        rows = F.pad(self.scales, (0, -len(self.scales) % _ROWS)).view(-1, _ROWS)[blocks]
+        return (codes.float() - 128) * rows[:, None, :, None]
+
+
+def _lanes(x: Tensor) -> Tensor:
+    """Of each group `[R, groups]`: `[blocks, groups, 16]`, rows that are none with zeros."""
+    return F.pad(x, (0, 0, 0, -len(x) % _ROWS)).unflatten(0, (-1, _ROWS)).mT.contiguous()
+
+
+def _columns(codes: Tensor) -> Tensor:
+    """Codes `[R, groups, 32]` by four columns of each row of a block: `[blocks, groups, 8, 64]`."""
+    codes = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % _ROWS)).unflatten(0, (-1, _ROWS))
+    return codes.unflatten(3, (-1, 4)).permute(0, 2, 3, 1, 4).flatten(3)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Activations `[..., W]` as the kernel reads them, in float32: the definition."""
+    groups = F.pad(x.float(), (0, -x.shape[-1] % STEPS)).unflatten(-1, (-1, STEPS))
+    most = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
+    return (codes * (most / 127)).flatten(-2)[..., : x.shape[-1]]
