@@ -211,13 +211,14 @@ def test_a_large_matrix_is_never_whole(form, monkeypatch):
     whole, sizes = found(), []
     monkeypatch.setattr(layers, "_AT_ONCE", 64 * 9)
     monkeypatch.setattr(objectives, "CHUNK_LOGITS", 70 * 3)
-    unpack = FORMATS[form].unpack
+    of_head = FORMATS["int8" if form.startswith("int") else "nf6"]
+    unpack = of_head.unpack
 
     def counted(self, rows=slice(None)):
         sizes.append(len(found := unpack(self, rows)))
         return found
 
-    monkeypatch.setattr(FORMATS["int8" if form.startswith("int") else "nf6"], "unpack", counted)
+    monkeypatch.setattr(of_head, "unpack", counted)
     for a, b in zip(found(), whole, strict=True):
         assert torch.allclose(a, b, atol=1e-4)
     assert 0 < max(sizes) <= 9
