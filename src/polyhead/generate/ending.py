@@ -34,8 +34,7 @@ class Ending:
 
     def end(self, request: Request) -> None:
         """End a request as far as it came; all it holds is free at once."""
-        if request.has_entered:
-            self.scheduler.remove(request)
+        self.scheduler.remove(request)
         for text in request.texts:
             self.close(text)
         request.done += [text for text in request.texts if not text.is_companion]
