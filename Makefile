@@ -34,7 +34,7 @@ format: $(STAMP) ## Mend what ruff can mend
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-types: $(STAMP) ## Types: pyright, strict on nn and models
+types: $(STAMP) ## Types: pyright, strict on nn, models and generate
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright $(ARGS)
 
 bench-train: $(STAMP) ## Training speed beside the ceiling of this machine

@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_said_at_once() -> None:
         engine.add([1] * 40, greedy())
     with pytest.raises(DataError, match="97 tokens and the model takes 96"):
         engine.add([1] * 97, greedy())
-    with pytest.raises(ConfigError, match="3 texts at once are more than max_rows=2"):
+    with pytest.raises(ConfigError, match="3 texts at once are more than max_rows=2; give"):
         engine.add([1], GenerationConfig(num_return_sequences=3))
     with pytest.raises(DataError, match="token id 61 is outside"):
         engine.add([61], greedy())

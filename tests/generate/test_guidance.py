@@ -270,7 +270,7 @@ def test_what_does_not_fit_is_refused_at_once(models: Any) -> None:
         engine.request([3], guided(guidance_scale=2, negative_prompt_ids=NEGATIVE[2]))
     with pytest.raises(ph.DataError, match="token id 99 is outside"):
         engine.request([3], guided(guidance_scale=2, negative_prompt_ids=[99]))
-    with pytest.raises(ph.ConfigError, match="4 texts at once are more than max_rows=3"):
+    with pytest.raises(ph.ConfigError, match="4 texts at once are more than max_rows=3; give"):
         engine.request([3], guided(guidance_scale=2, temperature=1, num_return_sequences=2))
     with pytest.raises(ph.ConfigError, match="for a prompt alone, and here are images"):
         engine.request([3], guided(guidance_scale=2), pixels=torch.zeros(1, 3, 2, 2))

@@ -150,7 +150,7 @@ def test_logits_that_are_no_numbers_end_one_request() -> None:
         ([1], [[2], []], DataError, "continuation 1 has no tokens"),
         ([1], [[V]], DataError, "outside the model's vocabulary"),
         ([1] * 60, [[1] * 6], DataError, "60 tokens leaves room for 5 and a continuation has 6"),
-        ([1], [[1]] * 17, ConfigError, "17 texts at once are more than max_rows=16"),
+        ([1], [[1]] * 17, ConfigError, "17 texts at once are more than max_rows=16; give"),
     ],
 )
 def test_what_cannot_be_scored(

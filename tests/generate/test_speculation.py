@@ -59,7 +59,7 @@ def drawn(proposer: Proposer | None, sampler: Callable[[Any], Any] | None = None
     settings = EngineConfig(max_rows=ROWS, cache_tokens=ROWS * 16, block_size=4)
     engine = Engine(made(0), None, settings, proposer)
     if sampler is not None:
-        engine.postprocess.sampler = sampler(engine.sampler)
+        engine.postprocess.drawing.sampler = sampler(engine.sampler)
     config = GenerationConfig(
         temperature=TEMPERATURE, top_k=TOP_K, max_new_tokens=LENGTH, num_return_sequences=ROWS
     )

@@ -215,7 +215,7 @@ def test_mirostat_keeps_what_the_paper_keeps(vocab):
 
 def test_mirostat_holds_the_surprise_of_a_text():
     torch.manual_seed(0)
-    mu, tau, eta = torch.tensor([6.0]), torch.tensor([3.0]), torch.tensor([0.1])
+    mu, tau, eta = torch.tensor([6.0]), 3.0, 0.1
     seen = []
     for _ in range(400):
         kept = mirostat.keep_unsurprising(torch.randn(1, 300) * 2, mu)

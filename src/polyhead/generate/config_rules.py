@@ -148,7 +148,7 @@ def _check_together(config: Any) -> None:
 
 
 def _check_mirostat(config: Any) -> None:
-    if config.mirostat not in (0, 1, 2) or isinstance(config.mirostat, bool):
+    if isinstance(config.mirostat, bool) or config.mirostat not in (0, 1, 2):
         raise ConfigError(f"mirostat={config.mirostat!r} must be 0, 1 or 2")
     filters = {"top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1} | dict.fromkeys(
         ("epsilon_cutoff", "eta_cutoff"), 0

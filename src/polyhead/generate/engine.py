@@ -9,6 +9,7 @@ import torch
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
+from polyhead.generate.ending import Ending
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.intake import Intake
 from polyhead.generate.memory import Memory
@@ -69,7 +70,10 @@ class Engine:
         slots = 4 * config.max_rows
         self.sampler = Sampler(slots, most + 1, vocab_size, model.device, tokenizer)
         self.intake = Intake(model, tokenizer, self.memory, self.sampler, config)
-        self.postprocess = Postprocess(self.runner, self.scheduler, self.sampler, proposer)
+        self.ending = Ending(self.scheduler, self.sampler, proposer)
+        self.postprocess = Postprocess(
+            self.runner, self.scheduler, self.sampler, proposer, self.ending
+        )
 
     @property
     def has_work(self) -> bool:
@@ -136,19 +140,19 @@ class Engine:
         request.texts += [Text(request, number, first.tokenizer) for number in others]
         for text in request.texts:
             text.finish_reason = "length"
-        self.postprocess.end(request)
+        self.ending.end(request)
 
     def cancel(self, request: Request) -> None:
         """End a request, in whatever state, as far as it came; what it holds is free at once."""
         if not request.is_finished:
             for text in request.texts:
                 text.finish_reason = "cancelled"
-            self.postprocess.end(request)
+            self.ending.end(request)
 
     def fail(self, error: Exception) -> None:
         """End what is at work with an error; what waits is not touched, unless nothing else is."""
         for request in list(self.scheduler.running or self.scheduler.waiting):
-            self.postprocess.fail(request, error)
+            self.ending.fail(request, error)
 
     def run(self) -> None:
         """Step until nothing is left to do."""
@@ -173,7 +177,7 @@ class Engine:
                 self.postprocess(found)
         if is_busy and plan:
             self.pace.took(perf_counter() - begin, read)
-        ended, self.postprocess.ended = self.postprocess.ended, []
+        ended, self.ending.ended = self.ending.ended, []
         return ended
 
     def _schedule(self) -> list[tuple[Text, int]]:
@@ -185,7 +189,7 @@ class Engine:
         """End those whose grammar turned out to be none."""
         for request in list(self.scheduler.waiting):
             if request.is_ready and request.compiled and (error := request.compiled.exception()):
-                self.postprocess.fail(request, cast(Exception, error))
+                self.ending.fail(request, cast(Exception, error))
 
     def _wait(self) -> None:
         """Where nothing is left to do but for grammars that compile, wait for one a little."""

@@ -15,8 +15,6 @@ from polyhead.generate.prompts import Prompt
 from polyhead.generate.request import Request
 from polyhead.generate.result import Generation
 
-_END = None
-
 
 class _ClosedError(ConfigError):
     """Something is asked of an engine that was closed."""
@@ -31,15 +29,15 @@ class Handle:
 
     def __init__(self, front: "EngineThread", request: Request) -> None:
         self._front, self.request = front, request
-        self._pieces: SimpleQueue[str | None] = SimpleQueue()
+        self._pieces: SimpleQueue[str | None] = SimpleQueue()  # None ends it
         self._done = threading.Event()
         self._listener, request.on_text = request.on_text, self._hear
 
     def __iter__(self) -> Iterator[str]:
         try:
-            while (piece := self._pieces.get()) is not _END:
+            while (piece := self._pieces.get()) is not None:
                 yield piece
-            self._pieces.put(_END)  # whoever iterates again, or from another thread, ends too
+            self._pieces.put(None)  # whoever iterates again, or from another thread, ends too
         finally:
             self.cancel()
         if self.request.error is not None:
@@ -63,9 +61,10 @@ class Handle:
         if self._listener is not None:
             self._listener(piece)
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Nothing more comes; the engine's thread says so."""
         self._done.set()
-        self._pieces.put(_END)
+        self._pieces.put(None)
 
 
 class EngineThread:
@@ -158,7 +157,7 @@ class EngineThread:
 
     def _deliver(self) -> None:
         for request in [request for request in self._handles if request.is_finished]:
-            self._handles.pop(request)._finish()
+            self._handles.pop(request).finish()
 
     def _end(self) -> None:
         """Nobody waits any longer, in whatever state the engine is."""
@@ -170,4 +169,4 @@ class EngineThread:
                 self.engine.cancel(request)
             except Exception as error:
                 request.error = error
-            handle._finish()
+            handle.finish()

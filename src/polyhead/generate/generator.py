@@ -1,6 +1,7 @@
 """Text from a model and a tokenizer: prompts that go on together, and streams."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import cast, overload
 
@@ -49,7 +50,7 @@ class TextGenerator:
     ) -> None:
         require_causal(model)
         self.model, self.tokenizer, self.proposer = model, tokenizer, proposer
-        self._shapes = dict(static=True, compile=compile) if static or compile else {}
+        self._shapes = EngineConfig(static=static or compile, compile=compile)
         self._kept: Engine | None = None
 
     @overload
@@ -69,7 +70,7 @@ class TextGenerator:
 
     def generate(
         self,
-        prompts: Prompt | list[str] | list[list[int]],
+        prompts: Prompt | Iterable[Prompt],
         config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         *,
         batch_size: int = 32,
@@ -157,7 +158,7 @@ class TextGenerator:
 
         config: what its prompts will ask for.
         """
-        settings = EngineConfig(max_rows=rows_of(config or GenerationConfig()), **self._shapes)
+        settings = replace(self._shapes, max_rows=rows_of(config or GenerationConfig()))
         return Engine(self.model, self.tokenizer, settings, self.proposer)
 
     def _engine(
@@ -175,22 +176,22 @@ class TextGenerator:
             max(length, min(length + config.max_new_tokens, most or _ENDLESS))
             for length, config in zip(begun, configs, strict=True)
         ]
-        if self._shapes:
+        if self._shapes.static:
             # Rounded up, so that one compiled step serves texts of many lengths.
             lengths = [-(-length // _STATIC_STEP) * _STATIC_STEP for length in lengths]
         needed = sorted(
             count * -(-length // BLOCK_SIZE) * BLOCK_SIZE
             for count, length in zip(rows, lengths, strict=True)
         )
-        settings = EngineConfig(
-            max_rows=sum(sorted(rows)[-at_once:]) or 1,
+        settings = replace(
+            self._shapes, max_rows=sum(sorted(rows)[-at_once:]) or 1,
             cache_tokens=max(BLOCK_SIZE, sum(needed[-at_once:])), max_len=max(lengths, default=1),
-            chunk=_PROMPTS_AT_ONCE, idle_chunk=_PROMPTS_AT_ONCE, **self._shapes,
+            chunk=_PROMPTS_AT_ONCE, idle_chunk=_PROMPTS_AT_ONCE,
         )  # fmt: skip
         if self._kept is not None and settings.fits(self._kept.config):
             return self._kept
         engine = Engine(self.model, self.tokenizer, settings, self.proposer)
-        if self._shapes:
+        if self._shapes.static:
             self._kept = engine
         return engine
 

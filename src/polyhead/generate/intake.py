@@ -73,7 +73,10 @@ class Intake:
         away = negative_ids(config, ids, self.tokenizer, self.vocab_size)
         rows, copies = rows_of(config), copies_of(config)
         if rows > self.config.max_rows:
-            raise ConfigError(f"{rows} texts at once are more than max_rows={self.config.max_rows}")
+            raise ConfigError(
+                f"{rows} texts at once are more than max_rows={self.config.max_rows}; give the "
+                "engine more max_rows, or ask for fewer"
+            )
         limit, search = self._limit(ids, away, config, rows), search_of(config)
         request = Request(
             prompt=ids, config=config, number=next(self._numbers), limit=limit, ends=ends,

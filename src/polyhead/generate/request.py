@@ -32,9 +32,11 @@ class Text:
         self.request, self.number, self.tokenizer = request, number, tokenizer
         self.prompt = request.prompt if prompt is None else prompt
         config = request.config
-        self.writer = tokenizer and TextWriter(
-            tokenizer, config.stop, config.min_new_tokens, config.skip_special_tokens
-        )
+        self.writer = None
+        if tokenizer is not None:
+            self.writer = TextWriter(
+                tokenizer, config.stop, config.min_new_tokens, config.skip_special_tokens
+            )
         self.companion: Text | None = None
         self.is_companion = False
         self.ids = list(self.prompt)

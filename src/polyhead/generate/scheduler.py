@@ -44,7 +44,9 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forget a request, whatever its state; its rows are free at once."""
-        (self.running if request in self.running else self.waiting).remove(request)
+        for requests in (self.running, self.waiting):
+            if request in requests:
+                requests.remove(request)
         for text in request.texts:
             self.close(text)
 

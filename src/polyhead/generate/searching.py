@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.contrastive import ContrastiveSearch
+from polyhead.generate.ending import Ending
 from polyhead.generate.forced import ForcedBeams
 from polyhead.generate.request import Request, Text
 from polyhead.generate.sampling.sampler import Sampler
@@ -35,8 +36,8 @@ def search_of(config: GenerationConfig) -> MakeSearch | None:
 class Searching:
     """Moves searches on. Their texts fork by reference: what two of them hold is held once."""
 
-    def __init__(self, scheduler: Scheduler, sampler: Sampler) -> None:
-        self.scheduler, self.sampler = scheduler, sampler
+    def __init__(self, scheduler: Scheduler, sampler: Sampler, ending: Ending) -> None:
+        self.scheduler, self.sampler, self.ending = scheduler, sampler, ending
 
     def advance(
         self, found: dict[Request, list[tuple[Text, Tensor]]], logits: dict[Text, Tensor]
@@ -108,7 +109,7 @@ class Searching:
             parents = [0] * len(parents)
         for number, text in enumerate(before):
             if number not in parents:
-                self.close(text)
+                self.ending.close(text)
         texts: list[Text] = []
         for number, parent in enumerate(parents):
             text = before[parent]
@@ -127,10 +128,3 @@ class Searching:
         other = text.fork(number, self.scheduler.memory)
         other.slot = self.sampler.fork(cast(int, text.slot))
         return other
-
-    def close(self, text: Text) -> None:
-        """Give back what a text holds."""
-        self.scheduler.close(text)
-        if text.slot is not None:
-            self.sampler.close(text.slot)
-            text.slot = None

@@ -8,7 +8,6 @@ from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import BLOCK_SIZE, EngineConfig
-from polyhead.generate.prompts import check_ids
 from polyhead.generate.request import Request
 from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.generate.search import Hypothesis
@@ -59,7 +58,6 @@ class Seq2Seq:
         for number, row in enumerate(rows):
             if not row:
                 raise DataError(f"source {number} has no tokens; give it some text")
-            check_ids(row, getattr(self.model.config, "vocab_size"))  # noqa: B009
         start = config.decoder_start_token_id
         start = self.start if start is None else start
         if start is None:

@@ -6,7 +6,7 @@ a text is the same with any proposer or none (drafter-invariant speculation, Dal
 
 import copy
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -193,17 +193,22 @@ def first_layers(model: TaskModel, num_layers: int) -> TaskModel:
     backbone: Any = model.backbone
     config: Any = model.config
     total = config.num_layers
-    if not 1 <= num_layers < total or not is_dataclass(config):
+    if not 1 <= num_layers < total:
         raise ConfigError(f"num_layers={num_layers} must be from 1 to {total - 1}")
     cut = {
         field.name: value[:num_layers]
         for field in fields(config)
         if isinstance(value := getattr(config, field.name), tuple) and len(value) == total
     }
-    short = copy.copy(model)
-    short.config = cast(Any, replace(config, num_layers=num_layers, **cut))
-    thin = copy.copy(backbone)
-    thin._modules = {**backbone._modules, "layers": nn.ModuleList(backbone.layers[:num_layers])}
-    thin.config = short.config
-    short._modules = {**model._modules, "backbone": thin}
+    thin = _with_part(backbone, "layers", nn.ModuleList(backbone.layers[:num_layers]))
+    short = _with_part(model, "backbone", thin)
+    thin.config = short.config = replace(config, num_layers=num_layers, **cut)
     return short
+
+
+def _with_part(module: nn.Module, name: str, part: nn.Module) -> Any:
+    """A copy with another part in place of one; all others are shared."""
+    other = copy.copy(module)
+    # Set as an attribute, it would be set in both: a copy shares the table of its parts.
+    vars(other)["_modules"] = {**vars(module)["_modules"], name: part}
+    return other

@@ -168,7 +168,7 @@ def _bias_table(row: Slot) -> _BiasTable:
     """Every run that a row favors, or not, with what is added to its last token's logit."""
     config, never = row.config, -torch.inf
     # An end token is no bad word, whatever a file says.
-    bad = (word for word in config.bad_words_ids if len(word) > 1 or word[0] not in row.ends)
+    bad = (word for word in config.bad_words_ids if len(word) != 1 or word[0] not in row.ends)
     return (
         *(((token,), bias) for token, bias in config.logit_bias),
         *config.sequence_bias,

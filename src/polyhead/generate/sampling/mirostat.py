@@ -42,6 +42,6 @@ def surprise(kept: Tensor, ids: Tensor) -> Tensor:
     return kept.log_softmax(1).gather(1, ids[:, None])[:, 0] / -math.log(2)
 
 
-def follow(mu: Tensor, surprise: Tensor, tau: Tensor, eta: Tensor) -> Tensor:
+def follow(mu: Tensor, surprise: Tensor, tau: float, eta: float) -> Tensor:
     """The next mu `[N]`, after a token of this surprise."""
     return mu - eta * (surprise - tau)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 from polyhead.errors import ConfigError
 from polyhead.text.tokenizer import Tokenizer
@@ -26,7 +27,8 @@ def token_bytes(tokenizer: Tokenizer) -> list[bytes]:
 
 def _spelling(tokenizer: Tokenizer) -> Callable[[str], bytes]:
     """What a token of the vocabulary writes, by how the tokenizer decodes."""
-    decoder = json.loads(tokenizer.backend.to_str()).get("decoder") or {"type": "none"}
+    saved: dict[str, Any] = json.loads(tokenizer.backend.to_str())
+    decoder: dict[str, Any] = saved.get("decoder") or {"type": "none"}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder])}
     if "ByteLevel" in kinds:
         return _from_byte_level
