@@ -249,3 +249,24 @@ def test_a_handle_may_be_left_while_the_engine_closes() -> None:
     pieces.close()  # type: ignore[attr-defined]
     handle.cancel()
     assert handle.results(timeout=20)[0].finish_reason in ("cancelled", "length")
+
+
+def test_a_reader_who_fails_at_what_was_held_back_ends_one_request() -> None:
+    pytest.importorskip("llguidance")
+    tokenizer = words()
+    model = made("gpt2", vocab_size=len(tokenizer))
+    engine = Engine(model, tokenizer)
+
+    def on_text(piece: str) -> None:
+        if piece.endswith("c"):
+            raise ValueError(piece)
+
+    # No token ends it, and its last letter might begin the stop string.
+    config = GenerationConfig(regex="abc", stop=("cx",), max_new_tokens=9)
+    one = engine.request(PROMPTS[0], config, ends=(), on_text=on_text)
+    engine.enter(one)
+    other = engine.add(PROMPTS[1], greedy())
+    engine.run()
+    assert isinstance(one.error, ValueError)
+    assert other.outcome()[0].token_ids == alone(model, PROMPTS[1:2])[0]
+    assert nothing_is_held(engine)

@@ -104,6 +104,8 @@ class Drawing:
         # Without a token that ends a text, only the grammar knows that it is over.
         if request.config.is_formal and not request.ends and self.sampler.is_complete(slot):
             self._tell(text, text.finish("stop"))
+            if request.is_finished:  # the last piece was too much for whoever heard it
+                return
         for each in text.both:
             each.draft = []
             self.scheduler.hold(each, count - 1)
