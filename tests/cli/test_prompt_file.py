@@ -75,6 +75,8 @@ def test_an_answer_that_failed_is_said(cli, plain, asked, tmp_path):
         assert found.code == 1
         assert "5 answers, 1 of them errors;" in found.err
     assert "shorten it" in read(out)[4]["error"]
+    asked.write_text(asked.read_text().splitlines()[-1])
+    assert "all were there" not in cli("generate", plain, "--file", asked, *FEW).err
 
 
 def test_without_a_place_answers_go_to_standard_output(cli, plain, monkeypatch):

@@ -133,6 +133,8 @@ def test_what_a_file_may_say_is_read():
         ),
         ({"length_penalty": 400.0}, "length_penalty=400.0 must be from -16 to 16"),
         ({"logit_bias": {"x": 1.0}}, "must be token ids"),
+        ({"ignore_eos": "no"}, "ignore_eos='no' must be true or false"),
+        ({"skip_special_tokens": None}, "skip_special_tokens=None must be true or false"),
         ({"json_schema": {"enum": {1}}}, "what is not JSON"),
         ({"num_beams": 2, "num_return_sequences": 3, "temperature": 0}, "num_return_sequences=3"),
     ],

@@ -77,6 +77,21 @@ def test_contrastive_search(family: str, k: int, alpha: float) -> None:
         assert [texts[0][0] for texts in found(model, config, ends)] == expected
 
 
+@pytest.mark.parametrize("steps", [4, 5, 6])
+def test_contrastive_search_goes_on_after_it_was_sent_back(steps: int) -> None:
+    model, prompt = made("llama", 3), [*range(1, 15)]
+    config = GenerationConfig(temperature=0, top_k=3, penalty_alpha=0.6, max_new_tokens=8)
+    settings = EngineConfig(max_rows=6, cache_tokens=64, block_size=4, chunk=64, idle_chunk=5)
+    engine = Engine(model, None, settings)
+    request = engine.add(prompt, config)
+    for _ in range(steps):
+        engine.step()
+    engine.add([5] * 30, GenerationConfig(temperature=0, max_new_tokens=6), priority=1)
+    engine.run()
+    assert request.times_preempted == 1
+    assert request.outcome()[0].token_ids == contrasted(model, prompt, 3, 0.6, 8, ())
+
+
 def diverse(
     model: Any, prompt: list[int], groups: int, size: int, penalty: float, length: int, power: float
 ) -> list[tuple[tuple[int, ...], float]]:

@@ -225,6 +225,29 @@ def test_drawn_answers_follow_seed_and_text_alone(models: Any) -> None:
     assert other != together
 
 
+@pytest.mark.parametrize(
+    ("asked", "answers"),
+    [
+        (dict(num_beams=3), 3),
+        (dict(num_beams=3, num_return_sequences=2), 2),
+        (dict(temperature=1.0, num_return_sequences=3), 3),
+        (dict(temperature=1.0, best_of=3), 1),
+        (dict(temperature=1.0, best_of=3, num_return_sequences=2), 2),
+        (dict(penalty_alpha=0.5, top_k=3), 1),
+    ],
+)
+def test_as_many_answers_as_are_asked_for(models: Any, asked: Options, answers: int) -> None:
+    _, model = models("t5", 2)
+    config = SearchConfig(seed=1, max_new_tokens=6, **asked)
+    sources = [[4, 5, 6], [7] * 20, [8, 9]]
+    found = Seq2Seq(model).generate(sources, config)
+    assert [len(each) for each in found] == [answers] * 3
+    for source, together in zip(sources, found, strict=True):
+        (alone,) = Seq2Seq(model).generate([source], config)
+        assert [answer.ids for answer in alone] == [answer.ids for answer in together]
+        assert len({answer.ids for answer in alone}) > (answers > 1)
+
+
 def test_the_checkpoint_recommends(models: Any, tmp_path: Path) -> None:
     theirs, _ = models("marian", 3)
     theirs.generation_config.update(num_beams=3, max_length=7, length_penalty=0.3)

@@ -254,6 +254,13 @@ def test_there_is_room_for_long_prompts(plain):
     texts = found[0]["texts"]
     assert texts[0]["prompt_tokens"] == 16000
     assert [text["tokens"] for text in texts] == [40] * 3
+    # Guided texts share no prompt.
+    for own in ({}, {"negative_prompt": "#z" * 7000}):
+        found = streamed(
+            run((model, plain[1]), config, rows=1),
+            {"prompt": "z#" * 3000, "guidance_scale": 1.5, "max_new_tokens": 3, **own},
+        )
+        assert [text["tokens"] for text in found[0]["texts"]] == [3] * 3
 
 
 def test_other_work_is_not_gone_on_with(plain, chatty, tmp_path):

@@ -118,6 +118,9 @@ def check(config: Any) -> None:
             f"min_new_tokens={config.min_new_tokens} is more than "
             f"max_new_tokens={config.max_new_tokens}; lower the one or raise the other"
         )
+    for name in ("ignore_eos", "skip_special_tokens"):
+        if not isinstance(value := getattr(config, name), bool):
+            raise ConfigError(f"{name}={value!r} must be true or false")
     if config.early_stopping not in (True, False, "never"):
         raise ConfigError(
             f'early_stopping={config.early_stopping!r} must be true, false or "never"'

@@ -224,4 +224,6 @@ def _piece(text: Text, count: int) -> Piece:
         text.draft = []
     ids = [*text.ids[text.held : end], *text.draft]
     wanted = 1 + len(text.draft) if end == len(text.ids) else 0
-    return Piece(text, ids, len(ids) if text.request.needs_states else wanted)
+    # Where there are candidates, the states before them are known, also to one that was sent back.
+    looks_at_all = text.request.needs_states and len(text.request.texts) == 1
+    return Piece(text, ids, len(ids) if looks_at_all else wanted)

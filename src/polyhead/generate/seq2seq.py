@@ -8,6 +8,7 @@ from polyhead.errors import ConfigError, DataError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import BLOCK_SIZE, EngineConfig
+from polyhead.generate.intake import copies_of, rows_of
 from polyhead.generate.request import Request
 from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.generate.search import Hypothesis
@@ -15,7 +16,7 @@ from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
 TOKENS_AT_ONCE = 4096
-"""Of sources with their padding, times beams: what one batch holds."""
+"""Of sources with their padding, times the texts written to each: what one batch holds."""
 
 
 class Seq2Seq:
@@ -47,11 +48,12 @@ class Seq2Seq:
         tokens_at_once: int = TOKENS_AT_ONCE,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[list[Hypothesis]]:
-        """The answers to each source's ids: up to `num_beams` of them, the best first.
+        """The answers to each source's ids, as many as `num_return_sequences`; of beams, the best
+        first, and where it is 1 up to `num_beams`.
 
         config: None is what the checkpoint recommends. tokens_at_once: source tokens of a batch,
-        times beams. progress: called with the sources that are done, and with all. Errors:
-        DataError for a source without tokens, or with ids out of range.
+        times the texts that are written to each. progress: called with the sources that are done,
+        and with all. Errors: DataError for a source without tokens, or with ids out of range.
         """
         config = self.settings() if config is None else config
         rows = [list(source) for source in sources]
@@ -64,19 +66,24 @@ class Seq2Seq:
             raise ConfigError(
                 "nothing says what the decoder begins with; give decoder_start_token_id"
             )
-        if config.num_beams > 1:
+        if config.num_beams > 1 and config.num_return_sequences == 1:
             config = replace(config, num_return_sequences=config.num_beams)
         ends = frozenset(() if config.ignore_eos else {*self.ends, *config.stop_token_ids})
         if not rows:
             return []
         engine = Engine(self.model, self.tokenizer, _size(rows, config, tokens_at_once))
-        seeds = row_seeds([config] * len(rows), rows, True)
+        copies = copies_of(config)
+        each = [row for row in rows for _ in range(copies)]
+        seeds = row_seeds([config] * len(each), each, True)
         # What is of like length runs together.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         requests = {
-            i: engine.add([start], config, source=rows[i], ends=ends, seeds=[seeds[i]])
+            i: engine.add(
+                [start], config, source=rows[i], ends=ends,
+                seeds=seeds[i * copies : (i + 1) * copies],
+            )
             for i in order
-        }
+        }  # fmt: skip
         while engine.has_work:
             done = engine.step()
             if progress is not None and done:
@@ -88,12 +95,12 @@ def _size(
     rows: Sequence[Sequence[int]], config: GenerationConfig, tokens_at_once: int
 ) -> EngineConfig:
     """Room for as many sources at once as `tokens_at_once` says."""
-    longest = max(map(len, rows))
-    at_once = max(1, min(len(rows), tokens_at_once // (longest * config.num_beams)))
+    longest, texts = max(map(len, rows)), rows_of(config)
+    at_once = max(1, min(len(rows), tokens_at_once // (longest * texts)))
     blocks = -(-longest // BLOCK_SIZE) * at_once, -(-(1 + config.max_new_tokens) // BLOCK_SIZE) + 1
     return EngineConfig(
-        max_rows=at_once * config.num_beams, source_tokens=blocks[0] * BLOCK_SIZE,
-        cache_tokens=at_once * config.num_beams * blocks[1] * BLOCK_SIZE,
+        max_rows=at_once * texts, source_tokens=blocks[0] * BLOCK_SIZE,
+        cache_tokens=at_once * texts * blocks[1] * BLOCK_SIZE,
     )  # fmt: skip
 
 

@@ -66,12 +66,15 @@ class Asked:
 class Overview:
     """What is known of a file before any of it is answered.
 
-    prompts: how many. rows: texts at once that one asks for at most. most_bytes: of the longest
-    line. most_tokens: of a text that answers. digest: SHA-256 of the file and of how it is read.
+    prompts: how many. rows: texts at once that one asks for at most. readings: how often a
+    prompt is held at most: texts share theirs, but where they are guided. most_bytes: of the
+    longest line. most_tokens: of a text that answers. digest: SHA-256 of the file and of how it is
+    read.
     """
 
     prompts: int
     rows: int
+    readings: int
     most_bytes: int
     most_tokens: int
     digest: str
@@ -116,6 +119,7 @@ class PromptFile:
         has_template: whether prompts are put into one.
         """
         prompts = most_bytes = 0
+        readings = 1
         rows, most_tokens = rows_of(base), base.max_new_tokens
         for asked in self:
             where = f"{self.name}, line {asked.line}"
@@ -129,6 +133,7 @@ class PromptFile:
                 raise DataError(f"{where}: {error}") from None
             prompts += 1
             rows = max(rows, rows_of(config))
+            readings = max(readings, rows_of(config) if config.is_guided else 1)
             most_tokens = max(most_tokens, config.max_new_tokens)
             led_away = len(config.negative_prompt.encode()) + len(config.negative_prompt_ids)
             most_bytes = max(most_bytes, _bytes(asked, where), led_away)
@@ -137,7 +142,7 @@ class PromptFile:
         self.file.seek(0)
         digest = hashlib.file_digest(self.file, "sha256")
         digest.update(b"objects" if self.has_objects else b"lines")
-        return Overview(prompts, rows, most_bytes, most_tokens, digest.hexdigest())
+        return Overview(prompts, rows, readings, most_bytes, most_tokens, digest.hexdigest())
 
 
 def _asked(row: Any, line: int, where: str) -> Asked:

@@ -138,6 +138,7 @@ class PromptRun:
                     yield record
                     progress.count(record)
             if not working:
+                progress.seconds = time.monotonic() - start
                 break
             for request in engine.step():
                 asked = working.pop(request)
@@ -187,7 +188,8 @@ class PromptRun:
         # No token is less than a byte; templates write little more than themselves.
         around = 0 if not self.has_template else len(f"{self.tokenizer.chat_template}{self.system}")
         prompt = min(longest, max(overview.most_bytes + around, _USUAL))
-        alone = prompt + overview.rows * (min(longest, overview.most_tokens) + 2 * BLOCK_SIZE)
+        written = min(longest, overview.most_tokens) + 2 * BLOCK_SIZE
+        alone = overview.readings * prompt + overview.rows * written
         usual = min(longest, overview.most_bytes + around + overview.most_tokens, _USUAL)
         rows = max(self.rows, overview.rows)
         config = EngineConfig(
