@@ -111,6 +111,7 @@ def test_what_a_file_may_say_is_read():
         ({"exponential_decay_length_penalty": (1, -1)}, "exponential_decay"),
         ({"dry_sequence_breakers": [""]}, "dry_sequence_breakers"),
         ({"regex": "a", "grammar": "b"}, "regex and grammar"),
+        ({"num_return_sequences": 2000}, "more than 1024 texts of one prompt"),
         ({"regex": ""}, "regex"),
         ({"json_schema": [1]}, "json_schema"),
         ({"trie": [(1, 2)]}, "trie is a list"),

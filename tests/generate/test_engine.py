@@ -528,3 +528,8 @@ def test_clients_that_are_gone_are_forgotten() -> None:
         engine.add([1], greedy(max_new_tokens=1), client=str(number))
         engine.run()
     assert len(engine.scheduler.had) < 100
+
+
+def test_a_model_without_a_stack_of_layers_has_no_first_ones() -> None:
+    with pytest.raises(ConfigError, match="lstm is not one stack of layers"):
+        first_layers(made("lstm"), 1)

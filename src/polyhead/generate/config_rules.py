@@ -38,6 +38,7 @@ _WHOLE = {
 }
 
 _INF = math.inf
+_MOST_TEXTS = 1024  # that one prompt is asked for: each has a row of its own
 _NUMBERS: dict[str, tuple[float, float, str]] = {
     # name: from, to, and what to say
     "temperature": (0, _INF, "0 for greedy, or a number above it"),
@@ -143,6 +144,12 @@ def _check_together(config: Any) -> None:
                 raise ConfigError(f"trie is a {type(value).__name__}; give a Trie")
         elif not isinstance(value, str) or not value:
             raise ConfigError(f"{name}={value!r} must be a text that is not empty")
+    for name in ("num_beams", "num_return_sequences", "best_of"):
+        if (getattr(config, name) or 0) > _MOST_TEXTS:
+            raise ConfigError(
+                f"{name}={getattr(config, name)} is more than {_MOST_TEXTS} texts of one prompt; "
+                "ask several times, with seeds of their own"
+            )
     if config.best_of is not None and config.best_of < config.num_return_sequences:
         raise ConfigError(
             f"best_of={config.best_of} is less than num_return_sequences="

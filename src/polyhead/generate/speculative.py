@@ -188,10 +188,13 @@ def first_layers(model: TaskModel, num_layers: int) -> TaskModel:
     """The model without its later layers, its weights shared: a draft that costs no memory.
 
     What a layer adds shrinks with depth, so that the norm and the head can often read an earlier
-    one (Elhoushi et al. 2024). Errors: ConfigError for a number of layers that it does not have.
+    one (Elhoushi et al. 2024). Errors: ConfigError for a number of layers that it does not have,
+    and for a model that is not one stack of layers.
     """
     backbone: Any = model.backbone
     config: Any = model.config
+    if not isinstance(getattr(backbone, "layers", None), nn.ModuleList):
+        raise ConfigError(f"{config.model_type} is not one stack of layers; give a draft model")
     total = config.num_layers
     if not 1 <= num_layers < total:
         raise ConfigError(f"num_layers={num_layers} must be from 1 to {total - 1}")
