@@ -68,14 +68,14 @@ def drawn_engine(chance: random.Random, name: str) -> Engine:
     """An engine that is too small now and then."""
     settings = EngineConfig(
         max_rows=chance.choice([3, 4, 6]), block_size=chance.choice([1, 2, 4, 5]),
-        cache_tokens=chance.choice([24, 40, 120]), chunk=chance.choice([1, 3, 16]),
+        cache_tokens=chance.choice([24, 40, 120]), chunk=chance.choice([1, 3, 16, None]),
         idle_chunk=chance.choice([2, 50]),
     )  # fmt: skip
     return Engine(made(name), None, settings, chance.choice([None, NgramLookup(3), Jacobi(2)]))
 
 
 def drawn_request(chance: random.Random, engine: Engine) -> Request:
-    """A prompt that often begins as others do, and one of six ways to go on."""
+    """A prompt that often begins as others do, and one of seven ways to go on."""
     start = [1, 2, 3, 4, 1, 2, 5, 6] * chance.choice([0, 1, 2])
     prompt = (*start, *(chance.randrange(1, V) for _ in range(chance.randint(1, 4))))[:20]
     most = chance.randint(1, 3 if len(prompt) > 12 else 9)
@@ -89,6 +89,7 @@ def drawn_request(chance: random.Random, engine: Engine) -> Request:
             guidance_scale=1.5, negative_prompt_ids=chance.choice([(), (1, 2, 3, 4, 1)]),
         ),
         dict(temperature=0.0, num_beams=2, force_words_ids=[[chance.randrange(1, V)]]),
+        dict(temperature=0.0, penalty_alpha=0.6, top_k=3),
     ])  # fmt: skip
     return engine.add(
         prompt, GenerationConfig(max_new_tokens=most, **config), ends=(0,),
