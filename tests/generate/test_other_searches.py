@@ -151,3 +151,18 @@ def test_the_likeliest_of_those_drawn_is_returned() -> None:
             ]
             assert score == pytest.approx(sum(each) / len(each), abs=1e-4)
         assert texts[0][1] >= texts[1][1]
+
+
+def test_candidates_that_fill_the_cache_come_back_to_it() -> None:
+    engine = Engine(made("llama", 0), None, EngineConfig(max_rows=3, cache_tokens=24, block_size=2))
+    config = GenerationConfig(temperature=0.0, penalty_alpha=0.6, top_k=3, max_new_tokens=5)
+    prompt = list(range(1, 20))
+    request = engine.add(prompt, config)
+    assert request.limit == 1
+    engine.step()
+    assert [len(text.ids) for text in request.texts] == [20] * 3
+    engine.add(prompt[:17], GenerationConfig(max_new_tokens=2), priority=1)
+    engine.run()
+    assert request.times_preempted == 1
+    (found,) = request.outcome()
+    assert len(found.token_ids) == 1

@@ -174,13 +174,15 @@ class Scheduler:
         rows = request.rows_wanted
         longest = max(request.texts, key=lambda text: len(text.ids))
         keys = self.keys(longest) if self.memory.finds_prefixes else ()
+        # Candidates that a search weighs may be as long as they will ever be.
+        length = min(len(longest.ids) + 1, len(longest.prompt) + request.limit)
         # Some will need rows for their copies or beams when they have read their prompts.
         promised = sum(
             other.rows_wanted - sum(text.row is not None for text in other.texts)
             for other in self.running
         )
         return rows <= self.memory.num_free_rows - promised and self.memory.has_room(
-            keys, len(longest.ids) + 1, rows, len(request.source)
+            keys, length, rows, len(request.source)
         )
 
     def _turn(self, request: Request) -> tuple[int, int, int]:
