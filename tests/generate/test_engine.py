@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.nn.parts import shaken
 from torch import Tensor
 
 import polyhead as ph
@@ -50,12 +51,7 @@ ENGINES = {
 
 def made(name: str, seed: int = 0, **changes: Any) -> TaskModel:
     family, fields = (MODELS | SOURCED)[name]
-    model = ph.build(family, seed=seed, **fields | changes).eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
+    return shaken(ph.build(family, seed=seed, **fields | changes).eval(), 0.2, seed)
 
 
 def drawn_prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.nn.parts import shaken
 
 import polyhead as ph
 from polyhead.generate.config import GenerationConfig, SearchConfig
@@ -29,12 +30,7 @@ def made(family: str, seed: int) -> TaskModel:
     sizes |= dict(head_dim=8, d_ff=24) if family == "t5" else dict(max_seq_len=48)
     if family == "llama":
         sizes["d_ff"] = 24
-    model = ph.build(family, seed=seed, vocab_size=V, **sizes).eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    return shaken(ph.build(family, seed=seed, vocab_size=V, **sizes).eval(), 0.3, seed)
 
 
 def holds(text: list[int], word: list[int]) -> bool:

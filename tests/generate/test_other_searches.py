@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.nn.parts import shaken
 
 import polyhead as ph
 from polyhead.generate.config import GenerationConfig
@@ -20,12 +21,7 @@ def made(family: str, seed: int) -> TaskModel:
     sizes: dict[str, Any] = dict(d_model=32, num_layers=2, num_heads=4, max_seq_len=48)
     if family == "llama":
         sizes["d_ff"] = 48
-    model = ph.build(family, seed=seed, vocab_size=V, **sizes).eval()
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.3)
-    return model
+    return shaken(ph.build(family, seed=seed, vocab_size=V, **sizes).eval(), 0.3, seed)
 
 
 def found(model: TaskModel, config: GenerationConfig, ends: tuple[int, ...] = ()) -> list[Any]:

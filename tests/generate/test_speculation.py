@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.nn.parts import shaken
 from torch import Tensor
 
 import polyhead as ph
@@ -32,12 +33,7 @@ PROPOSERS: dict[str, Callable[[], Proposer]] = {
 @cache
 def made(seed: int) -> TaskModel:
     sizes: dict[str, Any] = dict(d_model=16, num_layers=2, num_heads=2, max_seq_len=16)
-    model = ph.build("gpt2", vocab_size=V, seed=seed, **sizes).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.25)
-    return model
+    return shaken(ph.build("gpt2", vocab_size=V, seed=seed, **sizes).eval(), 0.25, 0)
 
 
 @cache

@@ -62,3 +62,12 @@ def randomized(module: M, std: float = 0.5) -> M:
         for parameter in module.parameters():
             parameter.normal_(std=std)
     return module
+
+
+def shaken(module: M, by: float, seed: int) -> M:
+    """Its parameters moved, so that those that begin alike differ."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * by)
+    return module
