@@ -1,9 +1,9 @@
 // Products of activations in eight bits with weights in four or eight, sixteen outputs at a time.
 //
-// Weights lie in blocks of 16 rows and 32 columns: 16 scales and 16 least values as float16, where
-// groups have some, then codes. Sixty-four bytes hold four columns of each row; of four bits, the
-// low halves are the first sixteen columns and the high halves the others. A weight is
-// scale * (code - zero), or scale * code + least.
+// Weights lie in blocks of 16 rows and 32 columns; sixty-four bytes hold four columns of each row.
+// Of eight bits, a weight is its code less 128, by the scale of its row. Of four, a block begins
+// with 16 scales and 16 least values as float16, a weight is scale * code + least, and the low
+// halves of the bytes are the first sixteen columns, the high halves the others.
 
 #include <algorithm>
 #include <cmath>
