@@ -67,12 +67,12 @@ def measure(row: Row, settings: Settings, say: Callable[[str], object]) -> dict[
         with _opened(row, row.ours, settings, seen[row.ours.name]) as ours:
             if row.is_timed:
                 twin = Contender(row.ours.name, row.ours.peer, row.ours.options)
-                pair = _Pair(settings, ours)
+                pair = _Pair(settings, ours, say)
                 with _opened(row, twin, settings, Seen("polyhead")) as second:
-                    times = pair.run(second, partial(say, f"{row.name}: against itself"))
+                    times = pair.run(second, f"{row.name}: against itself")
                 itself = asdict(ratio(times.second, times.ours))
                 for each in others:
-                    times = _beside(row, each, pair, settings, seen[each.name], say)
+                    times = _beside(row, each, pair, settings, seen[each.name])
                     if times:
                         seen[each.name].ratio = asdict(ratio(times.second, times.ours))
                         ceilings.append(machine.ask("answer")["answer"])
@@ -110,13 +110,13 @@ class Times:
 class _Pair:
     """Ours, already open, beside one after the other. Whoever is not asked should sleep."""
 
-    def __init__(self, settings: Settings, ours: Worker) -> None:
-        self.settings, self.ours = settings, ours
+    def __init__(self, settings: Settings, ours: Worker, say: Callable[[str], object]) -> None:
+        self.settings, self.ours, self.say = settings, ours, say
         self.all_ours: list[float] = []
         self.notes: dict[str, float] = {}
         self.idle_share = 0.0
 
-    def run(self, second: Worker, say: Callable[[str], object]) -> Times:
+    def run(self, second: Worker, name: str) -> Times:
         """Slices in turn after two calls of each that warm it."""
         for worker in (self.ours, second):
             for _ in range(2):
@@ -127,7 +127,7 @@ class _Pair:
         }
         found = in_turn(
             takes, self.settings.pairs,
-            lambda turn: say(f", pair {turn + 1} of {self.settings.pairs}"),
+            lambda turn: self.say(f"{name}, pair {turn + 1} of {self.settings.pairs}"),
         )  # fmt: skip
         self.notes = found["ours"][-1]["notes"]
         self.second_notes = found["second"][-1]["notes"]
@@ -144,12 +144,11 @@ class _Pair:
 
 
 def _beside(
-    row: Row, each: Contender, pair: _Pair, settings: Settings, seen: Seen,
-    say: Callable[[str], object],
-) -> Times | None:  # fmt: skip
+    row: Row, each: Contender, pair: _Pair, settings: Settings, seen: Seen
+) -> Times | None:
     """Ours and another contender; None where it cannot take part."""
     with _taking_part(seen), _opened(row, each, settings, seen) as worker:
-        times = pair.run(worker, lambda words: say(f"{row.name}: {each.name}{words}"))
+        times = pair.run(worker, f"{row.name}: {each.name}")
         seen.seconds, seen.notes = times.second, pair.second_notes
         if row.goals:
             seen.call_mib = worker.ask("memory")["mib"]
