@@ -55,7 +55,10 @@ def _measured(given: argparse.Namespace, rows: list[Any]) -> list[dict[str, Any]
     began = time.monotonic()
     for number, row in enumerate(rows):
         left = (time.monotonic() - began) / number * (len(rows) - number) if number else None
-        _say(f"row {number + 1} of {len(rows)}" + (f", about {left / 60:.0f} min left" if left else ""))
+        _say(
+            f"row {number + 1} of {len(rows)}"
+            + (f", about {left / 60:.0f} min left" if left else "")
+        )
         found = machine() | measure(row, settings, _say)
         records.append(found)
         if given.json:
@@ -92,7 +95,8 @@ def _arguments() -> argparse.Namespace:
         "--from", dest="recorded", type=Path, help="measure nothing; rows are those of this --json"
     )
     parser.add_argument(
-        "--python", default=str(own) if own.exists() else sys.executable,
+        "--python",
+        default=str(own) if own.exists() else sys.executable,
         help="of the peers' environment (default: .peers, or this one)",
     )
     parser.add_argument(

@@ -94,6 +94,8 @@ class Worker:
 def environment(threads: int, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a worker sees: so many threads, nothing fetched, and each library's own waiting."""
     kept = {name: value for name, value in given.items() if name not in _UNSET}
-    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    counts = dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads)
+    )
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     return kept | counts | offline

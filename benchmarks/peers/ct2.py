@@ -25,7 +25,8 @@ class _Numbers:
         self.size = size
 
     def get_vocab(self) -> dict[str, int]:
-        return {str(number): number for number in range(self.size)}
+        # Padding is last, and has no place in CTranslate2's own vocabulary.
+        return {str(number): number for number in range(self.size - 1)} | {"<pad>": self.size - 1}
 
 
 class _Converter(TransformersConverter):

@@ -25,7 +25,9 @@ class Gate:
         return self.words if self.passed else f"FAILED: {self.words}"
 
 
-def greedy(row: Row, given: Mapping[str, Any], answers: Mapping[str, Any], ask: Ask) -> dict[str, Gate]:
+def greedy(
+    row: Row, given: Mapping[str, Any], answers: Mapping[str, Any], ask: Ask
+) -> dict[str, Gate]:
     """Texts are near what our fp32 would have written: few tokens of theirs are less likely."""
     options = {name: given[name] for name in ("model", "prompts")}
     found = ask("judge", {**options, "written": dict(answers)})
@@ -57,7 +59,9 @@ def translations(
     }
 
 
-def cosine(row: Row, given: Mapping[str, Any], answers: Mapping[str, Any], ask: Ask) -> dict[str, Gate]:
+def cosine(
+    row: Row, given: Mapping[str, Any], answers: Mapping[str, Any], ask: Ask
+) -> dict[str, Gate]:
     """Vectors point where our fp32 without any kernel points."""
     plain = ask(row.job, {**given, "form": "plain"})
     found = {}

@@ -124,9 +124,7 @@ def forward(model: str, dtype: str, ids: list[int]) -> Job:
     def logits() -> torch.Tensor:
         return made(row, use_cache=False).logits
 
-    return Job(
-        lambda: timed(logits), lambda: logits()[:, -1].float().tolist(), facts(made)
-    )
+    return Job(lambda: timed(logits), lambda: logits()[:, -1].float().tolist(), facts(made))
 
 
 JOBS: dict[str, Callable[..., Job]] = {

@@ -33,9 +33,7 @@ def file_of(model: str, kind: str, folder: str) -> str:
         settings = api.llama_model_quantize_default_params()
         settings.ftype, settings.allow_requantize = _FILE_TYPES[kind], True
         fresh = made.with_suffix(f".{os.getpid()}")
-        if api.llama_model_quantize(
-            model.encode(), str(fresh).encode(), ctypes.byref(settings)
-        ):
+        if api.llama_model_quantize(model.encode(), str(fresh).encode(), ctypes.byref(settings)):
             raise RuntimeError(f"{model} could not be made {kind}")
         fresh.replace(made)
     return str(made)
@@ -45,9 +43,7 @@ class Model:
     """A model and a context of `rows` texts of `tokens` each."""
 
     def __init__(self, path: str, rows: int, tokens: int) -> None:
-        self.model = api.llama_model_load_from_file(
-            path.encode(), api.llama_model_default_params()
-        )
+        self.model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
         if self.model is None:
             raise RuntimeError(f"{path} could not be read")
         settings = api.llama_context_default_params()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from benchmarks.abba import in_turn, ratio
@@ -143,9 +142,7 @@ class _Pair:
         return found
 
 
-def _beside(
-    row: Row, each: Contender, pair: _Pair, settings: Settings, seen: Seen
-) -> Times | None:
+def _beside(row: Row, each: Contender, pair: _Pair, settings: Settings, seen: Seen) -> Times | None:
     """Ours and another contender; None where it cannot take part."""
     with _taking_part(seen), _opened(row, each, settings, seen) as worker:
         times = pair.run(worker, f"{row.name}: {each.name}")

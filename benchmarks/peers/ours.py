@@ -16,7 +16,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def versions() -> dict[str, str]:
     """Of what computes here."""
-    return {"polyhead": ph.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "polyhead": ph.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def opened(model: str, form: str) -> Any:
@@ -100,9 +104,7 @@ def cold_start(model: str, prompt: str) -> Job:
     )  # fmt: skip
 
 
-def judge(
-    model: str, prompts: list[list[int]], written: dict[str, list[list[int]]]
-) -> Job:
+def judge(model: str, prompts: list[list[int]], written: dict[str, list[list[int]]]) -> Job:
     """What each contender wrote, beside what the model in fp32 holds likeliest.
 
     Answers by name: `same`, the first tokens that are fp32's own greedy ones, the mean over the
@@ -150,9 +152,7 @@ def perplexity(model: str, form: str, windows: list[list[int]]) -> Job:
     return Job(lambda: timed(answer), answer, {"bytes": weight_bytes(made)})
 
 
-def translate(
-    model: str, form: str, sources: list[list[int]], beams: int, tokens: int
-) -> Job:
+def translate(model: str, form: str, sources: list[list[int]], beams: int, tokens: int) -> Job:
     """Sources of one batch to texts of just so many tokens, by beams."""
     writer = Seq2Seq(opened(model, form))
     config = ph.GenerationConfig(

@@ -12,6 +12,7 @@ from benchmarks.peers.rows import ROWS
 
 BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
 PICTURE = Path("pictures") / "peers.svg"
+PAIRS = 9  # fewer give no interval to trust
 Record = Mapping[str, Any]
 
 
@@ -26,7 +27,7 @@ def machine() -> dict[str, Any]:
 
 
 def read(path: Path) -> list[Record]:
-    """The last record of each row, in the order of the rows. Errors: ValueError for another file."""
+    """The last record of each row, in their order. Errors: ValueError for another file."""
     last: dict[str, Record] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -38,9 +39,9 @@ def read(path: Path) -> list[Record]:
 
 
 def verdict(record: Record, one: Record) -> str:
-    """Of ours beside another: "faster" or "slower" if the interval leaves 1 and the noise behind."""
-    if not one["ratio"] or not record["itself"]:
-        return ""
+    """Of ours beside another: "faster" or "slower" if its interval leaves 1 and the noise behind."""
+    if record["pairs"] < PAIRS:
+        return f"no verdict on fewer than {PAIRS} pairs"
     low, high = one["ratio"]["low"], one["ratio"]["high"]
     noise = max(record["itself"]["high"], 1 / record["itself"]["low"])
     if low > noise:
@@ -78,7 +79,7 @@ def _beside(record: Record, name: str, one: Record) -> str:
 
 
 def tables(records: Sequence[Record]) -> str:
-    """Markdown: speeds, forwards of small decoders, perplexities, and what they were measured on."""
+    """Markdown: where it was measured, speeds, forwards of small decoders, perplexities."""
     timed = [one for one in records if one["itself"] and not one["goals"]]
     small = [one for one in records if one["goals"]]
     quality = [one for one in records if not one["pairs"]]
