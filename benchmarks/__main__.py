@@ -36,10 +36,13 @@ def main() -> int:
         records = read(given.recorded) if given.recorded else _measured(given, rows)
         if given.write:
             write(given.write, records)
-    except (ValueError, OSError, FailedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        _say(f"error: {error}")
         return 2
-    return 0
+    except KeyboardInterrupt:
+        _say("stopped; rows that were done are in --json")
+        return 130
+    return 0 if given.recorded or len(records) == len(rows) else 1
 
 
 def _measured(given: argparse.Namespace, rows: list[Any]) -> list[dict[str, Any]]:
@@ -59,7 +62,11 @@ def _measured(given: argparse.Namespace, rows: list[Any]) -> list[dict[str, Any]
             f"row {number + 1} of {len(rows)}"
             + (f", about {left / 60:.0f} min left" if left else "")
         )
-        found = machine() | measure(row, settings, _say)
+        try:
+            found = machine() | measure(row, settings, _say)
+        except FailedError as error:
+            _say(f"{row.name} is left out, ours failed: {error}")
+            continue
         records.append(found)
         if given.json:
             with given.json.open("a", encoding="utf-8") as file:

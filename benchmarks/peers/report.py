@@ -39,7 +39,7 @@ def read(path: Path) -> list[Record]:
 
 
 def verdict(record: Record, one: Record) -> str:
-    """Of ours beside another: "faster" or "slower" if its interval leaves 1 and the noise behind."""
+    """Ours beside another: "faster" or "slower" if the interval leaves 1 and the noise behind."""
     if record["pairs"] < PAIRS:
         return f"no verdict on fewer than {PAIRS} pairs"
     low, high = one["ratio"]["low"], one["ratio"]["high"]
