@@ -16,6 +16,7 @@ from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.model import TaskModel
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.mask import Mask
+from polyhead.nn.mode import evaluating
 from polyhead.nn.position import Position
 
 _WASTE = 1.25
@@ -68,15 +69,21 @@ class Runner:
         if steps and (hidden := self._replayed(steps)) is not None:
             found += _wanted(steps, hidden)
             pieces = [piece for piece in pieces if piece not in steps]
+        if pieces:
+            with evaluating(self.model):
+                found += self._plain(pieces)
+        return found
+
+    def _plain(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+        """The same by the model's own forwards."""
         batches = list(_alike(pieces))
         few = [batch for batch in batches if self._may_mix(batch)]
         if len(few) > 1:
             batches = [batch for batch in batches if batch not in few]
             mixed = sorted((piece for batch in few for piece in batch), key=_place)
-            found += _wanted(mixed, self._mixed(mixed))
+            yield from _wanted(mixed, self._mixed(mixed))
         for batch in batches:
-            found += _wanted(batch, self._forward(batch))
-        return found
+            yield from _wanted(batch, self._forward(batch))
 
     def _replayed(self, batch: Sequence[Piece]) -> Tensor | None:
         """Hidden states `[B, 1, E]` of a token a text, by a recorded step where there is one."""

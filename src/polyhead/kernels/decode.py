@@ -19,6 +19,7 @@ from polyhead.kernels.tape import NotRecordedError, Tape
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cache import Cache, Caches, CrossCache
 from polyhead.nn.mask import Lowered, Mask
+from polyhead.nn.mode import evaluating
 from polyhead.nn.position import Position
 
 _ATTENTIONS = (MultiHeadAttention, FusedAttention)
@@ -61,7 +62,7 @@ class DecodeSteps:
         at: Sequence[int],
         sources: Sequence[int] = (),
     ) -> Tensor | None:
-        """Hidden states `[B, 1, E]` after these tokens at these positions, until the next step.
+        """Hidden states `[B, 1, E]` after these tokens at these positions.
 
         rows: of the tables. sources: how long the memories of the rows are, of a decoder that has
         any.
@@ -92,7 +93,11 @@ class _Recorded:
         backbone: Any = steps.backbone
         # What is recorded looks at shapes alone, and at whether ids and positions can be.
         caches = _Caches(self, steps)
-        with Tape() as tape, record_parts(backbone, tape, self.at, steps.longest):
+        with (
+            evaluating(backbone),
+            Tape() as tape,
+            record_parts(backbone, tape, self.at, steps.longest),
+        ):
             caches.tape = tape
             ids = self.ids[:, None]
             if steps.cross:
@@ -111,7 +116,7 @@ class _Recorded:
             self._numbers[3] = sources
             self._numbers[3] -= 1
         self._step()
-        return self._step.outputs[0]
+        return self._step.outputs[0].clone()
 
 
 class _Caches(Caches):

@@ -133,6 +133,7 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out
         if (KIND != INT8_ROWS) scale = load_halves(at);
         Floats least = scale * -128.0f;
         if (KIND == INT4_GROUPS) least = load_halves(at + 2 * ROWS);
+        for (int i = 0; i < block_bytes<KIND>(); i += 64) __builtin_prefetch(at + 4096 + i);
         at += head_bytes<KIND>();
         Codes codes[FOURS];
         for (int i = 0; i < FOURS; i++) {

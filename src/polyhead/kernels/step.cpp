@@ -33,7 +33,7 @@ public:
 #ifdef __x86_64__
             __builtin_ia32_pause();
 #endif
-            if (tries > 20000) sched_yield();
+            if (tries > 4000) sched_yield();
         }
     }
 };
