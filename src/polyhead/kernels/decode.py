@@ -47,11 +47,12 @@ class DecodeSteps:
         self._weights: list[int] = []
 
     def check(self) -> None:
-        """Forget what was recorded of weights that lie elsewhere now."""
+        """Forget what was recorded of weights that lie elsewhere now, or for other threads."""
         if self.reason:
             return
         weights = [x.data_ptr() for x in self.backbone.parameters() if not x.is_mkldnn]
         weights += [x.data_ptr() for x in self.backbone.buffers()]
+        weights.append(torch.get_num_threads())
         if weights != self._weights:
             self._steps, self._weights = {}, weights
 
@@ -77,8 +78,8 @@ class DecodeSteps:
                 return None
             try:
                 step = self._steps[count] = _Recorded(self, count)
-            except NotRecordedError as error:
-                self.reason = str(error)
+            except Exception as error:  # whatever it is, the model's own forward is right
+                self.reason = str(error) or type(error).__name__
                 return None
         return step(ids, rows, at, sources)
 

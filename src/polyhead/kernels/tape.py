@@ -110,9 +110,11 @@ class Tape(TorchDispatchMode):
         ):
             raise NotRecordedError(f"{func} depends on what is computed")
         named = kwargs or {}
-        found = func(*args, **named)
         given = _tensors((args, named))
+        found = func(*args, **named)
         outs = _tensors(found)
+        if given and not outs and found is not None:
+            raise NotRecordedError(f"{func} depends on what is computed")
         known = {storage_of(x) for x in given}
         fresh = [x for x in outs if storage_of(x) not in known]
         self._kept += fresh
