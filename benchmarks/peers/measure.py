@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -55,84 +55,89 @@ class Seen:
 
 
 def measure(row: Row, settings: Settings, say: Callable[[str], object]) -> dict[str, Any]:
-    """A row's record: figures, ratios, gates and ceilings, with every slice's seconds."""
+    """A row's record: figures, ratios, gates and ceilings, with every slice's seconds.
+
+    Errors: FailedError where ours fails; what fails of another is noted.
+    """
     began = time.time()
     others = [each for each in row.others if each.peer in (*settings.peers, "polyhead")]
     seen = {each.name: Seen(each.peer) for each in (row.ours, *others)}
-    itself, idle = None, 0.0
-    with settings.worker("machine") as machine:
-        machine.ask("open", job="ceilings", options={})
-        ceilings = [machine.ask("answer")["answer"]]
-        with _opened(row, row.ours, settings, seen[row.ours.name]) as ours:
-            if row.is_timed:
-                twin = Contender(row.ours.name, row.ours.peer, row.ours.options)
-                pair = _Pair(settings, ours, say)
-                with _opened(row, twin, settings, Seen("polyhead")) as second:
-                    times = pair.run(second, f"{row.name}: against itself")
-                itself = asdict(ratio(times.second, times.ours))
-                for each in others:
-                    times = _beside(row, each, pair, settings, seen[each.name])
-                    if times:
-                        seen[each.name].ratio = asdict(ratio(times.second, times.ours))
-                        ceilings.append(machine.ask("answer")["answer"])
-                idle = pair.idle_share
-                seen[row.ours.name].seconds = pair.all_ours
-                seen[row.ours.name].notes = pair.notes
-                if row.goals:
-                    seen[row.ours.name].call_mib = ours.ask("memory")["mib"]
-            seen[row.ours.name].peak_mib = ours.peak_mib()
+    pairs = _Pairs(row, settings, say)
+    with _opened(row, row.ours, settings, seen[row.ours.name]) as ours:
+        if row.is_timed:
+            pairs.measure(ours, others, seen)
     if not row.is_timed:
         for each in others:
             say(f"{row.name}: {each.name}")
             with _taking_part(seen[each.name]), _opened(row, each, settings, seen[each.name]):
                 pass
     _judge(row, settings, seen)
-    middle = {key: statistics.median(one[key] for one in ceilings) for key in ceilings[0]}
+    ceilings = pairs.ceilings
     return {
         "row": row.name, "about": row.about, "unit": row.unit, "goals": dict(row.goals),
         "pairs": settings.pairs if row.is_timed else 0, "threads": settings.threads,
         "began": time.strftime("%Y-%m-%d %H:%M", time.localtime(began)),
-        "took": time.time() - began, "ceilings": middle, "itself": itself, "idle_share": idle,
-        "ours": row.ours.name,
-        "contenders": {name: _record(row, one, middle) for name, one in seen.items()},
+        "took": time.time() - began, "ceilings": ceilings, "ours": row.ours.name,
+        "itself": pairs.itself, "idle_share": pairs.idle_share,
+        "contenders": {name: _record(row, one, ceilings) for name, one in seen.items()},
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds a call, pair by pair."""
+class _Pairs:
+    """Ours beside one contender after the other, two processes at a time.
 
-    ours: list[float]
-    second: list[float]
+    idle_share: of a core, the most that a process took while the other had its turn.
+    """
 
-
-class _Pair:
-    """Ours, already open, beside one after the other. Whoever is not asked should sleep."""
-
-    def __init__(self, settings: Settings, ours: Worker, say: Callable[[str], object]) -> None:
-        self.settings, self.ours, self.say = settings, ours, say
-        self.all_ours: list[float] = []
-        self.notes: dict[str, float] = {}
+    def __init__(self, row: Row, settings: Settings, say: Callable[[str], object]) -> None:
+        self.row, self.settings, self.say = row, settings, say
+        self.itself: dict[str, float] | None = None
         self.idle_share = 0.0
+        self._reached: list[dict[str, float]] = []
 
-    def run(self, second: Worker, name: str) -> Times:
-        """Slices in turn after two calls of each that warm it."""
-        for worker in (self.ours, second):
-            for _ in range(2):
-                worker.ask("slice", seconds=0)
-        takes = {
-            "ours": partial(self._take, self.ours, second),
-            "second": partial(self._take, second, self.ours),
+    @property
+    def ceilings(self) -> dict[str, float]:
+        """What the machine reached, the median over the contenders' minutes."""
+        return {
+            key: statistics.median(one[key] for one in self._reached)
+            for key in (self._reached[0] if self._reached else ())
         }
+
+    def measure(self, ours: Worker, others: Sequence[Contender], seen: dict[str, Seen]) -> None:
+        """Times, ratios and notes of all that take part, into `seen`."""
+        mine, twin = seen[self.row.ours.name], Seen("polyhead")
+        with self.settings.worker("machine") as machine:
+            machine.ask("open", job="ceilings", options={})
+            with _opened(self.row, self.row.ours, self.settings, twin) as second:
+                self._run(ours, second, mine, twin, "against itself")
+            self.itself = twin.ratio
+            for each in others:
+                self._reached.append(machine.ask("answer")["answer"])
+                theirs = seen[each.name]
+                with _taking_part(theirs), _opened(self.row, each, self.settings, theirs) as second:
+                    self._run(ours, second, mine, theirs, each.name)
+            self._reached.append(machine.ask("answer")["answer"])
+        if self.row.goals:
+            mine.call_mib = ours.ask("memory")["mib"]
+
+    def _run(self, ours: Worker, second: Worker, mine: Seen, theirs: Seen, name: str) -> None:
+        """Slices in turn, after calls that warm both."""
+        for worker in (ours, second):
+            first = worker.ask("slice", seconds=0)
+            if first["seconds"] < max(self.settings.seconds, 1):
+                worker.ask("slice", seconds=0)
+        takes = {"mine": partial(self._take, ours, second), "it": partial(self._take, second, ours)}
+        of = f"of {self.settings.pairs}"
         found = in_turn(
             takes, self.settings.pairs,
-            lambda turn: self.say(f"{name}, pair {turn + 1} of {self.settings.pairs}"),
+            lambda turn: self.say(f"{self.row.name}: {name}, pair {turn + 1} {of}"),
         )  # fmt: skip
-        self.notes = found["ours"][-1]["notes"]
-        self.second_notes = found["second"][-1]["notes"]
-        times = Times(*([one["seconds"] for one in found[name]] for name in ("ours", "second")))
-        self.all_ours += times.ours
-        return times
+        fast, slow = ([one["seconds"] for one in found[key]] for key in takes)
+        mine.seconds += fast
+        theirs.seconds, theirs.ratio = slow, asdict(ratio(slow, fast))
+        mine.notes, theirs.notes = _notes(found["mine"]), _notes(found["it"])
+        if self.row.goals:
+            theirs.call_mib = second.ask("memory")["mib"]
 
     def _take(self, worker: Worker, other: Worker) -> dict[str, Any]:
         began, before = time.perf_counter(), other.cpu_seconds()
@@ -142,16 +147,11 @@ class _Pair:
         return found
 
 
-def _beside(row: Row, each: Contender, pair: _Pair, settings: Settings, seen: Seen) -> Times | None:
-    """Ours and another contender; None where it cannot take part."""
-    with _taking_part(seen), _opened(row, each, settings, seen) as worker:
-        times = pair.run(worker, f"{row.name}: {each.name}")
-        seen.seconds, seen.notes = times.second, pair.second_notes
-        if row.goals:
-            seen.call_mib = worker.ask("memory")["mib"]
-        seen.peak_mib = worker.peak_mib()
-        return times
-    return None
+def _notes(slices: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What slices note, the median of each."""
+    return {
+        key: statistics.median(one["notes"][key] for one in slices) for key in slices[0]["notes"]
+    }
 
 
 @contextmanager

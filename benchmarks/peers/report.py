@@ -96,19 +96,28 @@ def _where(records: Sequence[Record]) -> str:
     for record in records:
         for one in record["contenders"].values():
             found |= one["versions"]
-    bounds = {
-        key: (min(r["ceilings"][key] for r in records), max(r["ceilings"][key] for r in records))
-        for key in first["ceilings"]
-    }
     days = sorted({record["began"][:10] for record in records})
     return (
         f"{first['cpu']}, {first['cores']} cores, {first['threads']} threads; "
         f"{' to '.join(dict.fromkeys((days[0], days[-1])))}; "
-        f"{', '.join(f'{name} {version}' for name, version in sorted(found.items()))}. "
-        "In the same minutes the products of matrices reached "
-        f"{_span(*bounds['fp32_gflops'])} GFLOP/s in fp32 and {_span(*bounds['bf16_gflops'])} in "
-        f"bf16, reading memory {_span(*bounds['gbytes'])} GB/s."
+        f"{', '.join(f'{name} {version}' for name, version in sorted(found.items()))}."
+        + _ceilings([record["ceilings"] for record in records if record["ceilings"]])
     )
+
+
+def _ceilings(reached: Sequence[Mapping[str, float]]) -> str:
+    """What the machine reached over the rows, from the least to the most."""
+    if not reached:
+        return ""
+    spans = {key: _span(*_ends([one[key] for one in reached])) for key in reached[0]}
+    return (
+        f" In the same minutes the products of matrices reached {spans['fp32_gflops']} GFLOP/s in "
+        f"fp32 and {spans['bf16_gflops']} in bf16, reading memory {spans['gbytes']} GB/s."
+    )
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
 
 
 def _span(low: float, high: float) -> str:
