@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.client import ROOT, FailedError
-from benchmarks.peers.report import lines, machine, read, write
+from benchmarks.peers.client import ROOT, AbsentError, FailedError
+from benchmarks.peers.report import lines, machine, marked, read, write
 from benchmarks.peers.rows import ROWS, chosen
 from benchmarks.peers.worker import MODULES
 
@@ -33,9 +33,13 @@ def main() -> int:
         unknown = [peer for peer in given.peers if peer not in PEERS]
         if unknown:
             raise ValueError(f"no peer is called {unknown[0]!r}; there are {', '.join(PEERS)}")
-        records = read(given.recorded) if given.recorded else _measured(given, rows)
         if given.write:
-            write(given.write, records)
+            marked(given.write)  # before an hour is spent
+        records = read(given.recorded) if given.recorded else _measured(given, rows)
+        if given.recorded:
+            print("\n".join(line for record in records for line in lines(record)))
+        if given.write:
+            write(given.write, read(given.json) if given.json else records)
     except (ValueError, OSError) as error:
         _say(f"error: {error}")
         return 2
@@ -50,9 +54,11 @@ def _measured(given: argparse.Namespace, rows: list[Any]) -> list[dict[str, Any]
     from benchmarks.peers.inputs import Inputs
     from benchmarks.peers.measure import Settings, measure
 
+    from polyhead.errors import PolyheadError
+
     settings = Settings(
-        tuple(given.peers), given.pairs, given.seconds, given.threads, given.python,
-        Inputs(given.folder),
+        tuple(given.peers), given.pairs, given.seconds, given.threads,
+        os.path.abspath(given.python), Inputs(given.folder.absolute()),
     )  # fmt: skip
     records: list[dict[str, Any]] = []
     began = time.monotonic()
@@ -64,8 +70,8 @@ def _measured(given: argparse.Namespace, rows: list[Any]) -> list[dict[str, Any]
         )
         try:
             found = machine() | measure(row, settings, _say)
-        except FailedError as error:
-            _say(f"{row.name} is left out, ours failed: {error}")
+        except (AbsentError, FailedError, PolyheadError) as error:
+            _say(f"{row.name} is left out: {error}")
             continue
         records.append(found)
         if given.json:
@@ -96,7 +102,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=9, help="of slices (default 9)")
     parser.add_argument("--seconds", type=float, default=2.0, help="least length of a slice")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each process")
-    parser.add_argument("--json", type=Path, help="append a line for each row here")
+    parser.add_argument(
+        "--json", type=Path, help="append a line for each row here; --write tells of its last ones"
+    )
     parser.add_argument("--write", type=Path, help="a Markdown file whose tables are replaced")
     parser.add_argument(
         "--from", dest="recorded", type=Path, help="measure nothing; rows are those of this --json"

@@ -180,16 +180,21 @@ def write(path: Path, records: Sequence[Record]) -> None:
 
     Errors: ValueError for a file without the marks, and for no record.
     """
-    text = path.read_text(encoding="utf-8")
+    before, after = marked(path)
     if not records:
         raise ValueError("there is no record to write of")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path}: tables go between {BEGIN} and {END}; put both there once")
-    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
     body = tables(records)
     if draw(path.parent / PICTURE, records):
         body += f"\n\n![Ours beside each peer]({PICTURE.as_posix()})"
     path.write_text(f"{before}{BEGIN}\n{body}\n{END}{after}", encoding="utf-8")
+
+
+def marked(path: Path) -> tuple[str, str]:
+    """What stands before and after the marks of a file; ValueError where they are not there."""
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path}: tables go between {BEGIN} and {END}; put both there once")
+    return text.partition(BEGIN)[0], text.partition(END)[2]
 
 
 def draw(path: Path, records: Sequence[Record]) -> bool:
@@ -199,7 +204,7 @@ def draw(path: Path, records: Sequence[Record]) -> bool:
     except ImportError:
         return False
     shown = [
-        (f"{record['row']}: {name}", one["ratio"], record["itself"])
+        (f"{record['row']}: {name}", one["ratio"], record["itself"], verdict(record, one))
         for record in records
         for name, one in record["contenders"].items()
         if one["ratio"]
@@ -208,9 +213,10 @@ def draw(path: Path, records: Sequence[Record]) -> bool:
         return False
     figure = Figure(figsize=(8, 1 + 0.26 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    for place, (_, ratio, itself) in enumerate(shown):
+    colors = {"faster": "tab:green", "slower": "tab:red"}
+    for place, (_, ratio, itself, word) in enumerate(shown):
         axes.plot([itself["low"], itself["high"]], [place] * 2, color="0.8", linewidth=7)
-        color = "tab:green" if ratio["low"] > 1 else "tab:red" if ratio["high"] < 1 else "0.3"
+        color = colors.get(word, "0.3")
         axes.plot([ratio["low"], ratio["high"]], [place] * 2, color=color)
         axes.plot(ratio["median"], place, "o", color=color, markersize=5)
     axes.axvline(1, color="0.5", linewidth=0.8)
