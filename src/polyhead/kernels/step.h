@@ -32,6 +32,7 @@ template <class T> inline void write(T* to, Floats x, int count) {
 }
 
 inline float number(float x) { return x; }
+inline float number(int8_t x) { return x; }
 inline float number(BFloat x) {
     uint32_t bits = (uint32_t)x.bits << 16;
     float found;
