@@ -25,8 +25,8 @@ template <class T, class K> struct Keep {
     float *key_scales, *value_scales;
     int64_t tokens, k_token, k_head, v_token, v_head;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t b = share.first; b < share.end; b++)
             for (int64_t group = 0; group < pages.groups; group++) {
                 int64_t slot = pages.slot(b, group, pages.at[b]);
@@ -66,12 +66,12 @@ template <class T, class K> struct Attend {
     double scale;
 
     // Of few tokens each thread takes some; of many, they stand in runs of texts being read.
-    void operator()(int thread, int threads) const {
+    void operator()(const Thread& thread) const {
         int64_t groups = pages.groups, unit = 0;
-        float* own = room + thread * room_apart;
+        float* own = room + thread.number * room_apart;
         if (tokens <= FEW) {
-            bool by_token = tokens >= threads;
-            Share share(by_token ? tokens : tokens * groups, thread, threads);
+            bool by_token = tokens >= thread.many;
+            Share share(by_token ? tokens : tokens * groups, thread);
             int64_t by = by_token ? groups : 1;
             for (unit = share.first * by; unit < share.end * by; unit++)
                 one(unit / groups, unit % groups, own);
@@ -80,7 +80,7 @@ template <class T, class K> struct Attend {
         for (int64_t b = 0, end; b < tokens; b = end) {
             end = run_end(b);
             for (int64_t group = 0; group < groups; group++) {
-                if (unit++ % threads != thread) continue;
+                if (unit++ % thread.many != thread.number) continue;
                 end - b == 1 ? one(b, group, own)
                              : Run<T, K>{*this, b, end, group}.attend(own);
             }
@@ -110,9 +110,12 @@ template <class T, class K> struct Attend {
             });
         int64_t count = last - first + 1;
         stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
-            for (int64_t key = 0; key < length; key++)
-                for (int64_t j = 0; j < many; j++)
-                    weights[j * count + place + key] = score(queries + j * d, slot + key);
+            for (int64_t key = 0; key < length; key += LANES)
+                for (int64_t j = 0; j < many; j++) {
+                    int some = std::min<int64_t>(LANES, length - key);
+                    Floats found = scores(queries + j * d, slot + key, some);
+                    write(weights + j * count + place + key, found, some);
+                }
         });
         for (int64_t j = 0; j < many; j++) {
             if (bias)
@@ -144,11 +147,18 @@ template <class T, class K> struct Attend {
         }
     }
 
-    float score(const float* query, int64_t slot) const {
-        Floats sum = {};
+    // Of up to sixteen keys that stand together.
+    Floats scores(const float* query, int64_t slot, int count) const {
+        Floats sums[LANES] = {};
         const K* key = keys + slot * pages.d;
-        across(pages.d, [&](int64_t i, int n) { sum += read(query + i, n) * read(key + i, n); });
-        return total(sum) * (key_scales ? key_scales[slot] : 1.0f);
+        across(pages.d, [&](int64_t i, int n) {
+            Floats own = read(query + i, n);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++)
+                if (j < count) sums[j] += own * read(key + j * pages.d + i, n);
+        });
+        Floats found = totals(sums);
+        return key_scales ? found * read(key_scales + slot, count) : found;
     }
 
     static void softmax(float* x, int64_t count) {
@@ -239,11 +249,16 @@ template <class T, class K> struct Run {
     // Sixteen keys or fewer as the columns of [D, 16].
     void turn(const int64_t* slots, int64_t count, float* turned) const {
         int64_t d = all.pages.d;
-        for (int64_t lane = 0; lane < LANES; lane++) {
-            const K* key = all.keys + slots[lane < count ? lane : 0] * d;
-            float scale = all.key_scales ? all.key_scales[slots[lane < count ? lane : 0]] : 1.0f;
-            for (int64_t i = 0; i < d; i++) turned[i * LANES + lane] = number(key[i]) * scale;
-        }
+        across(d, [&](int64_t i, int n) {
+            Floats some[LANES];
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                int64_t slot = slots[lane < count ? lane : 0];
+                some[lane] = read(all.keys + slot * d + i, n);
+                if (all.key_scales) some[lane] *= all.key_scales[slot];
+            }
+            transpose(some);
+            for (int k = 0; k < n; k++) store(turned + (i + k) * LANES, some[k]);
+        });
     }
 
     void score(const float* queries, const float* turned, int64_t rows, float* weights) const {
