@@ -41,14 +41,15 @@ class DisentangledAttention(MultiHeadAttention):
         d_model: int,
         num_heads: int,
         *,
+        head_dim: int | None = None,
         terms: tuple[str, ...] = TERMS,
         shares: bool = False,
         key_bias: bool = True,
         scale: float | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(d_model, num_heads, scale=scale, dropout=dropout)
-        width = num_heads * self.head_dim
+        super().__init__(d_model, num_heads, head_dim=head_dim, scale=scale, dropout=dropout)
+        width = self.q.out_features
         if not key_bias:
             self.k = nn.Linear(d_model, width, bias=False)
         self.terms, self.shares = terms, shares
