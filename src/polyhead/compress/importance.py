@@ -115,8 +115,8 @@ def _add(
         value = loss(model, batch)
     grads = torch.autograd.grad(value, list(outputs.values()), allow_unused=True)
     for (name, weight), grad in zip(outputs.items(), grads, strict=True):
-        if grad is None:
-            continue
+        # What the loss does not reach, as the layers of a tower above those that are read, is 0.
+        grad = torch.zeros_like(weight) if grad is None else grad
         # The gradient by an input's gate is that of all weights which read it, times these.
         by_gate = (weight.detach().float() * grad.float()).sum(-2)
         part, kind = model.backbone.get_submodule(name), found.neurons

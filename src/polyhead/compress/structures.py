@@ -181,7 +181,8 @@ def _left(what: str, count: int, share: float) -> int:
 
 def _fewer_neurons(config: Any, said: Mapping[str, Any], share: float) -> dict[str, Any]:
     if "mlp_ratio" in said:
-        return {"mlp_ratio": said["mlp_ratio"] * (1 - share)}
+        ratio = said["mlp_ratio"] * (1 - share)
+        return {"mlp_ratio": int(ratio) if ratio == int(ratio) else ratio}
     widths = {name: said[name] for name in WIDTHS if said.get(name)}
     if "d_ff" in said and said["d_ff"] is None:
         widths["d_ff"] = 4 * config.d_model
