@@ -60,6 +60,7 @@ _HOMES = {
     "prune": "compress.prune",
     "quantize": "compress.quantize",
     "remove_adapters": "adapt.adapters",
+    "rounded": "compress.qat",
     "save_adapter": "adapt.peft",
     "shrink": "compress.structures",
     "sparsity": "compress.prune",

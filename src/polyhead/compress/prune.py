@@ -84,12 +84,15 @@ def prunable(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Para
     return found
 
 
-def check_floats(model: nn.Module) -> None:
-    """ConfigError for a model whose matrices are no plain floats, or have adapters beside them."""
+def check_floats(model: nn.Module, what: str = "pruned") -> None:
+    """ConfigError for a model whose matrices are no plain floats, or have adapters beside them.
+
+    what: it is not to be done to these.
+    """
     if any(isinstance(part, PackedLayer | PackedExperts) for part in model.modules()):
-        raise ConfigError("a model in few bits is not pruned: prune it first, then quantize")
+        raise ConfigError(f"a model in few bits is not {what}: do that first, then quantize")
     if any(f".{BESIDE}." in name for name, _ in model.named_modules()):
-        raise ConfigError("a model with adapters is not pruned: merge or remove them first")
+        raise ConfigError(f"a model with adapters is not {what}: merge or remove them first")
 
 
 def _multiplies(parts: Mapping[str, nn.Module], name: str) -> bool:
