@@ -92,7 +92,7 @@ def importance(
     try:
         for weight in outputs.values():
             weight.requires_grad_()
-        for batch in _each(batches):
+        for batch in each_batch(batches):
             _add(found, model, outputs, loss, batch)
     finally:
         model.train(was_training)
@@ -150,7 +150,8 @@ def _loads(model: TaskModel, found: Importance) -> Generator[None]:
             hook.remove()
 
 
-def _each(batches: Tensor | Iterable[Batch]) -> Iterator[Batch]:
+def each_batch(batches: Tensor | Iterable[Batch]) -> Iterator[Batch]:
+    """Rows of token ids one by one, or what there is."""
     return iter(batches[:, None] if isinstance(batches, Tensor) else batches)
 
 

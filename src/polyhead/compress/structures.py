@@ -60,6 +60,8 @@ def shrink(
     """
     asked = Shares(heads, kv_heads, neurons, experts)
     check_floats(model)
+    if model.config.ranks:
+        raise ConfigError("a model of low rank is not made smaller: start from merge_low_rank")
     asked.check(model)
     found = importance or magnitude(model)
     config = _smaller(model.config, asked)

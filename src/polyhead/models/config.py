@@ -54,6 +54,7 @@ class Config:
     labels:  names of a classifier's classes. problem: what they are, of `PROBLEMS`; None where it
              follows from the data.
     tasks:   several heads at once: `{name: {"head": ..., "labels": [...], "problem": ...}}`.
+    ranks:   of linear layers that are two narrow ones, by their names in the backbone.
     """
 
     model_type: str = ""
@@ -62,6 +63,7 @@ class Config:
     )
     problem: str | None = hf("problem_type", default=None)
     tasks: Mapping[str, Any] | None = hf("polyhead_tasks", default=None)
+    ranks: Mapping[str, int] | None = hf("polyhead_ranks", default=None)
     source: JSON = field(default_factory=dict[str, Any], repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -107,7 +107,7 @@ def place_of(rules: Rules, ours: str) -> tuple[Rule, int, str] | None:
         if isinstance(rule, Rule):
             parts = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
             for number, part in enumerate(parts):
-                if (indices := _match(part, ours)) is not None and not rule.stack:
+                if (indices := matched(part, ours)) is not None and not rule.stack:
                     return rule, number, rule.theirs.format(**indices)
     return None
 
@@ -133,10 +133,12 @@ def to_theirs(rules: Rules, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         parts = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
         for first in list(ours):
-            indices = _match(parts[0], first)
+            indices = matched(parts[0], first)
             if indices is None:
                 continue
             names = [part.format(**indices) for part in parts]
+            if not all(name in ours for name in names):
+                continue  # some of its parts are kept in another way
             written.update(names)
             made.update(_joined(rule, indices, [ours[name] for name in names]))
     for rule in rules:
@@ -204,13 +206,13 @@ def _joined(rule: Rule, indices: Indices, parts: Sequence[Tensor]) -> Iterable[t
 
 def _matching(rules: Rules, name: str) -> tuple[Rule | Dropped | Tied | None, Indices]:
     for rule in rules:
-        indices = _match(rule.theirs, name)
+        indices = matched(rule.theirs, name)
         if indices is not None:
             return rule, indices
     return None, {}
 
 
-def _match(pattern: str, name: str) -> Indices | None:
+def matched(pattern: str, name: str) -> Indices | None:
     """The numbers that `{i}` and the like stand for, or None where the name does not fit."""
     found = _compiled(pattern).fullmatch(name)
     return None if found is None else {key: int(value) for key, value in found.groupdict().items()}
