@@ -6,6 +6,7 @@ import torch
 import polyhead as ph
 from polyhead.errors import ConfigError
 from polyhead.train.config import TrainConfig
+from polyhead.train.evaluate import score_tokens
 
 from .conftest import text, tiny
 from .test_checkpoint import DROPOUT, SETTINGS, Stop, assert_same, final_state, stop_at
@@ -36,7 +37,7 @@ def test_what_it_validates_is_what_quantize_makes(tmp_path, tokenizer):
     saved = ph.load(found["checkpoint"])
     held = trainer._datasets([text(60)], None)[1]
     few, floats = (
-        ph.train.evaluate.score_dataset(model.eval(), held, trainer.objective, None, 2)["loss"]
+        score_tokens(model, held.tokens, context=held.context, objective=trainer.objective).loss
         for model in (ph.quantize(saved, "int4"), saved)
     )
     assert found["valid_loss"] == pytest.approx(few, rel=1e-5)

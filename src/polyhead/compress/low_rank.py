@@ -77,7 +77,8 @@ def merge_low_rank(model: TaskModel) -> TaskModel:
     if not memo:
         raise ConfigError("the model has no layers of low rank to merge")
     found = copy.deepcopy(model, memo)
-    found.config = replace(model.config, ranks=None)
+    read = {key: value for key, value in model.config.source.items() if key != "polyhead_ranks"}
+    found.config = replace(model.config, ranks=None, source=read)
     found.tie()
     return found
 

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -23,9 +24,9 @@ def factor(backbone: nn.Module, ranks: Mapping[str, int] | None) -> None:
     for name, rank in (ranks or {}).items():
         owner, _, last = name.rpartition(".")
         parts = dict(backbone.named_modules())
-        layer = parts.get(name)
-        if not isinstance(layer, nn.Linear):
+        if not isinstance(parts.get(name), nn.Linear):
             raise ConfigError(f"ranks names {name!r}, and the model has no such linear layer")
+        layer: Any = parts[name]
         rows, columns = layer.weight.shape
         if not 1 <= rank <= min(rows, columns):
             raise ConfigError(
