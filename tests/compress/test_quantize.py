@@ -7,7 +7,7 @@ import torch
 
 import polyhead as ph
 from polyhead.compress import layers
-from polyhead.compress.formats import FORMATS, Int4, Int8, Nf4, Nf6, normal_float
+from polyhead.compress.formats import FORMATS, Int4, Int8, Int8Rows, Nf4, Nf6, normal_float
 from polyhead.compress.quantize import weight_bytes
 from polyhead.errors import ConfigError
 from polyhead.train import objectives
@@ -59,7 +59,8 @@ ERRORS = {
     "int4": (Int4, 0.06, 0.09),
     "nf4": (Nf4, 0.085, 0.1),
     "nf6": (Nf6, 0.02, 0.032),
-    "int8": (Int8, 0.004, 0.012),
+    "int8": (Int8, 0.003, 0.009),
+    "int8-rows": (Int8Rows, 0.004, 0.012),
 }
 
 
@@ -171,7 +172,10 @@ def test_an_adapter_of_a_packed_base_fits_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda m: ph.quantize(m, "int3"), "form is 'int3': choose one of nf4, nf6, int4, int8"),
+        (
+            lambda m: ph.quantize(m, "int3"),
+            "form is 'int3': choose one of nf4, nf6, int4, int8, int8-rows",
+        ),
         (lambda m: ph.quantize(m, "none"), "form is 'none'"),
         (lambda m: ph.quantize(m, embeddings="fp8"), "form is 'fp8'"),
         (lambda m: ph.quantize(ph.quantize(m)), "few bits already"),

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import polyhead as ph
-from polyhead.compress.formats import Int4, Int8, Nf4, PackedWeight
+from polyhead.compress.formats import Int4, Int8, Int8Rows, Nf4, PackedWeight
 from polyhead.kernels import products
 from polyhead.kernels.native import library
 from polyhead.kernels.products import LaidOut, rounded
@@ -24,7 +24,7 @@ SHAPES = [
     (16, 31, 2),
     (40, 8, 0),
 ]
-forms = pytest.mark.parametrize("form", [Int4, Int8])
+forms = pytest.mark.parametrize("form", [Int4, Int8, Int8Rows])
 
 
 def weights(form: type[PackedWeight], rows: int, width: int) -> tuple[PackedWeight, LaidOut]:
@@ -111,7 +111,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", ["int4", "int8"])
+@pytest.mark.parametrize("form", ["int4", "int8", "int8-rows"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_packed_model_answers_as_the_quantized_one(name: str, form: str, tmp_path: Any) -> None:
     model = ph.quantize(ph.build(name, seed=0, **MODELS[name]).eval(), form)

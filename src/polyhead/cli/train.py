@@ -104,7 +104,7 @@ class Args:
     """Train an adapter beside a checkpoint, which stays as it is: `--lora` alone, or with rank=8,
     alpha=16, targets=q,v (or all-linear), dropout=0, rslora=true, dora=true, trained=NAME,NAME for
     parts that learn whole. A fresh head is one of these. --lr is 2e-4 then."""
-    quantize: Literal["nf4", "nf6", "int4", "int8"] | None = None
+    quantize: Literal["nf4", "nf6", "int4", "int8", "int8-rows"] | None = None
     """With --lora: keep the checkpoint's matrices in few bits while the adapter learns (QLoRA)."""
     teacher: str | None = None
     """A checkpoint with the same vocabulary to answer like (distillation); self is the model as the

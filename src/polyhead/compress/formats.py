@@ -25,6 +25,15 @@ class PackedWeight(nn.Module):
         self.shape, self.dtype = weight.shape, weight.dtype
         self.num_weights = weight.numel()
 
+    @classmethod
+    def holding(cls, like: Tensor, **parts: Tensor) -> Self:
+        """One of ready parts by their names; of `like` it has shape and dtype alone."""
+        found = cls.__new__(cls)
+        PackedWeight.__init__(found, like)
+        for name, part in parts.items():
+            found._hold(name, part)
+        return found
+
     def unpack(self, rows: Rows = _ALL) -> Tensor:
         """The matrix, or some rows of it, in `dtype`."""
         raise NotImplementedError
@@ -54,6 +63,29 @@ class PackedWeight(nn.Module):
 
 
 class Int8(PackedWeight):
+    """Eight bits a weight and a scale in float16 for 32, as in GGUF's Q8_0: 1.063 bytes.
+
+    Each row has groups of its own, the last of which may be short.
+    """
+
+    codes: Tensor  # [R, groups, 32]
+    scales: Tensor  # [R, groups]
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        groups = F.pad(weight.detach().float(), (0, -weight.shape[1] % STEPS))
+        groups = groups.unflatten(1, (-1, STEPS))
+        scales = (groups.abs().amax(2) / 127).clamp(max=_HALF).half()
+        shares = groups / scales.float().clamp_min(1e-30)[..., None]
+        self._hold("codes", shares.round_().clamp_(-127, 127).to(torch.int8))
+        self._hold("scales", scales)
+
+    def unpack(self, rows: Rows = _ALL) -> Tensor:
+        found = self.codes[rows] * self.scales[rows].float()[..., None]
+        return found.flatten(1)[:, : self.shape[1]].to(self.dtype)
+
+
+class Int8Rows(PackedWeight):
     """A byte a weight and a scale a row, from its largest weight."""
 
     codes: Tensor
@@ -186,7 +218,13 @@ class Nf6(Nf4):
         return levels.index_select(0, index).view_as(coarse)
 
 
-FORMATS: dict[str, type[PackedWeight]] = {"nf4": Nf4, "nf6": Nf6, "int4": Int4, "int8": Int8}
+FORMATS: dict[str, type[PackedWeight]] = {
+    "nf4": Nf4,
+    "nf6": Nf6,
+    "int4": Int4,
+    "int8": Int8,
+    "int8-rows": Int8Rows,
+}
 
 
 @cache

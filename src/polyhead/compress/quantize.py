@@ -18,8 +18,8 @@ def quantize(model: TaskModel, form: str = "nf4", *, embeddings: str | None = No
     """A copy of `model` whose matrices are kept in few bits and unpacked when they are used.
 
     form:       "nf4": 4.13 bits a weight (QLoRA, Dettmers et al. 2023), "nf6": 6.13, "int4": 5, in
-                even steps for each 32 weights, "int8": 8 and a scale a row. int4 and int8 are those
-                that `pack` makes fast.
+                even steps for each 32 weights, "int8": 8.5, a scale for each 32, "int8-rows": 8,
+                a scale a row. What begins with int is what `pack` makes fast.
     embeddings: of the tables of tokens and the language heads, which bear few bits ill; "none"
                 leaves them as they are, None is nf6 with nf4 and nf6, else int8.
     Linear layers and experts of the backbone are packed; norms, biases, routers and other heads

@@ -6,12 +6,13 @@ VNNI instructions of x86 make them. `R` rows of a matrix in blocks of 16, `W` co
 """
 
 import ctypes
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.compress.formats import STEPS, Int4, Int8, PackedWeight, Rows
+from polyhead.compress.formats import STEPS, Int4, Int8, Int8Rows, PackedWeight, Rows
 from polyhead.kernels.native import TYPES, address, library, takes
 
 _ROWS = 16  # of a block
@@ -32,7 +33,7 @@ class LaidOut(PackedWeight):
     @staticmethod
     def of(weight: PackedWeight) -> "LaidOut | None":
         """The same matrix laid out; None where there is no kernel for it here."""
-        form = {Int4: LaidOutInt4, Int8: LaidOutInt8}.get(type(weight))
+        form = _LAID_OUT.get(type(weight))
         device = next(weight.buffers()).device
         if form is None or device.type != "cpu" or library("products") is None:
             return None
@@ -96,26 +97,57 @@ class LaidOutInt4(LaidOut):
 
 
 class LaidOutInt8(LaidOut):
-    """`Int8`, its codes from 0."""
+    """`Int8`, its codes from 0, its scales beside them."""
 
     kind = "int8"
-    scales: Tensor  # [R]
 
     def __init__(self, weight: Int8) -> None:
         super().__init__(weight)
-        codes = (weight.codes.to(torch.int16) + 128).to(torch.uint8)
-        short = -weight.shape[1] % STEPS
-        codes = F.pad(codes, (0, short), value=128).unflatten(1, (-1, STEPS))
-        self._hold("data", _columns(codes).flatten(2).contiguous())
+        codes = _columns(_from_zero(weight.codes)).flatten(2)
+        scales = _lanes(weight.scales).view(torch.uint8)
+        self._hold("data", torch.cat([scales, codes], 2).contiguous())
+
+    def _unpack(self, blocks: Rows) -> Tensor:
+        scales, codes = self.data[blocks].split([2 * _ROWS, STEPS * _ROWS], 2)
+        scales = scales.contiguous().view(torch.float16).float()
+        return _to_rows(codes) * scales[..., None]
+
+
+class LaidOutInt8Rows(LaidOut):
+    """`Int8Rows`, its codes from 0."""
+
+    kind = "int8_rows"
+    scales: Tensor  # [R]
+
+    def __init__(self, weight: Int8Rows) -> None:
+        super().__init__(weight)
+        codes = F.pad(weight.codes, (0, -weight.shape[1] % STEPS)).unflatten(1, (-1, STEPS))
+        self._hold("data", _columns(_from_zero(codes)).flatten(2).contiguous())
         self._hold("scales", weight.scale[:, 0].clone())
 
     def _row_scales(self, start: int) -> ctypes.c_void_p:
         return address(self.scales[start:])
 
     def _unpack(self, blocks: Rows) -> Tensor:
-        codes = self.data[blocks].unflatten(2, (-1, _ROWS, 4)).transpose(2, 3).flatten(3)
         rows = F.pad(self.scales, (0, -len(self.scales) % _ROWS)).view(-1, _ROWS)[blocks]
-        return (codes.float() - 128) * rows[:, None, :, None]
+        return _to_rows(self.data[blocks]) * rows[:, None, :, None]
+
+
+_LAID_OUT: dict[type[PackedWeight], Any] = {
+    Int4: LaidOutInt4,
+    Int8: LaidOutInt8,
+    Int8Rows: LaidOutInt8Rows,
+}
+
+
+def _from_zero(codes: Tensor) -> Tensor:
+    """Codes from -128 as bytes from 0."""
+    return (codes.to(torch.int16) + 128).to(torch.uint8)
+
+
+def _to_rows(codes: Tensor) -> Tensor:
+    """Codes as `_columns` lays them, less 128: `[blocks, groups, 16, 32]` float32."""
+    return codes.unflatten(2, (-1, _ROWS, 4)).transpose(2, 3).flatten(3).float() - 128
 
 
 def _lanes(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models.keys import Dropped, Rule, Rules, Tied, matched
+from polyhead.models.keys import Dropped, Rule, Rules, Tied, match
 from polyhead.nn.low_rank import LowRankLinear
 
 WITHIN = "polyhead."
@@ -57,5 +57,5 @@ def _beside(rules: Sequence[Rule | Dropped | Tied], names: set[str]) -> Iterator
             continue
         for name in names:
             for part in rule.ours:
-                if (indices := matched(part, name)) is not None:
+                if (indices := match(part, name)) is not None:
                     yield from (other.format(**indices) for other in rule.ours)

@@ -128,7 +128,7 @@ class GPT2(nn.Module):
         config = self.config
         windows = [None] * config.num_layers
         return make_caches(
-            batch_size, max_len, windows, config.num_heads, config.width, self.embedding.weight
+            batch_size, max_len, windows, config.num_heads, config.width, next(self.parameters())
         )
 
 
