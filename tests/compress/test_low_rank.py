@@ -8,6 +8,7 @@ import torch
 
 import polyhead as ph
 from polyhead.errors import ConfigError, FileError
+from polyhead.models import gguf
 from polyhead.nn.low_rank import LowRankLinear
 
 from .families import CASES, WORDS
@@ -135,6 +136,10 @@ def broken(tmp_path, ranks):
     return ph.load(tmp_path)
 
 
+def in_gguf(model, tmp_path):
+    gguf.write(tmp_path / "thin.gguf", model.hf_config(), model.hf_tensors())
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -155,6 +160,8 @@ def broken(tmp_path, ranks):
         (lambda m, p: broken(p, {"layers.0.ffn.up": 99}), "the rank of layers.0.ffn.up is 99"),
         (lambda m, p: broken(p, {"layers.0.ffn.up": 4}), "the checkpoint holds"),
         (lambda m, p: broken(p, 7), "ranks is 7"),
+        (lambda m, p: in_gguf(ph.low_rank(m, rank=4), p), "GGUF has no layers of low rank"),
+        (lambda m, p: ph.add_adapter(ph.low_rank(m, rank=4)), "no linear layer of llama is called"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path, make, said):

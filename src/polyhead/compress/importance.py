@@ -159,8 +159,8 @@ def _default_loss(model: TaskModel) -> Loss:
     kind = getattr(model.config, "kind", "decoder")
     if model.head_kind != "lm" or kind not in ("decoder", "encoder-decoder", "image-text"):
         raise ConfigError(
-            f"a {kind} with the head {model.head_kind!r} has no loss of its own: give importance "
-            "one as loss="
+            f"{model.config.model_type} with the head {model.head_kind!r} has no loss of its own: "
+            "give importance one as loss="
         )
     return _next_token_loss
 

@@ -200,7 +200,7 @@ def _narrow(layer: nn.Linear, left: Tensor, values: Tensor, right: Tensor) -> Lo
 
 def _whole(part: LowRankLinear) -> nn.Linear:
     with torch.device("meta"):
-        found = nn.Linear(part.in_features, part.out_features, part.bias is not None)
+        found = nn.Linear(part.first.in_features, part.out_features, part.bias is not None)
     state = {"weight": (part.second.weight.float() @ part.first.weight.float())}
     state["weight"] = state["weight"].to(part.second.weight.dtype)
     if part.bias is not None:
