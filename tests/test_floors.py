@@ -21,6 +21,7 @@ FLOORS = {
     "adapt": 2,
     "compress": 2,
     "explain": 2,
+    "export": 2,
     "train": 4,
     "tasks": 4,
     "serve": 5,

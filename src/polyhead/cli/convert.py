@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from polyhead.cli.luggage import take_along
 from polyhead.cli.opening import device_named, model_path, note, working
 from polyhead.errors import FileError, PolyheadError
 
@@ -133,22 +134,12 @@ def _to_gguf(source: Path, args: Args) -> None:
 
 
 def _to_hf(source: Path, args: Args) -> None:
-    from polyhead.images.processor import Processor
-    from polyhead.models.load import load, read_checkpoint, tokenizer
-    from polyhead.text.directory import state_length
+    from polyhead.models.load import load, read_checkpoint
 
     dtype = args.dtype if args.dtype != "keep" else _widest(read_checkpoint(source)[1])
     model = load(source, dtype=dtype)
     model.save(args.dest, force=args.force)
-    if (source / "preprocessor_config.json").exists():
-        Processor.load(source).save(args.dest)
-    try:
-        words = tokenizer(source)
-    except PolyheadError as error:
-        note(f"no tokenizer travels: {error}")
-        return
-    words.save(args.dest, force=True)
-    state_length(args.dest, model.config.max_tokens)
+    take_along(source, args.dest, model.config.max_tokens)
 
 
 def _tokenizer_metadata(source: Path, vocab_size: int | None) -> Mapping[str, Any]:
