@@ -72,7 +72,7 @@ def run(args: Args) -> int:
 
             model = model.to(device_named(args.device or "cpu"))
             found = export_aoti(model, args.out, force=args.force)
-    sizes = {path: path.stat().st_size for path in found.files if path.is_file()}
+    sizes = {path: path.stat().st_size for path in found.files}
     most = None if found.difference is None else found.difference.most
     if args.json:
         said: dict[str, Any] = {"model": args.model, "files": [str(path) for path in sizes]}

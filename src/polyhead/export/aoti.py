@@ -42,7 +42,11 @@ def export_aoti(model: TaskModel, path: str | Path, *, force: bool = False) -> E
         written = Path(folder) / path.name
         try:
             with quiet(), torch.no_grad():
-                torch._inductor.aoti_compile_and_package(program, package_path=str(written))
+                torch._inductor.aoti_compile_and_package(
+                    program,
+                    package_path=str(written),
+                    inductor_configs={"cpp.cxx": (compiler,)},
+                )
         except Exception as error:
             raise ConfigError(f"{compiler} or torch failed at it: {in_a_line(error)}") from error
         difference = largest_difference(model, [graph], _runner(written, graph))

@@ -136,9 +136,7 @@ def pieces(graph: Graph, run: Run, new: Tensor, mask: Tensor, cuts: Sequence[int
         for port in graph.inputs[2:]
     }
     found: list[Tensor] = []
-    for start, end in pairwise(cuts):
-        if start == end:
-            continue
+    for start, end in pairwise(sorted({*cuts})):
         feeds = {graph.inputs[0].name: new[:, start:end], "attention_mask": mask[:, :end], **past}
         answer = run(graph.name, feeds)
         past = _passed_on(answer)

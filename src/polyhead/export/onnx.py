@@ -72,9 +72,11 @@ def export_onnx(
         difference = None
         if _has("onnxruntime"):
             difference = largest_difference(model, found, runner(paths))
+        files = sorted(path.name for path in written.iterdir())
         _describe(model, written)
-        files = [_moved(path, folder / path.name) for path in sorted(written.iterdir())]
-    return Exported(tuple(files), difference)
+        for path in written.iterdir():
+            _move(path, folder / path.name)
+    return Exported(tuple(folder / name for name in files), difference)
 
 
 def runner(paths: Mapping[str, Path]) -> Run:
@@ -158,11 +160,11 @@ def _describe(model: TaskModel, folder: Path) -> None:
             (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
-def _moved(path: Path, to: Path) -> Path:
-    """A file or a folder in the place of what stands there."""
+def _move(path: Path, to: Path) -> None:
+    """A file or a folder takes the place of what stands there."""
     if to.is_dir():
         shutil.rmtree(to)
-    return path.replace(to)
+    path.replace(to)
 
 
 def _quantize(path: Path, to: Path) -> None:

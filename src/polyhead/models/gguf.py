@@ -1,6 +1,7 @@
 """GGUF files as Hugging Face checkpoints: a config.json, and tensors under Hugging Face's names."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,7 @@ from torch import Tensor
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.gguf import GgufFile, open_gguf
 from polyhead.files.gguf_blocks import BY_NAME
+from polyhead.files.gguf_pack import PACKERS, pack
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.models.config_json import complete_hf, from_hf
@@ -31,7 +33,11 @@ ROPE_FREQS = "rope_freqs.weight"
 ALWAYS_FLOAT = (".ffn_gate_inp.weight", "position_embd.weight")
 # Buffers of old checkpoints that hold no weights.
 BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.h, llama_ftype
+# Of most weights, as llama.h's llama_ftype numbers it.
+FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# Of tables of tokens and heads, which bear few bits ill.
+FINER = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -180,10 +186,13 @@ def write(
     tensors: Mapping[str, Tensor],
     tokenizer: Mapping[str, Any] | None = None,
     *,
+    blocks: str | None = None,
     force: bool = False,
 ) -> None:
     """Write a Hugging Face checkpoint as GGUF: floats keep their type, but vectors become fp32.
 
+    blocks: "Q8_0", "Q4_0" or "Q4_1" packs the matrices so, tables of tokens and heads as Q8_0;
+    what does not divide into blocks of 32 becomes fp16.
     tokenizer: metadata `tokenizer.*`, from `tokenizer_metadata` or another GGUF file; its token ids
     stand before the config's. Errors: ConfigError for what GGUF cannot say, FileError from writing.
     """
@@ -192,19 +201,43 @@ def write(
     config = complete_hf(from_hf(family_of(config["model_type"]).config, config))
     metadata, freqs = metadata_from_config(config)
     names = GgufTensors(family, config, tensors, freqs)
-    kinds = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 0}
+    weights: Counter[str] = Counter()
     for name in names:
         tensor = names[name]
-        if tensor.dtype not in kinds:
+        if tensor.dtype not in FLOATS:
             raise FileError(f"{path}: {name} is not fp32, fp16 or bf16; convert it first")
-        kinds[tensor.dtype] += tensor.numel() if tensor.dim() > 1 else 0
+        weights[FLOATS[tensor.dtype]] += tensor.numel() if tensor.dim() > 1 else 0
     metadata["general.type"] = "model"
-    metadata["general.file_type"] = FILE_TYPES[max(kinds, key=lambda dtype: kinds[dtype])]
+    most, _ = weights.most_common(1)[0]
+    metadata["general.file_type"] = FILE_TYPES[blocks or most]
     metadata["general.quantization_version"] = 2
     for key, value in (tokenizer or {}).items():
         if key.startswith("tokenizer."):
             metadata[key] = value
-    write_gguf(path, metadata, names, force=force)
+    write_gguf(path, metadata, names if blocks is None else Packed(names, blocks), force=force)
+
+
+class Packed(Mapping[str, Tensor | RawTensor]):
+    """Tensors by GGUF's names, their matrices in blocks, each packed when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
+        if kind not in PACKERS:
+            raise ConfigError(f"blocks are {kind!r}; use one of {', '.join(PACKERS)}")
+        self._tensors, self._kind = tensors, kind
+
+    def __getitem__(self, name: str) -> Tensor | RawTensor:
+        tensor = self._tensors[name]
+        if tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT):
+            return tensor
+        if tensor.shape[-1] % BY_NAME[self._kind].weights:
+            return tensor.half()
+        return pack(tensor, "Q8_0" if name in FINER else self._kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
