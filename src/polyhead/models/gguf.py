@@ -14,7 +14,6 @@ from torch import Tensor
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.gguf import GgufFile, open_gguf
 from polyhead.files.gguf_blocks import BY_NAME
-from polyhead.files.gguf_pack import PACKERS, pack
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.models.config_json import complete_hf, from_hf
@@ -26,18 +25,15 @@ from polyhead.models.gguf_config import (
 )
 from polyhead.models.gguf_families import Family
 from polyhead.models.gguf_names import Name
+from polyhead.models.gguf_packed import ALWAYS_FLOAT, Packed
 from polyhead.models.registry import family_of
 
 ROPE_FREQS = "rope_freqs.weight"
-# llama.cpp keeps these in fp32 whatever the rest is, besides all vectors.
-ALWAYS_FLOAT = (".ffn_gate_inp.weight", "position_embd.weight")
 # Buffers of old checkpoints that hold no weights.
 BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 # Of most weights, as llama.h's llama_ftype numbers it.
 FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7}
 FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-# Of tables of tokens and heads, which bear few bits ill.
-FINER = ("token_embd.weight", "output.weight")
 
 
 @dataclass(frozen=True)
@@ -215,29 +211,6 @@ def write(
         if key.startswith("tokenizer."):
             metadata[key] = value
     write_gguf(path, metadata, names if blocks is None else Packed(names, blocks), force=force)
-
-
-class Packed(Mapping[str, Tensor | RawTensor]):
-    """Tensors by GGUF's names, their matrices in blocks, each packed when it is asked for."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
-        if kind not in PACKERS:
-            raise ConfigError(f"blocks are {kind!r}; use one of {', '.join(PACKERS)}")
-        self._tensors, self._kind = tensors, kind
-
-    def __getitem__(self, name: str) -> Tensor | RawTensor:
-        tensor = self._tensors[name]
-        if tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT):
-            return tensor
-        if tensor.shape[-1] % BY_NAME[self._kind].weights:
-            return tensor.half()
-        return pack(tensor, "Q8_0" if name in FINER else self._kind)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
 
 def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
