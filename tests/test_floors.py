@@ -18,7 +18,7 @@ FLOORS = {
     "models": 1,
     "kernels": 3,
     "generate": 2,
-    "adapt": 2,
+    "adapt": 3,
     "compress": 2,
     "explain": 2,
     "train": 4,

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from polyhead.adapt.peft import CONFIG, load_adapter
+from polyhead.compress.saved import fill, read
 from polyhead.errors import FileError
 from polyhead.files.hub import resolve
 from polyhead.files.jsons import read_json
-from polyhead.models.load import described, read_checkpoint
+from polyhead.models.load import described
 from polyhead.models.load import load as load_model
 from polyhead.models.load import tokenizer as load_tokenizer
 from polyhead.models.model import TaskModel
@@ -36,7 +37,7 @@ def load(
 ) -> TaskModel:
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
-    The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
+    What was saved in few bits comes back so. The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
     one on the model that is named. change: what becomes of that before, such as `quantize`.
     dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
     GGUF's packed blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
@@ -55,7 +56,7 @@ def load(
     if adapter is not None and head is None and labels is None and tasks is None:
         head, said = _head_beside(Path(adapter), name)
         told |= said
-    model = load_model(name, dtype, device, head, revision, **told)
+    model = load_model(name, dtype, device, head, revision, read=read, fill=fill, **told)
     if change is not None:
         model = change(model)
     if adapter is not None:
@@ -98,7 +99,7 @@ def _head_beside(adapter: Path, base: str | Path) -> tuple[str | None, dict[str,
         return _HEADS.get(read_json(adapter / CONFIG).get("task_type", "")), {}
     config, head = described(read_json(own), own)
     path = resolve(str(base))
-    theirs, there = described(read_checkpoint(path)[0], path)
+    theirs, there = described(read(path)[0], path)
     if head == there and all(getattr(config, key) == getattr(theirs, key) for key in _TOLD):
         return None, {}
     return head, {key: getattr(config, key) for key in _TOLD}
