@@ -73,7 +73,7 @@ def test_it_comes_back_bit_for_bit(name: str, form: str, tmp_path: Path) -> None
     assert ours.keys() == theirs.keys()
     for key, (weight, digest) in ours.items():
         found, its_digest = theirs[key]
-        assert type(found) is type(weight) and its_digest == digest
+        assert (type(found), its_digest) == (type(weight), digest)
         for (part, a), (_, b) in zip(weight.named_buffers(), found.named_buffers(), strict=True):
             assert torch.equal(a, b), f"{key}.{part}"
     assert weight_bytes(again) == weight_bytes(model)
@@ -164,7 +164,7 @@ def test_what_pack_laid_out_is_saved_as_floats_alone(tmp_path: Path) -> None:
     packed = ph.pack(ph.quantize(made("llama"), "int4"))
     if not any(type(part).__name__ == "LaidOutInt4" for part in packed.modules()):
         pytest.skip("nothing compiles it here")
-    with pytest.raises(ConfigError, match="save the model before ph.pack"):
+    with pytest.raises(ConfigError, match=r"save the model before ph\.pack"):
         packed.save(tmp_path)
     packed.save(tmp_path, floats=True)  # pyright: ignore[reportCallIssue]
 

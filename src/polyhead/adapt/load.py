@@ -37,8 +37,9 @@ def load(
 ) -> TaskModel:
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
-    What was saved in few bits comes back so. The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
-    one on the model that is named. change: what becomes of that before, such as `quantize`.
+    The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
+    one on the model that is named. change: what becomes of that before, such as `quantize`. What
+    was saved in few bits comes back so.
     dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
     GGUF's packed blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
     others; None takes it from the checkpoint's `architectures`. A head that is named here and that

@@ -6,7 +6,7 @@ bits, and all of it costs a few passes in all. N experts, W columns: what a laye
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +82,7 @@ class Unit:
     groups: list[Group] = field(default_factory=list[Group])
 
 
-class _Enough(Exception):
+class _EnoughError(Exception):
     """The rest of a forward is of no use."""
 
 
@@ -131,7 +131,7 @@ class Walk:
         def note(module: nn.Module, args: Any, output: Any) -> None:
             found.append(output)
             if len(found) == unit.calls:
-                raise _Enough
+                raise _EnoughError
 
         hook = unit.module.register_forward_hook(note)
         try:
@@ -142,11 +142,9 @@ class Walk:
 
     def _forward(self, number: int) -> None:
         """Run the model over a batch, as far as someone wants."""
-        with torch.no_grad(), _replaying({m: out[number] for m, out in self._outputs.items()}):
-            try:
-                _run(self.model, self.batches[number])
-            except _Enough:
-                pass
+        known = {module: answers[number] for module, answers in self._outputs.items()}
+        with torch.no_grad(), _replaying(known), suppress(_EnoughError):
+            _run(self.model, self.batches[number])
 
     def _look(self, targets: set[nn.Module]) -> list[Unit]:
         """One forward, to see what runs and reads in which order."""
@@ -169,7 +167,7 @@ class Walk:
             elif unit is last[0] and x is last[1]:
                 unit.groups[-1].layers.append(layer)
             else:
-                is_normed = last[3] is not None and _same_memory(x, last[3])
+                is_normed = home.get(last[2]) is unit and _same_memory(x, last[3])
                 unit.groups.append(Group([layer], norm=last[2] if is_normed else None))
             last[:2] = unit, x
 
@@ -236,7 +234,7 @@ def _watched(group: Group, inputs: Inputs, calls: int | None) -> Iterator[None]:
         else:
             inputs.add(args[0])
         if seen == calls:
-            raise _Enough
+            raise _EnoughError
 
     hook = group.layers[0].register_forward_pre_hook(note)
     try:

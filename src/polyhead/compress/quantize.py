@@ -145,9 +145,8 @@ def _check_widths(model: TaskModel, group: int) -> None:
 def _pack_vocabulary(model: TaskModel, tables: Sequence[nn.Module], form: Form) -> None:
     for table in tables:
         pack_layer(table, form)
-    if model.is_tied:
-        return tie_vocabulary(model)
-    for head in language_heads(model):
+    tie_vocabulary(model)
+    for head in [] if model.is_tied else language_heads(model):
         pack_layer(head, form)
 
 
