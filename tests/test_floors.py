@@ -16,7 +16,7 @@ FLOORS = {
     "files": 0,
     "images": 0,
     "models": 1,
-    "adapt": 2,
+    "adapt": 3,
     "compress": 2,
     "explain": 2,
     "kernels": 3,

@@ -1,12 +1,13 @@
 """A model from a directory or a name, those of adapters included."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from polyhead.adapt.peft import CONFIG, load_adapter
+from polyhead.compress.blocks import kept
 from polyhead.errors import FileError
 from polyhead.files.hub import resolve
 from polyhead.files.jsons import read_json
@@ -30,6 +31,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     change: Callable[[TaskModel], TaskModel] | None = None,
+    packed: bool | Collection[str] = False,
     labels: Sequence[str] | None = None,
     problem: str | None = None,
     tasks: Mapping[str, Any] | None = None,
@@ -39,10 +41,12 @@ def load(
     The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
     one on the model that is named. change: what becomes of that before, such as `quantize`.
     dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
-    GGUF's packed blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
+    GGUF's blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
     others; None takes it from the checkpoint's `architectures`. A head that is named here and that
     the checkpoint does not have is drawn fresh, to be trained; `labels` are the names of its
     classes, `problem` and `tasks` as in `Config`. The model is in evaluation mode.
+    packed: of a GGUF file, keep matrices in the blocks that they have there, all or those of the
+    named kinds ("Q4_0", "Q8_0", ...); they are unpacked when they are used, and do not learn.
 
     Raises ConfigError for what a config says that cannot be, FileError for broken files.
     """
@@ -55,7 +59,7 @@ def load(
     if adapter is not None and head is None and labels is None and tasks is None:
         head, said = _head_beside(Path(adapter), name)
         told |= said
-    model = load_model(name, dtype, device, head, revision, **told)
+    model = load_model(name, dtype, device, head, revision, fill=kept(packed), **told)
     if change is not None:
         model = change(model)
     if adapter is not None:

@@ -25,6 +25,15 @@ class PackedWeight(nn.Module):
         self.shape, self.dtype = weight.shape, weight.dtype
         self.num_weights = weight.numel()
 
+    @classmethod
+    def holding(cls, like: Tensor, **parts: Tensor) -> Self:
+        """One of ready parts by their names; of `like` it has shape and dtype alone."""
+        found = cls.__new__(cls)
+        PackedWeight.__init__(found, like)
+        for name, part in parts.items():
+            found._hold(name, part)
+        return found
+
     def unpack(self, rows: Rows = _ALL) -> Tensor:
         """The matrix, or some rows of it, in `dtype`."""
         raise NotImplementedError

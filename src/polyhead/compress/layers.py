@@ -4,6 +4,7 @@ They stand below the class of the layer that they take the place of, so that a h
 Nothing is learned here: gradients pass to the inputs alone.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -17,6 +18,7 @@ from polyhead.nn.embedding import Table
 from polyhead.nn.head import LanguageHead
 from polyhead.nn.moe import Experts
 
+EXPERT_WEIGHTS = ("gate", "up", "down")
 _ALL = slice(None)
 _AT_ONCE = 1 << 22  # weights that are unpacked for a product: a layer's, not a vocabulary's
 
@@ -82,10 +84,11 @@ def packed_weight(layer: nn.Module) -> PackedWeight | None:
 
 
 class PackedLayer(nn.Module):
-    """`packed`: what is kept, `source_digest`: of the weight as it was."""
+    """`packed`: what is kept, `source_digest`: of the weight as it was, None where that is what
+    it unpacks to."""
 
     packed: PackedWeight
-    source_digest: str
+    source_digest: str | None
 
     @property
     def weight(self) -> Tensor:
@@ -174,21 +177,40 @@ def _below(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
 
 def pack_layer(layer: nn.Module, form: type[PackedWeight]) -> None:
     """Make a linear layer or a table one that keeps its weight in few bits."""
+    weight: Any = layer.weight
+    put_in_layer(layer, form(weight), tensor_digest(weight))
+
+
+def put_in_layer(layer: nn.Module, packed: PackedWeight, digest: str | None = None) -> None:
+    """Make a linear layer or a table one that keeps a matrix that is packed."""
     base = PackedLinear if isinstance(layer, nn.Linear) else PackedTable
     found: Any = layer
-    weight = found._parameters.pop("weight")
+    del found._parameters["weight"]
     found.__class__ = _below(type(layer), base)
-    found.packed, found.source_digest = form(weight), tensor_digest(weight)
+    found.packed, found.source_digest = packed, digest
 
 
 def pack_experts(experts: Experts, form: type[PackedWeight]) -> None:
     """Make experts ones that keep their weights in few bits."""
+    weights = {name: getattr(experts, name) for name in EXPERT_WEIGHTS}
+    packed = {name: form(weight.flatten(0, 1)) for name, weight in weights.items()}
+    digests = {name: tensor_digest(weight) for name, weight in weights.items()}
+    put_in_experts(experts, packed, digests)
+
+
+def put_in_experts(
+    experts: Experts,
+    packed: Mapping[str, PackedWeight],
+    digests: Mapping[str, str | None] | None = None,
+) -> None:
+    """Make experts ones that keep matrices `[N R, W]` that are packed, by their names."""
     found: Any = experts
     found.num_experts = len(experts.gate)
-    weights = {name: found._parameters.pop(name) for name in ("gate", "up", "down")}
+    for name in packed:
+        del found._parameters[name]
     found.__class__ = PackedExperts
-    found.of = nn.ModuleDict({name: form(w.flatten(0, 1)) for name, w in weights.items()})
-    found.source_digests = {name: tensor_digest(w) for name, w in weights.items()}
+    found.of = nn.ModuleDict(packed)
+    found.source_digests = dict(digests or dict.fromkeys(packed))
 
 
 def tie_packed(head: LanguageHead, embedding: PackedTable) -> None:

@@ -1,9 +1,6 @@
 """GGUF files as Hugging Face checkpoints: a config.json, and tensors under Hugging Face's names."""
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +9,6 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.gguf import GgufFile, open_gguf
-from polyhead.files.gguf_blocks import BY_NAME
-from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.models.config_json import complete_hf, from_hf
 from polyhead.models.gguf_config import (
@@ -22,141 +17,10 @@ from polyhead.models.gguf_config import (
     family_of_metadata,
     metadata_from_config,
 )
-from polyhead.models.gguf_families import Family
-from polyhead.models.gguf_names import Name
+from polyhead.models.gguf_tensors import ROPE_FREQS, GgufTensors, HfTensors
 from polyhead.models.registry import family_of
 
-ROPE_FREQS = "rope_freqs.weight"
-# llama.cpp keeps these in fp32 whatever the rest is, besides all vectors.
-ALWAYS_FLOAT = (".ffn_gate_inp.weight", "position_embd.weight")
-# Buffers of old checkpoints that hold no weights.
-BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.h, llama_ftype
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a Hugging Face tensor lies: a tensor of the file, or one expert of a stack."""
-
-    name: str
-    row: Name
-    part: int | None = None
-
-
-class HfTensors(Mapping[str, Tensor]):
-    """A GGUF file's tensors under Hugging Face's names, each made when it is asked for.
-
-    Floats keep their type; quantised tensors become fp32. Errors: ConfigError for a tensor that the
-    architecture's table does not know.
-    """
-
-    def __init__(self, gguf: GgufFile, family: Family, config: Mapping[str, Any]) -> None:
-        self.gguf = gguf
-        self.config = config
-        self._places: dict[str, Place] = {}
-        for name in gguf.names:
-            if name == ROPE_FREQS:
-                continue
-            row, found = _match(family, name, "gguf")
-            if row is None:
-                raise ConfigError(
-                    f"{gguf.path}: tensor {name!r} is unknown in {family.arch}; not read here"
-                )
-            if "{e}" in row.hf:
-                for e in range(gguf.shape(name)[0]):
-                    self._places[row.hf.format(**found, e=e)] = Place(name, row, e)
-            else:
-                self._places[row.hf.format(**found)] = Place(name, row)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensor(name)
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in `dtype`; None keeps floats as stored and makes quantised ones fp32."""
-        place = self._places[name]
-        raw = self.stored(name)  # rows are put in order while they are packed
-        if raw is not None and place.row.change:
-            return raw.values(dtype)
-        values = self.gguf.tensor(place.name, dtype, place.part)
-        return place.row.change.to_hf(values, self.config) if place.row.change else values
-
-    def stored(self, name: str) -> RawTensor | None:
-        """The tensor's blocks, rows in Hugging Face's order; None where no row order gives it.
-
-        That is for plain floats, and for what the two worlds do not keep by rows.
-        """
-        place = self._places[name]
-        raw, change = self.gguf.stored(place.name, place.part), place.row.change
-        if BY_NAME[raw.kind].dtype is not None or (change and not change.on_rows):
-            return None
-        data = change.to_hf(raw.data, self.config) if change else raw.data
-        return RawTensor(raw.kind, raw.shape, data)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places
-
-
-class GgufTensors(Mapping[str, Tensor]):
-    """A Hugging Face checkpoint's tensors under GGUF's names, each made when it is asked for.
-
-    Errors: ConfigError for a tensor that GGUF has no name for, and for one that is missing.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        freqs: Tensor | None,
-    ) -> None:
-        self.config = config
-        self.tensors = tensors
-        self._extra = {} if freqs is None else {ROPE_FREQS: freqs}
-        self._sources: dict[str, tuple[Name, dict[int, str]]] = {}
-        for name in tensors:
-            if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and _is_tied(config, tensors)):
-                continue
-            row, found = _match_hf(family, name)
-            expert = found.pop("e", 0)
-            parts = self._sources.setdefault(row.gguf.format(**found), (row, {}))[1]
-            parts[expert] = name
-        self._check_complete(family)
-
-    def _check_complete(self, family: Family) -> None:
-        layers = self.config[family.keys["block_count"]]
-        experts = self.config.get("num_experts") or self.config.get("num_local_experts") or 1
-        for row in family.names:
-            for i in range(layers if "{i}" in row.gguf else 1):
-                parts = self._sources.get(row.gguf.format(i=i), (row, {}))[1]
-                wanted = range(experts if "{e}" in row.hf else 1)
-                lacking = [e for e in wanted if e not in parts]
-                if lacking and not (row.optional and not parts):
-                    name = row.hf.format(i=i, e=lacking[0])
-                    raise ConfigError(f"the checkpoint lacks {name}, which {family.arch} needs")
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._extra:
-            return self._extra[name]
-        row, parts = self._sources[name]
-        tensor = self.tensors[parts[0]]
-        if "{e}" in row.hf:
-            tensor = torch.stack([self.tensors[parts[e]] for e in sorted(parts)])
-        tensor = row.change.to_gguf(tensor, self.config) if row.change else tensor
-        always = tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT)
-        return tensor.float() if always else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._sources
-        yield from self._extra
-
-    def __len__(self) -> int:
-        return len(self._sources) + len(self._extra)
 
 
 def read(path: str | Path) -> tuple[dict[str, Any], HfTensors, GgufFile]:
@@ -205,40 +69,3 @@ def write(
         if key.startswith("tokenizer."):
             metadata[key] = value
     write_gguf(path, metadata, names, force=force)
-
-
-def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the head repeats the embedding; GGUF says so by leaving it out."""
-    family = family_of_config(config)
-    if not config.get("tie_word_embeddings", family.model_type == "gpt2"):
-        return False
-    embedding = next(row.hf for row in family.names if row.gguf == "token_embd.weight")
-    if embedding in tensors and not torch.equal(tensors[embedding], tensors["lm_head.weight"]):
-        raise ConfigError(
-            "tie_word_embeddings is true, yet lm_head.weight differs from the embedding; "
-            "set it to false"
-        )
-    return True
-
-
-def _match_hf(family: Family, name: str) -> tuple[Name, dict[str, int]]:
-    """The row of a Hugging Face name, with or without the prefix a model with a head has."""
-    prefix = "transformer." if family.model_type == "gpt2" else "model."
-    for candidate in (name, prefix + name):
-        row, found = _match(family, candidate, "hf")
-        if row is not None:
-            return row, found
-    raise ConfigError(f"tensor {name!r} has no name in GGUF's {family.arch}; save as safetensors")
-
-
-def _match(family: Family, name: str, side: str) -> tuple[Name | None, dict[str, int]]:
-    for row in family.names:
-        match = _pattern(getattr(row, side)).fullmatch(name)
-        if match:
-            return row, {key: int(value) for key, value in match.groupdict().items()}
-    return None, {}
-
-
-@cache
-def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>0|[1-9]\\d{0,5})", re.escape(text)))

@@ -1,6 +1,6 @@
 """From a path or a name to a model and its tokenizer: Hugging Face directories and GGUF files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from polyhead.models import gguf
 from polyhead.models.assemble import from_tensors
 from polyhead.models.config import Config
 from polyhead.models.config_json import from_hf
+from polyhead.models.gguf_tensors import HfTensors
 from polyhead.models.model import TaskModel
 from polyhead.models.registry import family_of
 from polyhead.models.sentence import read_sentences
@@ -40,6 +41,7 @@ def load(
     labels: Sequence[str] | None = None,
     problem: str | None = None,
     tasks: Mapping[str, Any] | None = None,
+    fill: Callable[[TaskModel, HfTensors], None] | None = None,
 ) -> TaskModel:
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
@@ -48,6 +50,8 @@ def load(
     and others; None takes it from the checkpoint's `architectures`. A head that is named here and
     that the checkpoint does not have is drawn fresh, to be trained; `labels` are the names of its
     classes, `problem` and `tasks` as in `Config`. The model is in evaluation mode.
+    fill: what puts in the weights that a GGUF file has in blocks, instead of unpacking them; the
+    model that it is given has them on the meta device.
 
     Raises ConfigError for what a config says that cannot be, FileError for broken files.
     """
@@ -57,7 +61,14 @@ def load(
     config = _told(config, labels, problem, tasks)
     wanted = _asked(config, head, there)
     is_new = wanted != there or (labels or tasks) is not None
-    model = from_tensors(config, tensors, wanted, _dtype(dtype, data, path), is_new)
+    if fill is None:
+        model = from_tensors(config, tensors, wanted, _dtype(dtype, data, path), is_new)
+    else:
+        if not isinstance(tensors, HfTensors):
+            raise ConfigError(f"{path} is no GGUF file, so it has no blocks to keep; quantize it")
+        outlines = {each: tensors.outline(each) for each in tensors}
+        model = from_tensors(config, outlines, wanted, _dtype(dtype, data, path), is_new)
+        fill(model, tensors)
     if path.is_dir() and (sentences := read_sentences(path)) is not None:
         model.sentences = sentences
         if wanted == "embed":
