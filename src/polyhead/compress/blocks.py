@@ -21,8 +21,8 @@ from polyhead.files.gguf_blocks import DEQUANTIZERS
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.views import view_as
 from polyhead.models.gguf_tensors import HfTensors
-from polyhead.models.keys import Source, source_of
 from polyhead.models.model import TaskModel, checkpoint_rules
+from polyhead.models.places import Source, source_of
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.head import LanguageHead
 from polyhead.nn.moe import Experts
@@ -109,13 +109,13 @@ def _halves(blocks: Tensor, at: int) -> Tensor:
 
 
 def _fill(model: TaskModel, tensors: HfTensors, kinds: Collection[str]) -> None:
-    """Give a model, whose weights in blocks are on the meta device, those blocks or their values."""
-    source = _Source(model, tensors, kinds)
+    """Give a model its weights in blocks, which are on the meta device, as these or unpacked."""
+    file = _File(model, tensors, kinds)
     for name, layer in list(model.named_modules()):
         if model.is_tied and isinstance(layer, LanguageHead):
             continue
         waiting = {k: like for k, like in layer.named_parameters(recurse=False) if like.is_meta}
-        packed = {k: source.packed(f"{name}.{k}", like) for k, like in waiting.items()}
+        packed = {k: file.packed(f"{name}.{k}", like) for k, like in waiting.items()}
         packed = {k: weight for k, weight in packed.items() if weight is not None}
         if type(layer) is Experts and packed.keys() == set(EXPERT_WEIGHTS):
             put_in_experts(layer, packed)
@@ -123,7 +123,7 @@ def _fill(model: TaskModel, tensors: HfTensors, kinds: Collection[str]) -> None:
             put_in_layer(layer, packed["weight"])
         else:
             for k, like in waiting.items():
-                setattr(layer, k, nn.Parameter(source.values(f"{name}.{k}", like)))
+                setattr(layer, k, nn.Parameter(file.values(f"{name}.{k}", like)))
     if model.is_tied:
         _tie(model)
 
@@ -131,14 +131,15 @@ def _fill(model: TaskModel, tensors: HfTensors, kinds: Collection[str]) -> None:
 def _tie(model: TaskModel) -> None:
     embedding: Any = getattr(model.backbone, "embedding")  # noqa: B009
     if not isinstance(embedding, PackedTable):
-        return model.tie()
+        model.tie()
+        return
     assert model.head is not None
     for part in model.head.modules():
         if isinstance(part, LanguageHead):
             tie_packed(part, embedding)
 
 
-class _Source:
+class _File:
     """A model's weights in a GGUF file, by their names in the model."""
 
     def __init__(self, model: TaskModel, tensors: HfTensors, kinds: Collection[str]) -> None:
