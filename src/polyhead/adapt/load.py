@@ -1,13 +1,14 @@
 """A model from a directory or a name, those of adapters included."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from polyhead.adapt.peft import CONFIG, load_adapter
-from polyhead.compress.blocks import kept
+from polyhead.compress import blocks
 from polyhead.errors import FileError
 from polyhead.files.hub import resolve
 from polyhead.files.jsons import read_json
@@ -31,7 +32,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     change: Callable[[TaskModel], TaskModel] | None = None,
-    packed: bool | Collection[str] = False,
+    packed: bool | str | Collection[str] = False,
     labels: Sequence[str] | None = None,
     problem: str | None = None,
     tasks: Mapping[str, Any] | None = None,
@@ -59,7 +60,7 @@ def load(
     if adapter is not None and head is None and labels is None and tasks is None:
         head, said = _head_beside(Path(adapter), name)
         told |= said
-    model = load_model(name, dtype, device, head, revision, fill=kept(packed), **told)
+    model = load_model(name, dtype, device, head, revision, **_reading(packed), **told)
     if change is not None:
         model = change(model)
     if adapter is not None:
@@ -76,6 +77,13 @@ def tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     path = resolve(str(name), revision)
     bare = is_adapter(path) and not any(path.glob("tokenizer*"))
     return load_tokenizer(base_of(path) if bare else name, None if bare else revision)
+
+
+def _reading(packed: bool | str | Collection[str]) -> dict[str, Any]:
+    """How `load_model` is to read and fill."""
+    if not packed:
+        return {}
+    return {"read": blocks.read, "fill": partial(blocks.fill, blocks.kinds_named(packed))}
 
 
 def is_adapter(path: Path) -> bool:

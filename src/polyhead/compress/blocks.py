@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from polyhead.errors import ConfigError
 from polyhead.files.gguf_blocks import DEQUANTIZERS
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.views import view_as
+from polyhead.models import gguf
 from polyhead.models.gguf_tensors import HfTensors
+from polyhead.models.load import Checkpoint
 from polyhead.models.model import TaskModel, checkpoint_rules
 from polyhead.models.places import Source, source_of
 from polyhead.nn.embedding import TokenEmbedding
@@ -29,8 +31,6 @@ from polyhead.nn.moe import Experts
 
 _ALL = slice(None)
 _LAYERS = (nn.Linear, LanguageHead, TokenEmbedding)  # these very classes, as `quantize` has it
-
-Fill = Callable[[TaskModel, HfTensors], None]
 
 
 class Blocks(PackedWeight):
@@ -51,18 +51,50 @@ class Blocks(PackedWeight):
         return self.kind
 
 
-def kept(packed: bool | Collection[str]) -> Fill | None:
-    """What `load` fills a GGUF file's model with: the blocks of all kinds, or of those named.
+def kinds_named(packed: bool | str | Collection[str]) -> tuple[str, ...]:
+    """The kinds of blocks to keep: all, none, or those that are named.
 
-    None where none are to be kept. Errors: ConfigError for a kind that is not read here.
+    Errors: ConfigError for one that is not read here.
     """
-    if packed is False:
-        return None
-    kinds = [*DEQUANTIZERS] if packed is True else [packed] if isinstance(packed, str) else packed
+    if isinstance(packed, bool):
+        return tuple(DEQUANTIZERS) if packed else ()
+    kinds = (packed,) if isinstance(packed, str) else tuple(packed)
     for kind in kinds:
         if kind not in DEQUANTIZERS:
             raise ConfigError(f"packed names {kind!r}: choose of {', '.join(DEQUANTIZERS)}")
-    return partial(_fill, kinds=kinds)
+    return kinds
+
+
+def read(path: Path) -> Checkpoint:
+    """A GGUF file's checkpoint, in which tensors in blocks wait on the meta device for `fill`.
+
+    Errors: ConfigError for another file.
+    """
+    if path.suffix != ".gguf":
+        raise ConfigError(f"{path} is no GGUF file, so it has no blocks to keep; quantize it")
+    config, tensors, _ = gguf.read(path, outlined=True)
+    return config, tensors
+
+
+def fill(kinds: Collection[str], model: TaskModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model that `read` has left without weights its blocks, of other kinds their values."""
+    assert isinstance(tensors, HfTensors)
+    file = _File(model, tensors, kinds)
+    for name, layer in list(model.named_modules()):
+        if model.is_tied and isinstance(layer, LanguageHead):
+            continue
+        waiting = {k: like for k, like in layer.named_parameters(recurse=False) if like.is_meta}
+        packed = {k: file.packed(f"{name}.{k}", like) for k, like in waiting.items()}
+        packed = {k: weight for k, weight in packed.items() if weight is not None}
+        if type(layer) is Experts and packed.keys() == set(EXPERT_WEIGHTS):
+            put_in_experts(layer, packed)
+        elif type(layer) in _LAYERS and "weight" in packed:
+            put_in_layer(layer, packed["weight"])
+        else:
+            for k, like in waiting.items():
+                setattr(layer, k, nn.Parameter(file.values(f"{name}.{k}", like)))
+    if model.is_tied:
+        _tie(model)
 
 
 def packed_blocks(raw: RawTensor, like: Tensor) -> PackedWeight:
@@ -106,26 +138,6 @@ FAST = tuple(_FORMS)
 def _halves(blocks: Tensor, at: int) -> Tensor:
     """The float16 number at a byte of every block `[R, groups]`."""
     return blocks[..., at : at + 2].view(torch.float16).squeeze(-1)
-
-
-def _fill(model: TaskModel, tensors: HfTensors, kinds: Collection[str]) -> None:
-    """Give a model its weights in blocks, which are on the meta device, as these or unpacked."""
-    file = _File(model, tensors, kinds)
-    for name, layer in list(model.named_modules()):
-        if model.is_tied and isinstance(layer, LanguageHead):
-            continue
-        waiting = {k: like for k, like in layer.named_parameters(recurse=False) if like.is_meta}
-        packed = {k: file.packed(f"{name}.{k}", like) for k, like in waiting.items()}
-        packed = {k: weight for k, weight in packed.items() if weight is not None}
-        if type(layer) is Experts and packed.keys() == set(EXPERT_WEIGHTS):
-            put_in_experts(layer, packed)
-        elif type(layer) in _LAYERS and "weight" in packed:
-            put_in_layer(layer, packed["weight"])
-        else:
-            for k, like in waiting.items():
-                setattr(layer, k, nn.Parameter(file.values(f"{name}.{k}", like)))
-    if model.is_tied:
-        _tie(model)
 
 
 def _tie(model: TaskModel) -> None:

@@ -23,9 +23,10 @@ from polyhead.models.registry import family_of
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.h, llama_ftype
 
 
-def read(path: str | Path) -> tuple[dict[str, Any], HfTensors, GgufFile]:
+def read(path: str | Path, outlined: bool = False) -> tuple[dict[str, Any], HfTensors, GgufFile]:
     """A GGUF file as (config.json, tensors by Hugging Face's names, the file itself).
 
+    outlined: of tensors in blocks the shapes alone, as `HfTensors` has it.
     Errors: FileError for a broken file, ConfigError for an architecture or a setting not read here.
     """
     file = open_gguf(path)
@@ -35,7 +36,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], HfTensors, GgufFile]:
         config = config_from_metadata(file.metadata, shapes, freqs)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return config, HfTensors(file, family_of_metadata(file.metadata), config), file
+    return config, HfTensors(file, family_of_metadata(file.metadata), config, outlined), file
 
 
 def write(

@@ -36,13 +36,17 @@ class Place:
 class HfTensors(Mapping[str, Tensor]):
     """A GGUF file's tensors under Hugging Face's names, each made when it is asked for.
 
-    Floats keep their type; quantised tensors become fp32. Errors: ConfigError for a tensor that the
-    architecture's table does not know.
+    Floats keep their type; quantised tensors become fp32. outlined: these have a shape alone, on
+    the meta device; `stored` gives their blocks, `tensor` their values. Errors: ConfigError for a
+    tensor that the architecture's table does not know.
     """
 
-    def __init__(self, gguf: GgufFile, family: Family, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, gguf: GgufFile, family: Family, config: Mapping[str, Any], outlined: bool = False
+    ) -> None:
         self.gguf = gguf
         self.config = config
+        self.outlined = outlined
         self._places: dict[str, Place] = {}
         for name in gguf.names:
             if name == ROPE_FREQS:
@@ -59,7 +63,7 @@ class HfTensors(Mapping[str, Tensor]):
                 self._places[row.hf.format(**found)] = Place(name, row)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensor(name)
+        return self._outline(name) if self.outlined else self.tensor(name)
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The tensor in `dtype`; None keeps floats as stored and makes quantised ones fp32."""
@@ -96,11 +100,7 @@ class HfTensors(Mapping[str, Tensor]):
         is_plain = BY_NAME[raw.kind].dtype is not None
         return None if is_plain or whole or parts != list(range(raw.shape[0])) else raw
 
-    def outline(self, name: str) -> Tensor:
-        """The tensor, or of one in blocks the shape alone, on the meta device.
-
-        Errors: FileError for types not read here.
-        """
+    def _outline(self, name: str) -> Tensor:
         place = self._places[name]
         raw, change = self.gguf.stored(place.name, place.part), place.row.change
         if BY_NAME[raw.kind].dtype is not None or not can_dequantize(BY_NAME[raw.kind]):

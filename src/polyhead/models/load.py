@@ -17,7 +17,6 @@ from polyhead.models import gguf
 from polyhead.models.assemble import from_tensors
 from polyhead.models.config import Config
 from polyhead.models.config_json import from_hf
-from polyhead.models.gguf_tensors import HfTensors
 from polyhead.models.model import TaskModel
 from polyhead.models.registry import family_of
 from polyhead.models.sentence import read_sentences
@@ -31,6 +30,23 @@ DTYPES = {
 }
 
 
+Checkpoint = tuple[dict[str, Any], Mapping[str, Tensor]]
+"""A `config.json` and tensors by Hugging Face's names, read when asked."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint of a directory, a .safetensors or a GGUF file."""
+    if path.suffix == ".gguf":
+        config, tensors, _ = gguf.read(path)
+        return config, tensors
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").exists():
+        if steps := sorted((folder / "checkpoints").glob("step-*")):
+            raise FileError(f"{folder} is a training run; name a checkpoint, such as {steps[-1]}")
+        raise FileError(f"{folder} has no config.json; name a model directory or a .gguf file")
+    return read_json(folder / "config.json"), open_checkpoint(path)
+
+
 def load(
     name: str | Path,
     dtype: torch.dtype | str | None = None,
@@ -41,7 +57,8 @@ def load(
     labels: Sequence[str] | None = None,
     problem: str | None = None,
     tasks: Mapping[str, Any] | None = None,
-    fill: Callable[[TaskModel, HfTensors], None] | None = None,
+    read: Callable[[Path], Checkpoint] = read_checkpoint,
+    fill: Callable[[TaskModel, Mapping[str, Tensor]], None] | None = None,
 ) -> TaskModel:
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
@@ -50,24 +67,19 @@ def load(
     and others; None takes it from the checkpoint's `architectures`. A head that is named here and
     that the checkpoint does not have is drawn fresh, to be trained; `labels` are the names of its
     classes, `problem` and `tasks` as in `Config`. The model is in evaluation mode.
-    fill: what puts in the weights that a GGUF file has in blocks, instead of unpacking them; the
-    model that it is given has them on the meta device.
+    read: what reads a checkpoint; where it gives tensors on the meta device, fill(model, tensors)
+    puts the weights in.
 
     Raises ConfigError for what a config says that cannot be, FileError for broken files.
     """
     path = resolve(str(name), revision)
-    data, tensors = read_checkpoint(path)
+    data, tensors = read(path)
     config, there = described(data, path)
     config = _told(config, labels, problem, tasks)
     wanted = _asked(config, head, there)
     is_new = wanted != there or (labels or tasks) is not None
-    if fill is None:
-        model = from_tensors(config, tensors, wanted, _dtype(dtype, data, path), is_new)
-    else:
-        if not isinstance(tensors, HfTensors):
-            raise ConfigError(f"{path} is no GGUF file, so it has no blocks to keep; quantize it")
-        outlines = {each: tensors.outline(each) for each in tensors}
-        model = from_tensors(config, outlines, wanted, _dtype(dtype, data, path), is_new)
+    model = from_tensors(config, tensors, wanted, _dtype(dtype, data, path), is_new)
+    if fill is not None:
         fill(model, tensors)
     if path.is_dir() and (sentences := read_sentences(path)) is not None:
         model.sentences = sentences
@@ -95,19 +107,6 @@ def tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     if path.suffix == ".gguf":
         return Tokenizer.from_gguf(open_gguf(path).metadata)
     return Tokenizer.load(path.parent if path.suffix == ".safetensors" else path)
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """A checkpoint's `config.json` and its tensors by Hugging Face's names, read when asked."""
-    if path.suffix == ".gguf":
-        config, tensors, _ = gguf.read(path)
-        return config, tensors
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").exists():
-        if steps := sorted((folder / "checkpoints").glob("step-*")):
-            raise FileError(f"{folder} is a training run; name a checkpoint, such as {steps[-1]}")
-        raise FileError(f"{folder} has no config.json; name a model directory or a .gguf file")
-    return read_json(folder / "config.json"), open_checkpoint(path)
 
 
 def described(data: Mapping[str, Any], path: Path) -> tuple[Config, str | None]:
