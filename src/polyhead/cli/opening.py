@@ -80,7 +80,7 @@ class Opening:
 
 
 def _kinds_multiplied(path: Path, device: "torch.device") -> tuple[str, ...]:
-    """The kinds of a GGUF file's blocks that are multiplied here as they are, faster than floats."""
+    """The kinds of a GGUF file's blocks that are multiplied here, faster than floats."""
     if path.suffix != ".gguf" or device.type != "cpu":
         return ()
     import torch
