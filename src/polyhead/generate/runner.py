@@ -160,7 +160,8 @@ class Runner:
             memory = backbone.encode(held, mask)
         else:
             # Only its length is looked at: keys and values are held.
-            memory = backbone.embedding.weight.new_empty(1, 1, 1).expand(len(texts), width, 1)
+            like = next(backbone.parameters())
+            memory = like.new_empty(1, 1, 1).expand(len(texts), width, 1)
         caches.open_sources(rows, lengths, are_new)
         return backbone.decode(ids, memory, mask, keep, caches=caches)
 
