@@ -93,6 +93,19 @@ def test_blocks_stay_and_unpack_to_what_a_plain_load_gives(name, tmp_path):
     assert same(half.state_dict(), ph.load(path, "bfloat16").state_dict())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_blocks_go_from_file_to_file_as_they_are(name, tmp_path):
+    path = write_blocks(tmp_path / "m.gguf", name, ("Q6_K", "Q4_0", "Q6_K"))
+    config, tensors, file = names.read(path)
+    names.write(tmp_path / "n.gguf", config, tensors, file.typed_metadata())
+    again = open_gguf(tmp_path / "n.gguf")
+    assert again.names == file.names
+    assert again.metadata["general.file_type"] == 18  # llama.cpp's number of mostly Q6_K
+    for each in file.names:
+        assert again.type_of(each) == file.type_of(each)
+        assert torch.equal(again.raw(each), file.raw(each)), each
+
+
 @pytest.mark.parametrize("kind", DEQUANTIZERS)
 def test_four_and_eight_bits_lie_as_the_kernels_want_them(kind, tmp_path):
     path = write_blocks(tmp_path / "m.gguf", "llama", (kind,))

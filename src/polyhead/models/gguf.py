@@ -1,5 +1,7 @@
 """GGUF files as Hugging Face checkpoints: a config.json, and tensors under Hugging Face's names."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.gguf import GgufFile, open_gguf
+from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.models.config_json import complete_hf, from_hf
 from polyhead.models.gguf_config import (
@@ -20,7 +23,12 @@ from polyhead.models.gguf_config import (
 from polyhead.models.gguf_tensors import ROPE_FREQS, GgufTensors, HfTensors
 from polyhead.models.registry import family_of
 
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.h, llama_ftype
+# Of most weights, as llama.h's llama_ftype numbers it.
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7,
+    "Q4_K": 15, "Q5_K": 17, "Q6_K": 18,
+}  # fmt: skip
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def read(path: str | Path, outlined: bool = False) -> tuple[dict[str, Any], HfTensors, GgufFile]:
@@ -49,6 +57,7 @@ def write(
 ) -> None:
     """Write a Hugging Face checkpoint as GGUF: floats keep their type, but vectors become fp32.
 
+    Tensors of another GGUF file, as `read` gives them, keep their blocks.
     tokenizer: metadata `tokenizer.*`, from `tokenizer_metadata` or another GGUF file; its token ids
     stand before the config's. Errors: ConfigError for what GGUF cannot say, FileError from writing.
     """
@@ -57,14 +66,17 @@ def write(
     config = complete_hf(from_hf(family_of(config["model_type"]).config, config))
     metadata, freqs = metadata_from_config(config)
     names = GgufTensors(family, config, tensors, freqs)
-    kinds = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 0}
+    weights: Counter[str] = Counter()
     for name in names:
         tensor = names[name]
-        if tensor.dtype not in kinds:
+        kind = tensor.kind if isinstance(tensor, RawTensor) else FLOATS.get(tensor.dtype)
+        if kind is None:
             raise FileError(f"{path}: {name} is not fp32, fp16 or bf16; convert it first")
-        kinds[tensor.dtype] += tensor.numel() if tensor.dim() > 1 else 0
+        weights[kind] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
     metadata["general.type"] = "model"
-    metadata["general.file_type"] = FILE_TYPES[max(kinds, key=lambda dtype: kinds[dtype])]
+    most, _ = weights.most_common(1)[0]
+    if most in FILE_TYPES:
+        metadata["general.file_type"] = FILE_TYPES[most]
     metadata["general.quantization_version"] = 2
     for key, value in (tokenizer or {}).items():
         if key.startswith("tokenizer."):

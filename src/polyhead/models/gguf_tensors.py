@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -118,10 +118,11 @@ class HfTensors(Mapping[str, Tensor]):
         return name in self._places
 
 
-class GgufTensors(Mapping[str, Tensor]):
+class GgufTensors(Mapping[str, Tensor | RawTensor]):
     """A Hugging Face checkpoint's tensors under GGUF's names, each made when it is asked for.
 
-    Errors: ConfigError for a tensor that GGUF has no name for, and for one that is missing.
+    What comes of a GGUF file in blocks stays in them. Errors: ConfigError for a tensor that GGUF
+    has no name for, and for one that is missing.
     """
 
     def __init__(
@@ -156,16 +157,28 @@ class GgufTensors(Mapping[str, Tensor]):
                     name = row.hf.format(i=i, e=lacking[0])
                     raise ConfigError(f"the checkpoint lacks {name}, which {family.arch} needs")
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor | RawTensor:
         if name in self._extra:
             return self._extra[name]
         row, parts = self._sources[name]
+        if (raw := self._stored(row, [parts[e] for e in sorted(parts)])) is not None:
+            return raw
         tensor = self.tensors[parts[0]]
         if "{e}" in row.hf:
             tensor = torch.stack([self.tensors[parts[e]] for e in sorted(parts)])
         tensor = row.change.to_gguf(tensor, self.config) if row.change else tensor
         always = tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT)
         return tensor.float() if always else tensor
+
+    def _stored(self, row: Name, names: Sequence[str]) -> RawTensor | None:
+        if not isinstance(self.tensors, HfTensors):
+            return None
+        if "{e}" in row.hf:
+            return self.tensors.stored_stack(names)
+        raw = self.tensors.stored(names[0], turned=isinstance(row.change, Transposed))
+        if raw is None or row.change is None or not row.change.on_rows:
+            return raw
+        return replace(raw, data=row.change.to_gguf(raw.data, self.config))
 
     def __iter__(self) -> Iterator[str]:
         yield from self._sources
