@@ -38,9 +38,10 @@ _PROMPTS, _PROMPT_TOKENS, _SEED = 4, 32, 0
 class Args:
     """Rewrite a model. Tokenizer, template, generation and image settings travel with it.
 
-    Without --dtype nothing is rounded: floats keep their type, and what was quantised becomes
-    float32. --verify loads both models, compares what they answer to random prompts and images in
-    float32 (the source's weights first rounded to --dtype), and exits with 1 above 1e-4.
+    Without --dtype nothing is rounded: floats keep their type, and the blocks of a GGUF file stay
+    as they are in another, and become float32 in a directory. --verify loads both models, compares
+    what they answer to random prompts and images in float32 (the source's weights first rounded to
+    --dtype), and exits with 1 above 1e-4.
 
     Examples:
       polyhead convert smollm2-135m smol/ --to hf --verify

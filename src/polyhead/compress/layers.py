@@ -151,6 +151,7 @@ class PackedExperts(Experts):
 
     of: nn.ModuleDict
     num_experts: int
+    source_digests: dict[str, str | None]
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         groups = x.split(counts.tolist())
@@ -167,10 +168,14 @@ class PackedExperts(Experts):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, packed in self.of.items():
-            assert isinstance(packed, PackedWeight)
-            whole = packed.unpack().unflatten(0, (self.num_experts, -1))
-            destination[f"{prefix}{name}"] = whole
+        for name in self.of:
+            destination[f"{prefix}{name}"] = self.unpack(name)
+
+    def unpack(self, name: str) -> Tensor:
+        """The weights of all experts `[N, R, W]`."""
+        packed = self.of[name]
+        assert isinstance(packed, PackedWeight)
+        return packed.unpack().unflatten(0, (self.num_experts, -1))
 
 
 @cache

@@ -12,6 +12,7 @@ from polyhead.generate.paged import Geometry, Int8Pages, PagedCache, PagedCross,
 from polyhead.generate.pages import OutOfBlocksError
 from polyhead.generate.row_caches import RowCaches, States
 from polyhead.generate.tables import Tables
+from polyhead.kernels.held import Held
 from polyhead.nn.cache import Cache, Caches
 from polyhead.nn.rolling import RollingCache
 from polyhead.nn.state import StateCache
@@ -74,6 +75,14 @@ class Memory:
     @property
     def all_tables(self) -> list[Tables]:
         return [*self.kinds.values(), *([self.sources] if self.sources else [])]
+
+    def held(self) -> tuple[list[Held], list[Held]]:
+        """Where the layers keep what they hold, and the cross-attention layers, if any."""
+        tables = {layer: tables for tables in self.all_tables for layer in tables.layers}
+        return [
+            [layer.where(tables[layer].blocks) for layer in layers]
+            for layers in (self.caches.layers, self.cross)
+        ]
 
     @property
     def finds_prefixes(self) -> bool:

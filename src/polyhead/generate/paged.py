@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.generate.pages import NOBODY
+from polyhead.kernels.held import Held
 from polyhead.nn.attend import attend
 from polyhead.nn.cache import Cache, CrossCache
 from polyhead.nn.mask import Lowered, Mask
@@ -203,6 +204,15 @@ class PagedLayer:
         """Keys and values `[B, G, K, D]` of the rows of the plan, or of a part of it."""
         plan = plan or self.plan
         return self.k_pages.read(plan), self.v_pages.read(plan)
+
+    def where(self, tables: Numbers) -> Held:
+        """Where the rows of these tables lie."""
+        place, k, v = self.k_pages.place, self.k_pages, self.v_pages
+        scales = (x.scales if isinstance(x, Int8Pages) else None for x in (k, v))
+        return Held(
+            k.held, v.held, *scales, torch.from_numpy(tables),
+            place.block_size, place.num_blocks, place.num_heads, place.window,
+        )  # fmt: skip
 
     def copy(self, source: int, target: int) -> None:
         """Let one block hold what another holds."""

@@ -11,6 +11,7 @@ from polyhead.errors import ConfigError
 from polyhead.generate.memory import Memory
 from polyhead.generate.prompts import padded
 from polyhead.generate.request import Text
+from polyhead.kernels.decode import DecodeSteps
 from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.model import TaskModel
 from polyhead.nn.attention import MultiHeadAttention
@@ -54,11 +55,19 @@ class Runner:
             or any(part.rotates_late or part.has_values for part in positions)
         )  # fmt: skip
         self._attentions = attentions
+        self._recorded = None
+        if not (self.static or memory.states):
+            longest = memory.max_len
+            self._recorded = DecodeSteps(backbone, *memory.held(), longest)
         self._step = torch.compile(self._next, dynamic=False) if compile else self._next
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[Piece, Tensor]]:
         """The hidden states `[wanted, E]` at the end of each piece that wants some."""
         found: list[tuple[Piece, Tensor]] = []
+        steps = [piece for piece in pieces if len(piece.ids) == 1 and piece.text.held > 0]
+        if steps and (hidden := self._replayed(steps)) is not None:
+            found += _wanted(steps, hidden)
+            pieces = [piece for piece in pieces if piece not in steps]
         batches = list(_alike(pieces))
         few = [batch for batch in batches if self._may_mix(batch)]
         if len(few) > 1:
@@ -68,6 +77,17 @@ class Runner:
         for batch in batches:
             found += _wanted(batch, self._forward(batch))
         return found
+
+    def _replayed(self, batch: Sequence[Piece]) -> Tensor | None:
+        """Hidden states `[B, 1, E]` of a token a text, by a recorded step where there is one."""
+        if self._recorded is None or any(_shows(piece.text) for piece in batch):
+            return None
+        return self._recorded.run(
+            [piece.ids[0] for piece in batch],
+            [cast(int, piece.text.row) for piece in batch],
+            [piece.text.held for piece in batch],
+            [len(piece.text.request.source) for piece in batch] if self.has_source else (),
+        )
 
     def _may_mix(self, batch: Sequence[Piece]) -> bool:
         """Whether these may be read beside others, token by token."""
@@ -97,6 +117,8 @@ class Runner:
 
     def _forward(self, batch: Sequence[Piece]) -> Tensor:
         """Hidden states `[B, T, E]`."""
+        if self._recorded is not None:
+            self._recorded.check()
         texts = [piece.text for piece in batch]
         counts = [len(piece.ids) for piece in batch]
         width, device = max(counts), self.memory.device
@@ -138,7 +160,8 @@ class Runner:
             memory = backbone.encode(held, mask)
         else:
             # Only its length is looked at: keys and values are held.
-            memory = backbone.embedding.weight.new_empty(1, 1, 1).expand(len(texts), width, 1)
+            like = next(backbone.parameters())
+            memory = like.new_empty(1, 1, 1).expand(len(texts), width, 1)
         caches.open_sources(rows, lengths, are_new)
         return backbone.decode(ids, memory, mask, keep, caches=caches)
 

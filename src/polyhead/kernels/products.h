@@ -100,8 +100,6 @@ inline int32_t keep_codes(int8_t* to, Ints codes) {  // returns their sum
 #endif
 }
 
-inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
-
 // given: how many numbers of a token there are; the rest are zeros.
 template <class T> void round_token(const Rounded& to, const T* x, int64_t given, int64_t token) {
     for (int64_t group = 0; group < to.groups; group++) {
@@ -113,7 +111,7 @@ template <class T> void round_token(const Rounded& to, const T* x, int64_t given
             low = load_some(x + first, std::min<int64_t>(count, LANES));
             high = load_some(x + first + LANES, std::max<int64_t>(count - LANES, 0));
         }
-        Floats a = magnitude(low), b = magnitude(high);
+        Floats a = absolute(low), b = absolute(high);
         float most = largest(a > b ? a : b);
         float inverse = most > 0 ? 127.0f / most : 0.0f;
         // What is not a number makes the sums none.
@@ -162,19 +160,6 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out
     }
 }
 
-template <class T> void keep(T* to, Floats y, int64_t count) {
-    if (count >= LANES) return store(to, y);
-    T all[LANES];
-    store(all, y);
-    std::memcpy(to, all, count * sizeof(T));
-}
-template <> void keep(BFloat* to, Floats y, int64_t count) {
-    if (count >= LANES) return store(to, y);
-    BFloat all[LANES];
-    store(all, y);
-    std::memcpy(to, all, count * sizeof(BFloat));
-}
-
 template <Kind KIND, int N, class T>
 void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int64_t rows,
             const float* row_scales, T* out) {
@@ -184,7 +169,8 @@ void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int
     for (int n = 0; n < N; n++) {
         Floats y = found[n];
         if (row_scales) y *= load_some(row_scales + row, count);
-        keep(out + (token + n) * rows + row, y, count);
+        T* to = out + (token + n) * rows + row;
+        count == ROWS ? store(to, y) : store_some(to, y, count);
     }
 }
 

@@ -16,6 +16,7 @@ typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
 typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
+typedef int8_t Small __attribute__((vector_size(16), aligned(1)));
 
 struct BFloat {
     uint16_t bits;
@@ -38,6 +39,9 @@ inline Floats load(const BFloat* from) { return (Floats)(load_bits(from) << 16);
 inline Ints load(const uint8_t* from) {
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints);
 }
+inline Floats load(const int8_t* from) {
+    return __builtin_convertvector(*reinterpret_cast<const Small*>(from), Floats);
+}
 
 // The first n numbers; the rest is zero.
 template <class T> inline auto load_some(const T* from, int n) {
@@ -45,6 +49,8 @@ template <class T> inline auto load_some(const T* from, int n) {
     for (int i = 0; i < n; i++) few[i] = from[i];
     return load(few);
 }
+
+inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
 inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
 inline void store(Pair* to, Words x) { *reinterpret_cast<Words*>(to) = x; }
@@ -88,6 +94,13 @@ inline void store(BFloat* to, Floats x) {  // to the nearest, ties to even
         __builtin_convertvector((near & ~none) | (none & 0x7fc0), Halves);
 }
 #endif
+
+// The first n of sixteen.
+template <class T> inline void store_some(T* to, Floats x, int64_t n) {
+    T all[LANES];
+    store(all, x);
+    std::memcpy(to, all, n * sizeof(T));
+}
 
 inline Floats exponential(Floats x) {  // of x <= 0, to 1e-7
     Floats y = x * 1.44269504f;

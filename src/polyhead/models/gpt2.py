@@ -124,7 +124,7 @@ class GPT2(nn.Module):
         width = config.d_model // config.num_heads
         windows = [None] * config.num_layers
         return make_caches(
-            batch_size, max_len, windows, config.num_heads, width, self.embedding.weight
+            batch_size, max_len, windows, config.num_heads, width, next(self.parameters())
         )
 
 

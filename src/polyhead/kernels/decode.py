@@ -1,0 +1,245 @@
+"""Decode steps recorded from a model as it is: one token a row, over keys and values in pages.
+
+B rows, H query heads, G key/value heads, D head width, E model width, L positions of the longest
+text.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.kernels.attend import FusedAttention
+from polyhead.kernels.held import Held
+from polyhead.kernels.native import library
+from polyhead.kernels.parts import KNOWN_POSITIONS, record_parts
+from polyhead.kernels.step import Step
+from polyhead.kernels.tape import NotRecordedError, Tape
+from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.cache import Cache, Caches, CrossCache
+from polyhead.nn.mask import Lowered, Mask
+from polyhead.nn.position import Position
+
+_ATTENTIONS = (MultiHeadAttention, FusedAttention)
+TRIES = 2
+"""So many steps of as many rows run as they are before one is recorded."""
+
+
+class DecodeSteps:
+    """The next hidden states of some rows, by a step recorded for as many.
+
+    layers, cross: of the decoder, and of its attention to a memory. `run` answers None where a
+    step cannot, or not yet, be replayed.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, layers: Sequence[Held], cross: Sequence[Held], longest: int
+    ) -> None:
+        self.backbone, self.layers, self.cross, self.longest = backbone, layers, cross, longest
+        self._steps: dict[int, _Recorded] = {}
+        self._tried: dict[int, int] = {}
+        self.reason = _reason(backbone, layers)
+        self._hooks = [part._forward_hooks for part in backbone.modules()]
+        self._hooks += [part._forward_pre_hooks for part in backbone.modules()]
+        self._probes = [m.probes for m in backbone.modules() if isinstance(m, MultiHeadAttention)]
+        self._weights: list[int] = []
+
+    def check(self) -> None:
+        """Forget what was recorded of weights that lie elsewhere now."""
+        if self.reason:
+            return
+        weights = [x.data_ptr() for x in self.backbone.parameters() if not x.is_mkldnn]
+        weights += [x.data_ptr() for x in self.backbone.buffers()]
+        if weights != self._weights:
+            self._steps, self._weights = {}, weights
+
+    def run(
+        self,
+        ids: Sequence[int],
+        rows: Sequence[int],
+        at: Sequence[int],
+        sources: Sequence[int] = (),
+    ) -> Tensor | None:
+        """Hidden states `[B, 1, E]` after these tokens at these positions, until the next step.
+
+        rows: of the tables. sources: how long the memories of the rows are, of a decoder that has
+        any.
+        """
+        if self.reason or any(self._hooks) or any(self._probes):
+            return None
+        count = len(ids)
+        step = self._steps.get(count)
+        if step is None:
+            self._tried[count] = self._tried.get(count, 0) + 1
+            if self._tried[count] <= TRIES:
+                return None
+            try:
+                step = self._steps[count] = _Recorded(self, count)
+            except NotRecordedError as error:
+                self.reason = str(error)
+                return None
+        return step(ids, rows, at, sources)
+
+
+class _Recorded:
+    """One step for so many rows, and the buffers that it reads."""
+
+    def __init__(self, steps: DecodeSteps, count: int) -> None:
+        self.inputs = torch.zeros(4, count, dtype=torch.long)
+        self.ids, self.rows, self.at, self.ends = self.inputs
+        self._numbers = self.inputs.numpy()
+        backbone: Any = steps.backbone
+        # What is recorded looks at shapes alone, and at whether ids and positions can be.
+        caches = _Caches(self, steps)
+        with Tape() as tape, record_parts(backbone, tape, self.at, steps.longest):
+            caches.tape = tape
+            ids = self.ids[:, None]
+            if steps.cross:
+                like = backbone.embedding.weight
+                memory = like.new_empty(1, 1, 1).expand(count, 1, 1)
+                hidden = backbone.decode(ids, memory, Mask(), None, caches=caches)
+            else:
+                hidden = backbone(ids, caches=caches)
+        self._step = Step(tape, [hidden])
+
+    def __call__(
+        self, ids: Sequence[int], rows: Sequence[int], at: Sequence[int], sources: Sequence[int]
+    ) -> Tensor:
+        self._numbers[0], self._numbers[1], self._numbers[2] = ids, rows, at
+        if sources:
+            self._numbers[3] = sources
+            self._numbers[3] -= 1
+        self._step()
+        return self._step.outputs[0]
+
+
+class _Caches(Caches):
+    """Caches that note what is kept and looked for."""
+
+    tape: Tape
+
+    def __init__(self, recorded: _Recorded, steps: DecodeSteps) -> None:
+        self._at = recorded.at[:, None]
+        self.lengths = recorded.at
+        self.is_static = True
+        self.layers = [_Layer(self, recorded, held) for held in steps.layers]
+        self.cross = [_Cross(self, recorded, held) for held in steps.cross]
+
+    def begin(self, num_tokens: int, keep: Tensor | None = None) -> Tensor:
+        return self._at
+
+    def end(self) -> None:
+        pass
+
+
+class _Pages:
+    """What a layer's keys and values are to the kernels. last: the position `[B]` of the last key
+    that a row looks at."""
+
+    def __init__(self, caches: _Caches, recorded: _Recorded, lies: Held, last: Tensor) -> None:
+        self.caches, self.lies = caches, lies
+        held = lies
+        self.kind = "" if held.key_scales is None else "_int8"
+        self.places = [last, recorded.rows, held.tables]
+        self.fields = [
+            *self.places, held.tables.shape[1], held.size, held.blocks, held.num_heads,
+            held.keys.shape[1],
+        ]  # fmt: skip
+        self.pages = [held.keys, held.values]
+        self.scales = [held.key_scales, held.value_scales]
+
+    def keep(self, k: Tensor, v: Tensor) -> None:
+        """New keys and values `[B, G, 1, D]`."""
+        k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+        strides = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
+        into = [*self.pages, *(x for x in self.scales if x is not None)]
+        fields = [*self.fields, k, v, *self.pages, *self.scales, len(k), *strides]
+        reads = [k, v, *self.places]
+        self.caches.tape.kernel(f"keep{self.kind}", k.dtype, fields, reads, into, len(k))
+
+    def found(self, q: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        """What queries `[B, H, 1, D]` find; `bias` `[H, L]` by how far back a key is."""
+        tape, held = self.caches.tape, self.lies
+        batch, heads, _, width = q.shape
+        q = q if q.stride(3) == 1 else q.contiguous()
+        out = tape.new(q, batch, heads, width)
+        many = heads // held.num_heads
+        threads = torch.get_num_threads()
+        apart = many * (width + held.tables.shape[1] * held.size + 16)
+        room = tape.new(q, threads, apart, dtype=torch.float32)
+        fields = [
+            *self.fields, q, *self.pages, *self.scales, bias, out, room, batch, heads,
+            q.stride(0), q.stride(1), held.window or 0, 0 if bias is None else bias.stride(0),
+            apart, float(scale),
+        ]  # fmt: skip
+        by = batch if batch >= threads else "heads"
+        reads = [q, *self.pages, *self.scales, bias, *self.places]
+        tape.kernel(f"attend{self.kind}", q.dtype, fields, reads, [out, room], by)
+        return out[:, :, None]
+
+
+class _Layer(_Pages, Cache):
+    is_open = True
+
+    def __init__(self, caches: _Caches, recorded: _Recorded, lies: Held) -> None:
+        super().__init__(caches, recorded, lies, recorded.at)
+        self.lengths = recorded.at
+
+    def append(self, k: Tensor, v: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+        self.keep(k, v)
+        return k, v
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        bias: Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        return self.found(q, bias, scale)
+
+    def keys_at(self, at: Tensor) -> Tensor:
+        return at
+
+    def place(self, mask: Mask, at: Tensor) -> Mask:
+        if not (mask.is_order_alone and mask.causal and mask.window == self.lies.window):
+            raise NotRecordedError("the mask looks at more than positions")
+        return Mask()
+
+
+class _Cross(_Pages, CrossCache):
+    def __init__(self, caches: _Caches, recorded: _Recorded, lies: Held) -> None:
+        super().__init__(caches, recorded, lies, recorded.ends)
+        # Only their shapes are looked at.
+        nothing = lies.keys.new_empty(len(recorded.ends), lies.num_heads, 1, lies.keys.shape[1])
+        self.held = nothing, nothing
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        bias: Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        return self.found(q, bias, scale)
+
+
+def _reason(backbone: nn.Module, layers: Sequence[Held]) -> str:
+    """Why a backbone's steps cannot be recorded; nothing where they can, as far as is known."""
+    parts = list(backbone.modules())
+    if not layers or layers[0].keys.device.type != "cpu":
+        return "its layers do not hold keys and values on a CPU"
+    if any(type(m) not in KNOWN_POSITIONS for m in parts if isinstance(m, Position)):
+        return "its positions are not known"
+    if any(type(m) not in _ATTENTIONS for m in parts if isinstance(m, MultiHeadAttention)):
+        return "its attention is not known"
+    if any(hasattr(m, "adapters") for m in parts):
+        return "it has adapters"
+    return "" if library("step") else "nothing compiles its kernels"

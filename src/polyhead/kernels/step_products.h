@@ -1,0 +1,222 @@
+// Products of a step: with weights in few bits, with plain ones, and of a mixture's experts.
+
+#pragma once
+#include <vector>
+
+#include "products.h"
+#include "step.h"
+
+namespace {
+
+// Activations in eight bits.
+template <class T> struct Round {
+    const T* x;
+    uint8_t* room;
+    int64_t tokens, given;
+
+    void operator()(int thread, int threads) const {
+        Rounded to(room, tokens, given);
+        Share share(tokens, thread, threads);
+        for (int64_t token = share.first; token < share.end; token++)
+            round_token(to, x + token * given, given, token);
+    }
+};
+
+template <class T> inline void add_bias(T* out, const T* bias, int64_t first, int64_t end) {
+    across(end - first, [&](int64_t i, int n) {
+        write(out + first + i, read(out + first + i, n) + read(bias + first + i, n), n);
+    });
+}
+
+// By a matrix in few bits; `ends`, if any, are those of the tokens of each of so many experts,
+// whose rows stand one after another.
+template <Kind KIND, class T> struct Packed {
+    uint8_t* room;
+    const uint8_t* blocks;
+    const float* row_scales;
+    const T* bias;
+    T* out;
+    const int64_t* ends;
+    int64_t tokens, given, rows, experts;
+
+    void operator()(int thread, int threads) const {
+        Rounded x(room, tokens, given);
+        Share share((rows + ROWS - 1) / ROWS, thread, threads);
+        int64_t from = share.first * ROWS, to = std::min(share.end * ROWS, rows);
+        int64_t matrix = rows / ROWS * x.groups * block_bytes<KIND>();
+        for (int64_t expert = 0, first = 0; expert < experts; expert++) {
+            int64_t last = ends ? ends[expert] : tokens;
+            multiply<KIND>(x, first, last, blocks + expert * matrix,
+                           row_scales ? row_scales + expert * rows : nullptr, from, to, rows, out);
+            first = last;
+        }
+        if (bias && from < to)
+            for (int64_t token = 0; token < tokens; token++)
+                add_bias(out + token * rows, bias, from, to);
+    }
+};
+template <class T> using PackedInt4 = Packed<INT4_GROUPS, T>;
+template <class T> using PackedInt8 = Packed<INT8_GROUPS, T>;
+template <class T> using PackedInt8Rows = Packed<INT8_ROWS, T>;
+
+// By a plain matrix [rows, given]; experts as above.
+template <class T> struct Dense {
+    const T *x, *weight, *bias;
+    T* out;
+    const int64_t* ends;
+    int64_t tokens, given, rows, experts;
+
+    void operator()(int thread, int threads) const {
+        Share share((rows + DEEP - 1) / DEEP, thread, threads);
+        int64_t to = std::min(share.end * DEEP, rows);
+        for (int64_t expert = 0, first = 0; expert < experts; expert++) {
+            int64_t last = ends ? ends[expert] : tokens;
+            const T* own = weight + expert * rows * given;
+            for (int64_t row = share.first * DEEP; row < to; row += DEEP) {
+                int64_t token = first;
+                for (; token + WIDE <= last; token += WIDE) tile<WIDE>(own, token, row);
+                for (; token < last; token++) tile<1>(own, token, row);
+            }
+            first = last;
+        }
+    }
+
+    static constexpr int DEEP = 4, WIDE = 4;  // rows and tokens whose sums stay in registers
+
+    template <int N> void tile(const T* own, int64_t token, int64_t row) const {
+        Floats sums[DEEP][N] = {};
+        int64_t many = std::min<int64_t>(DEEP, rows - row);
+        across(given, [&](int64_t i, int n) {
+            Floats seen[N];
+            for (int k = 0; k < N; k++) seen[k] = read(x + (token + k) * given + i, n);
+            for (int j = 0; j < DEEP; j++) {
+                Floats w = read(own + (row + (j < many ? j : 0)) * given + i, n);
+                for (int k = 0; k < N; k++) sums[j][k] += w * seen[k];
+            }
+        });
+        for (int64_t j = 0; j < many; j++)
+            for (int k = 0; k < N; k++) {
+                float found = total(sums[j][k]) + (bias ? number(bias[row + j]) : 0.0f);
+                store_some(out + (token + k) * rows + row + j, Floats{} + found, 1);
+            }
+    }
+};
+
+// A row of a matrix in few bits for each index.
+template <Kind KIND, class T> struct Unpacked {
+    const int64_t* index;
+    const uint8_t* blocks;
+    const float* row_scales;
+    T* out;
+    int64_t tokens, width;
+
+    void operator()(int thread, int threads) const {
+        int64_t groups = (width + GROUP - 1) / GROUP;
+        Share share(tokens, thread, threads);
+        for (int64_t token = share.first; token < share.end; token++)
+            for (int64_t group = 0; group < groups; group++) {
+                int64_t row = index[token], first = group * GROUP;
+                const uint8_t* at = blocks + (row / ROWS * groups + group) * block_bytes<KIND>();
+                float found[GROUP];
+                one(at, row % ROWS, row_scales ? row_scales[row] : 1.0f, found);
+                int64_t count = std::min<int64_t>(GROUP, width - first);
+                across(count, [&](int64_t i, int n) {
+                    write(out + token * width + first + i, load(found + i), n);
+                });
+            }
+    }
+
+    static void one(const uint8_t* at, int64_t lane, float scale, float* found) {
+        float least = scale * -128.0f;
+        if (KIND != INT8_ROWS) scale = load_halves(at)[lane], least = scale * -128.0f;
+        if (KIND == INT4_GROUPS) least = load_halves(at + 2 * ROWS)[lane];
+        const uint8_t* codes = at + head_bytes<KIND>() + lane * 4;
+        for (int i = 0; i < GROUP; i++) {
+            bool high = KIND == INT4_GROUPS && i >= GROUP / 2;
+            int place = KIND == INT4_GROUPS ? i % (GROUP / 2) : i;
+            uint8_t code = codes[place / 4 * 64 + place % 4];
+            if (KIND == INT4_GROUPS) code = high ? code >> 4 : code & 15;
+            found[i] = code * scale + least;
+        }
+    }
+};
+template <class T> using UnpackedInt4 = Unpacked<INT4_GROUPS, T>;
+template <class T> using UnpackedInt8 = Unpacked<INT8_GROUPS, T>;
+template <class T> using UnpackedInt8Rows = Unpacked<INT8_ROWS, T>;
+
+// The experts of each token by its router's logits: `weights` of its choices, and, sorted by
+// expert, which choice stands where (`order`, token * top_k + choice) and where each expert's end.
+template <class T> struct Choose {
+    const T* logits;
+    float* weights;
+    int64_t *order, *ends;
+    int64_t tokens, experts, top_k, renormalize;
+
+    void operator()(int thread, int threads) const {
+        if (thread) return;
+        std::vector<int64_t> chosen(tokens * top_k);
+        for (int64_t token = 0; token < tokens; token++)
+            choose(logits + token * experts, &chosen[token * top_k], weights + token * top_k);
+        int64_t place = 0;
+        for (int64_t expert = 0; expert < experts; expert++) {
+            for (int64_t i = 0; i < tokens * top_k; i++)
+                if (chosen[i] == expert) order[place++] = i;
+            ends[expert] = place;
+        }
+    }
+
+    void choose(const T* row, int64_t* chosen, float* shares) const {
+        float most = -INFINITY, sum = 0.0f, kept = 0.0f;
+        for (int64_t e = 0; e < experts; e++) most = std::max(most, number(row[e]));
+        for (int64_t e = 0; e < experts; e++) sum += std::exp(number(row[e]) - most);
+        for (int64_t k = 0; k < top_k; k++) {
+            chosen[k] = 0;
+            float best = -INFINITY;
+            for (int64_t e = 0; e < experts; e++) {
+                bool taken = std::find(chosen, chosen + k, e) != chosen + k;
+                if (!taken && number(row[e]) > best) best = number(row[e]), chosen[k] = e;
+            }
+            shares[k] = std::exp(best - most) / sum;
+            kept += shares[k];
+        }
+        if (renormalize)
+            for (int64_t k = 0; k < top_k; k++) shares[k] /= kept;
+    }
+};
+
+// The rows of x that choices stand for, by their order.
+template <class T> struct Gather {
+    const T* x;
+    const int64_t* order;
+    T* out;
+    int64_t tokens, width, times;
+
+    void operator()(int thread, int threads) const {
+        Share share(tokens, thread, threads);
+        for (int64_t token = share.first; token < share.end; token++)
+            std::memcpy(out + token * width, x + order[token] / times * width, width * sizeof(T));
+    }
+};
+
+// Of each token, what its experts found [tokens * top_k, width], by their weights.
+template <class T> struct Combine {
+    const T* found;
+    const float* weights;
+    const int64_t* order;
+    T* out;
+    int64_t tokens, width, top_k;
+
+    void operator()(int thread, int threads) const {
+        Share share(tokens, thread, threads);
+        for (int64_t token = share.first; token < share.end; token++)
+            across(width, [&](int64_t i, int n) {
+                Floats sum = {};
+                for (int64_t at = 0; at < tokens * top_k; at++)
+                    if (order[at] / top_k == token)
+                        sum += read(found + at * width + i, n) * weights[order[at]];
+                write(out + token * width + i, sum, n);
+            });
+    }
+};
+
+}  // namespace

@@ -1,0 +1,210 @@
+"""What a forward does, written down once: calls of our kernels, and of torch where there is none.
+
+Nothing is computed while a tape runs, but shapes: kernels are noted, and what torch does besides
+works on whatever memory holds. `laid_out` in step.py makes the tape into what can be run again.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from polyhead.kernels.native import TYPES
+
+aten: Any = torch.ops.aten
+Field = Tensor | int | float | None
+
+_FACTORIES = {aten.empty.memory_format, aten.new_empty.default, aten.empty_like.default}
+_UNARY: dict[Any, str] = {
+    aten.silu.default: "silu",
+    aten.relu.default: "relu",
+    aten.sigmoid.default: "sigmoid",
+}
+_BINARY: dict[Any, str] = {aten.add.Tensor: "sum", aten.mul.Tensor: "product"}
+_COPIES = {aten.clone.default, aten.contiguous.default}
+
+
+class NotRecordedError(Exception):
+    """The forward does what a tape cannot say."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel by its `name` and the fields of its struct, or what to do by torch.
+
+    by: how it is shared among threads; of two calls that are shared alike, the second finds what
+    its own thread wrote.
+    """
+
+    reads: Sequence[Tensor]
+    writes: Sequence[Tensor]
+    name: str = ""
+    fields: Sequence[Field] = ()
+    by: Hashable = None
+    function: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    named: dict[str, Any] | None = None
+
+
+class Tape(TorchDispatchMode):
+    """Notes calls while it is entered.
+
+    `made`: memory that came to be meanwhile, by `storage_of`; everything else was there before.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.made: set[int] = set()
+        self._writes: dict[int, int] = {}
+        self._constant: set[int] = set()
+        self._kept: list[Tensor] = []  # so that no address is used twice
+
+    def kernel(
+        self,
+        name: str,
+        kind: torch.dtype,
+        fields: Sequence[Field],
+        reads: Sequence[Tensor | None],
+        writes: Sequence[Tensor],
+        by: Hashable = None,
+    ) -> None:
+        """Note a kernel of step.cpp; fields in the order of its struct."""
+        if kind not in TYPES:
+            raise NotRecordedError(f"there are no kernels for {kind}")
+        given = [x for x in reads if x is not None]
+        self._note(Call(given, writes, f"{name}_{TYPES[kind]}", tuple(fields), by))
+
+    def new(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for what a kernel writes."""
+        return like.new_empty(shape, dtype=dtype or like.dtype)
+
+    def state_of(self, x: Tensor) -> tuple[int, ...]:
+        """What tells what a tensor holds now from what it holds after another write."""
+        key = storage_of(x)
+        return key, self._writes.get(key, 0), x.storage_offset(), *x.shape
+
+    def _note(self, call: Call) -> None:
+        for x in call.reads:
+            if storage_of(x) in self.made and storage_of(x) not in self._writes:
+                raise NotRecordedError("something is read that nothing noted has written")
+        for key in {storage_of(x) for x in call.writes}:
+            if key in self._constant:
+                raise NotRecordedError("what is computed once is written to")
+            self._writes[key] = self._writes.get(key, 0) + 1
+        self.calls.append(call)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if torch.Tag.data_dependent_output in func.tags or (
+            torch.Tag.dynamic_output_shape in func.tags
+        ):
+            raise NotRecordedError(f"{func} depends on what is computed")
+        named = kwargs or {}
+        found = func(*args, **named)
+        given = _tensors((args, named))
+        outs = _tensors(found)
+        known = {storage_of(x) for x in given}
+        fresh = [x for x in outs if storage_of(x) not in known]
+        self._kept += fresh
+        if not fresh and not func._schema.is_mutable:
+            return found  # a view
+        if not given and fresh:
+            # What depends on nothing is computed once, unless it is memory to write to.
+            into = self.made if func in _FACTORIES else self._constant
+            into |= {storage_of(x) for x in fresh}
+            return found
+        self.made |= {storage_of(x) for x in fresh}
+        if func in _FACTORIES or self._by_kernel(func, args, named, found):
+            return found
+        writes = fresh if not func._schema.is_mutable else outs or list(given[:1])
+        self._note(Call(given, writes, function=func, args=args, named=named))
+        return found
+
+    def _by_kernel(self, func: Any, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> bool:
+        """Note the kernel that does the same, if there is one."""
+        if not isinstance(out, Tensor) or out.dtype not in TYPES or not out.is_contiguous():
+            return False
+        if func in _UNARY and args[0].is_contiguous():
+            return self._activation(_UNARY[func], args[0], out)
+        if func is aten.gelu.default and args[0].is_contiguous():
+            how = named.get("approximate", args[1] if len(args) > 1 else "none")
+            return self._activation("gelu" if how == "none" else "gelu_tanh", args[0], out)
+        if func in _BINARY and named.get("alpha", 1) == 1 and len(args) == 2:
+            return self._binary(_BINARY[func], *args, out)
+        if func in _COPIES:
+            return self._copy(args[0], out)
+        return False
+
+    def _activation(self, name: str, x: Tensor, out: Tensor) -> bool:
+        tokens, width = _sizes(out)
+        self.kernel(name, out.dtype, [x, None, out, tokens, width], [x], [out], tokens)
+        return True
+
+    def _binary(self, name: str, a: Any, b: Any, out: Tensor) -> bool:
+        if not isinstance(a, Tensor):
+            a, b = b, a
+        tokens, width = _sizes(out)
+        left = _apart(a, out)
+        if left is None or a.dtype != out.dtype:
+            return False
+        if not isinstance(b, Tensor):
+            right, number, b = (0, 0), float(b), None
+        else:
+            right, number = _apart(b, out), 0.0
+            if right is None or b.dtype != out.dtype:
+                return False
+        if not left[1]:
+            a, b, left, right = b, a, right, left
+        if a is None or not left[1]:
+            return False
+        fields = [a, b, out, tokens, width, left[0], right[0], right[1], number]
+        self.kernel(name, out.dtype, fields, [a, b], [out], tokens)
+        return True
+
+    def _copy(self, x: Tensor, out: Tensor) -> bool:
+        sizes = [(n, step) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
+        if x.dtype != out.dtype or len(sizes) > 3:
+            return False
+        sizes = [(1, 0)] * (3 - len(sizes)) + sizes
+        (tokens, a), (rows, b), (width, c) = sizes
+        self.kernel("copy", x.dtype, [x, out, tokens, rows, width, a, b, c], [x], [out], tokens)
+        return True
+
+
+def storage_of(x: Tensor) -> int:
+    """What tells memory apart; a tensor that hides its own stands for itself."""
+    return id(x) if x.is_mkldnn else x.untyped_storage()._cdata
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [x for x in torch.utils._pytree.tree_leaves(value) if isinstance(x, Tensor)]
+
+
+def _sizes(out: Tensor) -> tuple[int, int]:
+    """Tokens and the width of each."""
+    width = out.shape[-1] if out.dim() else 1
+    return out.numel() // max(width, 1), width
+
+
+def _apart(x: Tensor, out: Tensor) -> tuple[int, int] | None:
+    """How far apart the rows of x stand, spread to the shape of `out`, and whether its numbers lie
+    side by side rather than being one; None where they lie otherwise."""
+    x = x.expand(out.shape)
+    if x.dim() == 0:
+        return 0, 0
+    inner = x.stride(-1) if x.shape[-1] > 1 else 1
+    outer = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
+    for (_, before), (n, step) in pairwise(outer):
+        if before != n * step:
+            return None
+    return (outer[-1][1] if outer else 0, inner) if inner in (0, 1) else None
