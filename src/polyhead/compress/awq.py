@@ -40,7 +40,6 @@ def settle(walk: Walk, unit: Unit, grid: Grid) -> None:
     Steps are chosen by the columns' squares everywhere, which is all that post-norm blocks allow.
     """
     found = dict(zip(unit.groups, walk.gather(unit, unit.groups), strict=True))
-    digests = {layer: _digests(layer) for group in unit.groups for layer in group.layers}
     for fold in _folds(unit):
         inputs = found[fold.readers]
         if (scale := _best(fold, inputs, grid)) is not None and _applied(walk, unit, fold, scale):
@@ -51,7 +50,7 @@ def settle(walk: Walk, unit: Unit, grid: Grid) -> None:
             if not group.part:
                 weight: Any = layer.weight
                 packed = grid.pack([grid.nearest(weight, squares)], weight.dtype)
-                put_in_layer(layer, packed, digests[layer]["weight"])
+                put_in_layer(layer, packed, tensor_digest(weight))
             elif group.part == "down":
                 gate = next(own for g, own in found.items() if g.layers == [layer])
                 wide = gate.squares.diagonal(dim1=-2, dim2=-1)
@@ -64,11 +63,8 @@ def _settle_experts(experts: Any, squares: dict[str, Tensor], grid: Grid) -> Non
         weight = getattr(experts, name)
         parts = [grid.nearest(w, own) for w, own in zip(weight, squares[name], strict=True)]
         packed[name] = grid.pack(parts, weight.dtype)
-    put_in_experts(experts, packed, _digests(experts))
-
-
-def _digests(layer: nn.Module) -> dict[str, str]:
-    return {name: tensor_digest(w) for name, w in layer.named_parameters(recurse=False)}
+    digests = {name: tensor_digest(getattr(experts, name)) for name in EXPERT_WEIGHTS}
+    put_in_experts(experts, packed, digests)
 
 
 def _folds(unit: Unit) -> Iterator[Fold]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from polyhead.compress import awq, gptq
 from polyhead.compress.calibrate import Batch, Walk
-from polyhead.compress.formats import FORMATS, GROUPS, STEPS, Stepped, form_named
+from polyhead.compress.formats import FORMATS, GROUPS, STEPS, PackedWeight, Stepped, form_named
 from polyhead.compress.layers import (
     Form,
     language_heads,
@@ -65,7 +65,7 @@ def quantize(
     grid = _grid(form, group, method, bool(calibration))
     finer = embeddings or _finer(form)
     packing = form_named(form if group == STEPS else f"{form}-{group}")
-    packing_finer = None if finer == "none" else form_named(finer)
+    packing_finer = None if finer == "none" else _named(finer)
     names = dict(model.named_modules())
     if any(f".{BESIDE}." in name or hasattr(part, "packed") for name, part in names.items()):
         raise ConfigError("the model has adapters or few bits already; start from a plain one")
@@ -108,13 +108,11 @@ def _calibrated(
 
 def _grid(form: str, group: int, method: str, is_calibrated: bool) -> Grid | None:
     """What to round to by calibration; None to round to the nearest."""
-    if form not in FORMATS:
-        raise ConfigError(f"form is {form!r}: choose one of {', '.join(FORMATS)}")
+    kind = _named(form)
     if method not in METHODS:
         raise ConfigError(f"method is {method!r}: choose one of {', '.join(METHODS)}")
     if group not in GROUPS:
         raise ConfigError(f"group is {group}: choose one of {', '.join(map(str, GROUPS))}")
-    kind = FORMATS[form]
     if not issubclass(kind, Stepped):
         if method != "nearest" or group != STEPS:
             raise ConfigError(f"form {form!r} has no even steps in groups: use int4 or int8")
@@ -124,6 +122,12 @@ def _grid(form: str, group: int, method: str, is_calibrated: bool) -> Grid | Non
     if not is_calibrated:
         raise ConfigError(f"method {method!r} needs calibration: some inputs like those to come")
     return Grid(kind, group)
+
+
+def _named(form: str) -> type[PackedWeight]:
+    if form not in FORMATS:
+        raise ConfigError(f"form is {form!r}: choose one of {', '.join(FORMATS)}")
+    return FORMATS[form]
 
 
 def _finer(form: str) -> str:

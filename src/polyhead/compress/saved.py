@@ -56,7 +56,7 @@ class PackedModel(TaskModel):
         if state is not None:
             return super().stored(state)
         packed = packed_matrices(self)
-        theirs = self.hf_tensors(self._outline())
+        theirs = self.hf_tensors(self.outline())
         found = {name: tensor.detach() for name, tensor in theirs.items() if not tensor.is_meta}
         for name, (weight, _) in packed.items():
             found |= {f"{name}.{part}": buffer for part, buffer in weight.named_buffers()}
@@ -68,8 +68,8 @@ class PackedModel(TaskModel):
         }
         return {**self.hf_config(), KEY: manifest}, found
 
-    def _outline(self) -> dict[str, Tensor]:
-        """The state, its packed matrices without their values."""
+    def outline(self) -> dict[str, Tensor]:
+        """The state; packed matrices stand on the meta device."""
         found: dict[str, Tensor] = {}
         for name, part in self.named_modules():
             # torch's own, as a packed layer's would unpack it.
