@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from polyhead.cli.luggage import take_along
 from polyhead.cli.opening import device_named, model_path, note, working
+from polyhead.cli.placing import carry_over
 from polyhead.errors import ConfigError
 
 TOLERANCE = 1e-4
@@ -66,7 +66,7 @@ def run(args: Args) -> int:
             found = export_onnx(
                 model, args.out, past=args.past, quantize=args.quantize, force=args.force
             )
-            take_along(source, args.out, model.config.max_tokens)
+            carry_over(source, args.out, model.config.max_tokens)
         else:
             from polyhead.export.aoti import export_aoti
 

@@ -36,6 +36,7 @@ VERBS = {
     "diff": "show what parts change between two families or checkpoints",
     "eval": "evaluate a model, or compare two, at tasks and files",
     "perplexity": "measure how well a model predicts a text",
+    "compress": "keep a model's weights in few bits, and measure what that costs",
     "convert": "rewrite a model as Hugging Face directory or GGUF file",
     "export": "write a model for onnxruntime, or compile it for this machine",
     "pull": "fetch a model by name; without a name, list the names",
@@ -57,6 +58,7 @@ examples:
   polyhead similar minilm-l6 "a cat" "a kitten" "a car" "the sea"
   polyhead diff bert deberta-v3
   polyhead convert smollm2-135m smol/ --to hf --verify
+  polyhead compress smollm2-135m --to int8 --out smol-int8/
   polyhead info llama --set d_model=2048 d_ff=8192 num_layers=16 num_heads=32 vocab_size=128256
 
 A model is a directory, a .gguf file, a name that `polyhead pull` lists, or owner/name of the hub.
