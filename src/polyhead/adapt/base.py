@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
-from typing import Any
 
 from torch import Tensor, nn
 
 from polyhead.adapt.adapters import trained_parts
 from polyhead.adapt.lora import adapted_layers
+from polyhead.compress.layers import PackedExperts, PackedLayer
 from polyhead.files.digest import tensor_digest
 from polyhead.models.model import BESIDE, TaskModel
 
@@ -32,11 +32,11 @@ def base_digest(model: TaskModel, trained: Sequence[str] = ()) -> str:
 
 
 def _weights(backbone: nn.Module) -> Iterator[tuple[str, Tensor | str]]:
-    """Every weight by its name; of one that is kept in few bits the digest it had."""
+    """Every weight by its name; of one that was packed from floats the digest of these."""
     yield from backbone.named_parameters("backbone")
     for name, part in backbone.named_modules(prefix="backbone"):
-        layer: Any = part
-        if isinstance(digest := getattr(layer, "source_digest", None), str):
-            yield f"{name}.weight", digest
-        for own, digest in getattr(layer, "source_digests", {}).items():
-            yield f"{name}.{own}", digest
+        if isinstance(part, PackedLayer):
+            yield f"{name}.weight", part.source_digest or part.weight
+        elif isinstance(part, PackedExperts):
+            for own, digest in part.source_digests.items():
+                yield f"{name}.{own}", digest or part.unpack(own)

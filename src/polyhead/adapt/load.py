@@ -1,16 +1,18 @@
 """A model from a directory or a name, those of adapters included."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from polyhead.adapt.peft import CONFIG, load_adapter
+from polyhead.compress import blocks, saved
 from polyhead.errors import FileError
 from polyhead.files.hub import resolve
 from polyhead.files.jsons import read_json
-from polyhead.models.load import described, read_checkpoint
+from polyhead.models.load import described
 from polyhead.models.load import load as load_model
 from polyhead.models.load import tokenizer as load_tokenizer
 from polyhead.models.model import TaskModel
@@ -30,6 +32,7 @@ def load(
     *,
     adapter: str | Path | None = None,
     change: Callable[[TaskModel], TaskModel] | None = None,
+    packed: bool | str | Collection[str] = False,
     labels: Sequence[str] | None = None,
     problem: str | None = None,
     tasks: Mapping[str, Any] | None = None,
@@ -37,12 +40,15 @@ def load(
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
     The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
-    one on the model that is named. change: what becomes of that before, such as `quantize`.
+    one on the model that is named. change: what becomes of that before, such as `quantize`. What
+    was saved in few bits comes back so.
     dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
-    GGUF's packed blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
+    GGUF's blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
     others; None takes it from the checkpoint's `architectures`. A head that is named here and that
     the checkpoint does not have is drawn fresh, to be trained; `labels` are the names of its
     classes, `problem` and `tasks` as in `Config`. The model is in evaluation mode.
+    packed: of a GGUF file, keep matrices in the blocks that they have there, all or those of the
+    named kinds ("Q4_0", "Q8_0", ...); they are unpacked when they are used, and do not learn.
 
     Raises ConfigError for what a config says that cannot be, FileError for broken files.
     """
@@ -55,7 +61,7 @@ def load(
     if adapter is not None and head is None and labels is None and tasks is None:
         head, said = _head_beside(Path(adapter), name)
         told |= said
-    model = load_model(name, dtype, device, head, revision, **told)
+    model = load_model(name, dtype, device, head, revision, **_reading(packed), **told)
     if change is not None:
         model = change(model)
     if adapter is not None:
@@ -72,6 +78,13 @@ def tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     path = resolve(str(name), revision)
     bare = is_adapter(path) and not any(path.glob("tokenizer*"))
     return load_tokenizer(base_of(path) if bare else name, None if bare else revision)
+
+
+def _reading(packed: bool | str | Collection[str]) -> dict[str, Any]:
+    """How `load_model` is to read and fill."""
+    if not packed:
+        return {"read": saved.read, "fill": saved.fill}
+    return {"read": blocks.read, "fill": partial(blocks.fill, blocks.kinds_named(packed))}
 
 
 def is_adapter(path: Path) -> bool:
@@ -98,7 +111,7 @@ def _head_beside(adapter: Path, base: str | Path) -> tuple[str | None, dict[str,
         return _HEADS.get(read_json(adapter / CONFIG).get("task_type", "")), {}
     config, head = described(read_json(own), own)
     path = resolve(str(base))
-    theirs, there = described(read_checkpoint(path)[0], path)
+    theirs, there = described(saved.read(path)[0], path)
     if head == there and all(getattr(config, key) == getattr(theirs, key) for key in _TOLD):
         return None, {}
     return head, {key: getattr(config, key) for key in _TOLD}

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models.keys import Rule, place_of
+from polyhead.models.keys import Rule
 from polyhead.models.model import TaskModel, checkpoint_rules
+from polyhead.models.places import place_of
 from polyhead.nn.head import LanguageHead
 
 

@@ -51,7 +51,7 @@ def defaults(argv: Sequence[str]) -> Args:
 
 def run(args: Args) -> int:
     """Answer until the input ends."""
-    model, tokenizer = args.opening.open(args.model)
+    model, tokenizer = args.opening.open(args.model, writes=True)
     from polyhead.generate.chat import Chat
     from polyhead.generate.generator import TextGenerator
 

@@ -83,7 +83,7 @@ def run(args: Args) -> int:
             "there is no prompt; give one in quotes, - to read standard input, or --file FILE"
         )
     prompts = [_from_stdin() if text == "-" else text for text in args.prompts]
-    model, tokenizer = args.opening.open(args.model)
+    model, tokenizer = args.opening.open(args.model, writes=True)
     from polyhead.generate.generator import TextGenerator
     from polyhead.tasks.prompt_file.answers import answer_record
 

@@ -32,7 +32,7 @@ def answer_file(args: "Args", config: "GenerationConfig") -> int:
         other = "--stream" if args.stream else "prompts on the command line"
         raise DataError(f"--file and {other} do not go together; leave out one of them")
     with _opened(args.files.file, out) as prompts:
-        model, tokenizer = args.opening.open(args.model)
+        model, tokenizer = args.opening.open(args.model, writes=True)
         from polyhead.kernels import pack
         from polyhead.tasks.prompt_file.run import PromptRun
 

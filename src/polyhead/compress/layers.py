@@ -4,6 +4,7 @@ They stand below the class of the layer that they take the place of, so that a h
 Nothing is learned here: gradients pass to the inputs alone.
 """
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -13,10 +14,14 @@ from torch import Tensor, nn
 
 from polyhead.compress.formats import PackedWeight
 from polyhead.files.digest import tensor_digest
+from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import Table
 from polyhead.nn.head import LanguageHead
 from polyhead.nn.moe import Experts
 
+EXPERT_WEIGHTS = ("gate", "up", "down")
+Form = Callable[[Tensor], PackedWeight]
+"""Makes of a matrix one in few bits."""
 _ALL = slice(None)
 _AT_ONCE = 1 << 22  # weights that are unpacked for a product: a layer's, not a vocabulary's
 
@@ -82,10 +87,11 @@ def packed_weight(layer: nn.Module) -> PackedWeight | None:
 
 
 class PackedLayer(nn.Module):
-    """`packed`: what is kept, `source_digest`: of the weight as it was."""
+    """`packed`: what is kept, `source_digest`: of the weight as it was, None where that is what
+    it unpacks to."""
 
     packed: PackedWeight
-    source_digest: str
+    source_digest: str | None
 
     @property
     def weight(self) -> Tensor:
@@ -145,6 +151,7 @@ class PackedExperts(Experts):
 
     of: nn.ModuleDict
     num_experts: int
+    source_digests: dict[str, str | None]
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         groups = x.split(counts.tolist())
@@ -161,10 +168,14 @@ class PackedExperts(Experts):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, packed in self.of.items():
-            assert isinstance(packed, PackedWeight)
-            whole = packed.unpack().unflatten(0, (self.num_experts, -1))
-            destination[f"{prefix}{name}"] = whole
+        for name in self.of:
+            destination[f"{prefix}{name}"] = self.unpack(name)
+
+    def unpack(self, name: str) -> Tensor:
+        """The weights of all experts `[N, R, W]`."""
+        packed = self.of[name]
+        assert isinstance(packed, PackedWeight)
+        return packed.unpack().unflatten(0, (self.num_experts, -1))
 
 
 @cache
@@ -172,23 +183,42 @@ def _below(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     return base if kind is base.__mro__[2] else type(f"Packed{kind.__name__}", (kind, base), {})
 
 
-def pack_layer(layer: nn.Module, form: type[PackedWeight]) -> None:
+def pack_layer(layer: nn.Module, form: Form) -> None:
     """Make a linear layer or a table one that keeps its weight in few bits."""
+    weight: Any = layer.weight
+    put_in_layer(layer, form(weight), tensor_digest(weight))
+
+
+def put_in_layer(layer: nn.Module, packed: PackedWeight, digest: str | None = None) -> None:
+    """Make a linear layer or a table one that keeps a matrix that is packed."""
     base = PackedLinear if isinstance(layer, nn.Linear) else PackedTable
     found: Any = layer
-    weight = found._parameters.pop("weight")
+    del found._parameters["weight"]
     found.__class__ = _below(type(layer), base)
-    found.packed, found.source_digest = form(weight), tensor_digest(weight)
+    found.packed, found.source_digest = packed, digest
 
 
-def pack_experts(experts: Experts, form: type[PackedWeight]) -> None:
+def pack_experts(experts: Experts, form: Form) -> None:
     """Make experts ones that keep their weights in few bits."""
+    weights = {name: getattr(experts, name) for name in EXPERT_WEIGHTS}
+    packed = {name: form(weight.flatten(0, 1)) for name, weight in weights.items()}
+    digests = {name: tensor_digest(weight) for name, weight in weights.items()}
+    put_in_experts(experts, packed, digests)
+
+
+def put_in_experts(
+    experts: Experts,
+    packed: Mapping[str, PackedWeight],
+    digests: Mapping[str, str | None] | None = None,
+) -> None:
+    """Make experts ones that keep matrices `[N R, W]` that are packed, by their names."""
     found: Any = experts
     found.num_experts = len(experts.gate)
-    weights = {name: found._parameters.pop(name) for name in ("gate", "up", "down")}
+    for name in packed:
+        del found._parameters[name]
     found.__class__ = PackedExperts
-    found.of = nn.ModuleDict({name: form(w.flatten(0, 1)) for name, w in weights.items()})
-    found.source_digests = {name: tensor_digest(w) for name, w in weights.items()}
+    found.of = nn.ModuleDict(packed)
+    found.source_digests = dict(digests or dict.fromkeys(packed))
 
 
 def tie_packed(head: LanguageHead, embedding: PackedTable) -> None:
@@ -197,3 +227,17 @@ def tie_packed(head: LanguageHead, embedding: PackedTable) -> None:
     found: Any = head
     found.__class__ = TiedHead
     found.tie(embedding)
+
+
+def tie_vocabulary(model: TaskModel) -> None:
+    """Make tied heads read the embedding, where that is packed."""
+    embedding = getattr(model.backbone, "embedding", None)
+    if model.is_tied and isinstance(embedding, PackedTable):
+        for head in language_heads(model):
+            tie_packed(head, embedding)
+
+
+def language_heads(model: TaskModel) -> list[LanguageHead]:
+    """The heads over a vocabulary."""
+    parts = [] if model.head is None else model.head.modules()
+    return [part for part in parts if isinstance(part, LanguageHead)]

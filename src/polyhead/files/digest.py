@@ -13,6 +13,6 @@ def tensor_digest(tensor: Tensor) -> str:
     found = sha256(str(list(tensor.shape)).encode())
     for part in tensor.detach().reshape(-1).split(_AT_ONCE):
         # A copy: what numpy has seen is no longer FSDP's to free.
-        copied = part.to("cpu", torch.bfloat16, copy=True)
+        copied = part.to("cpu", torch.bfloat16, copy=True).add_(0.0)  # -0.0 is 0.0
         found.update(copied.view(torch.int16).numpy().data)
     return found.hexdigest()

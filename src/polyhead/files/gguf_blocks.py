@@ -48,7 +48,7 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 def _bits(packed: Tensor) -> Tensor:
     """[blocks, 4] bytes to [blocks, 32] values 0 or 16: bit i of the word, as bit 4."""
-    shifts = torch.arange(8, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
     return ((packed[:, :, None] >> shifts) & 1).reshape(len(packed), 32) << 4
 
 
@@ -96,14 +96,14 @@ def _q4_k(blocks: Tensor, out: Tensor) -> None:
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
     scale, minimum = _scale_min(blocks)
-    shifts = torch.arange(8, dtype=torch.uint8)[:, None]
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
     fifth = ((blocks[:, None, 16:48] >> shifts) & 1) << 4
     q = _nibbles(blocks[:, 48:176].unflatten(1, (4, 32))).reshape(-1, 8, 32) | fifth
     _affine(q, scale, -minimum, out.view(-1, 8, 32))
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)[:, None]
     high = ((blocks[:, 128:192].unflatten(1, (2, 1, 32)) >> shifts) & 3) << 4
     q = _nibbles(blocks[:, 0:128].unflatten(1, (2, 64))).reshape(-1, 2, 4, 32) | high
     scale = _half(blocks, 208) * blocks[:, 192:208].view(torch.int8).float()
@@ -174,9 +174,11 @@ def dequantize(data: Tensor, kind: BlockType, dtype: torch.dtype = torch.float32
     """Blocks uint8 [bytes] of a quantised type to values [weights] in `dtype`, computed in fp32."""
     decode = DEQUANTIZERS[kind.name]
     blocks = data.view(-1, kind.size)
-    out = torch.empty(len(blocks), kind.weights, dtype=dtype)
-    step = max(1, CHUNK // kind.weights)
-    scratch = None if dtype == torch.float32 else torch.empty(step, kind.weights)
+    device = blocks.device
+    out = torch.empty(len(blocks), kind.weights, dtype=dtype, device=device)
+    step = max(1, CHUNK // kind.weights if device.type == "cpu" else len(blocks))
+    is_direct = dtype == torch.float32
+    scratch = None if is_direct else torch.empty(step, kind.weights, device=device)
     for start in range(0, len(blocks), step):
         part = blocks[start : start + step]
         target = out[start : start + step]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.compress.formats import PackedWeight
@@ -26,6 +27,7 @@ from polyhead.nn.position import (
 )
 from polyhead.nn.rotary import Rotary
 
+_FEW = 16  # tokens that plain matrices are read for by our kernel; torch's is better for many
 KNOWN_POSITIONS = (Rotary, FusedRotary, T5Bias, Alibi)
 
 
@@ -77,6 +79,8 @@ class _Recorder:
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         weight = layer.weight
+        if x.numel() // x.shape[-1] > _FEW:
+            return F.linear(x, weight, layer.bias)
         return self._dense(x.contiguous(), weight, layer.bias, weight.shape[0])
 
     def packed_linear(self, layer: Any, x: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class LaidOutInt4(LaidOut):
         super().__init__(weight)
         codes = torch.cat([weight.codes & 15, weight.codes >> 4], 2)
         low, high = _columns(codes).unflatten(2, (2, -1)).unbind(2)
-        steps = [_lanes(x).view(torch.uint8) for x in (weight.scales, weight.least)]
+        steps = [_lanes(x).view(torch.uint8) for x in weight.steps()]
         self._hold("data", torch.cat([*steps, (high << 4 | low).flatten(2)], 2).contiguous())
 
     def _unpack(self, blocks: Rows) -> Tensor:
@@ -104,7 +104,7 @@ class LaidOutInt8(LaidOut):
     def __init__(self, weight: Int8) -> None:
         super().__init__(weight)
         codes = _columns(_from_zero(weight.codes)).flatten(2)
-        scales = _lanes(weight.scales).view(torch.uint8)
+        scales = _lanes(*weight.steps()).view(torch.uint8)
         self._hold("data", torch.cat([scales, codes], 2).contiguous())
 
     def _unpack(self, blocks: Rows) -> Tensor:

@@ -169,7 +169,7 @@ class _Waits:
         """Whether this one must, the next of a row."""
         waits = any(
             # Of a tensor that two calls share alike, a thread finds its own part.
-            by is None or (by, tensor) != (call.by, storage_of(x))
+            by is None or call.meets or (by, tensor) != (call.by, storage_of(x))
             for x in (*call.reads, *call.writes)
             for by, tensor in self._met(x, any(x is y for y in call.writes))
         )

@@ -80,7 +80,7 @@ class EncoderDecoder(nn.Module):
         attention = cast(MultiHeadAttention, layers[0].attention)
         caches = make_caches(
             batch_size, max_len, windows,
-            attention.num_kv_heads, attention.head_dim, self.embedding.weight,
+            attention.num_kv_heads, attention.head_dim, next(self.parameters()),
         )  # fmt: skip
         if self.encoder is not None:
             caches.cross = [CrossCache() for _ in windows]

@@ -1,9 +1,8 @@
 """GGUF files as Hugging Face checkpoints: a config.json, and tensors under Hugging Face's names."""
 
-import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
+import math
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.gguf import GgufFile, open_gguf
-from polyhead.files.gguf_blocks import BY_NAME
 from polyhead.files.gguf_types import RawTensor
 from polyhead.files.gguf_write import write_gguf
 from polyhead.models.config_json import complete_hf, from_hf
@@ -22,146 +20,22 @@ from polyhead.models.gguf_config import (
     family_of_metadata,
     metadata_from_config,
 )
-from polyhead.models.gguf_families import Family
-from polyhead.models.gguf_names import Name
+from polyhead.models.gguf_packed import Packed
+from polyhead.models.gguf_tensors import ROPE_FREQS, GgufTensors, HfTensors
 from polyhead.models.registry import family_of
 
-ROPE_FREQS = "rope_freqs.weight"
-# llama.cpp keeps these in fp32 whatever the rest is, besides all vectors.
-ALWAYS_FLOAT = (".ffn_gate_inp.weight", "position_embd.weight")
-# Buffers of old checkpoints that hold no weights.
-BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}  # llama.h, llama_ftype
+# Of most weights, as llama.h's llama_ftype numbers it.
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32, "Q4_0": 2, "Q4_1": 3, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7,
+    "Q4_K": 15, "Q5_K": 17, "Q6_K": 18,
+}  # fmt: skip
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a Hugging Face tensor lies: a tensor of the file, or one expert of a stack."""
-
-    name: str
-    row: Name
-    part: int | None = None
-
-
-class HfTensors(Mapping[str, Tensor]):
-    """A GGUF file's tensors under Hugging Face's names, each made when it is asked for.
-
-    Floats keep their type; quantised tensors become fp32. Errors: ConfigError for a tensor that the
-    architecture's table does not know.
-    """
-
-    def __init__(self, gguf: GgufFile, family: Family, config: Mapping[str, Any]) -> None:
-        self.gguf = gguf
-        self.config = config
-        self._places: dict[str, Place] = {}
-        for name in gguf.names:
-            if name == ROPE_FREQS:
-                continue
-            row, found = _match(family, name, "gguf")
-            if row is None:
-                raise ConfigError(
-                    f"{gguf.path}: tensor {name!r} is unknown in {family.arch}; not read here"
-                )
-            if "{e}" in row.hf:
-                for e in range(gguf.shape(name)[0]):
-                    self._places[row.hf.format(**found, e=e)] = Place(name, row, e)
-            else:
-                self._places[row.hf.format(**found)] = Place(name, row)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensor(name)
-
-    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor in `dtype`; None keeps floats as stored and makes quantised ones fp32."""
-        place = self._places[name]
-        raw = self.stored(name)  # rows are put in order while they are packed
-        if raw is not None and place.row.change:
-            return raw.values(dtype)
-        values = self.gguf.tensor(place.name, dtype, place.part)
-        return place.row.change.to_hf(values, self.config) if place.row.change else values
-
-    def stored(self, name: str) -> RawTensor | None:
-        """The tensor's blocks, rows in Hugging Face's order; None where no row order gives it.
-
-        That is for plain floats, and for what the two worlds do not keep by rows.
-        """
-        place = self._places[name]
-        raw, change = self.gguf.stored(place.name, place.part), place.row.change
-        if BY_NAME[raw.kind].dtype is not None or (change and not change.on_rows):
-            return None
-        data = change.to_hf(raw.data, self.config) if change else raw.data
-        return RawTensor(raw.kind, raw.shape, data)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._places
-
-
-class GgufTensors(Mapping[str, Tensor]):
-    """A Hugging Face checkpoint's tensors under GGUF's names, each made when it is asked for.
-
-    Errors: ConfigError for a tensor that GGUF has no name for, and for one that is missing.
-    """
-
-    def __init__(
-        self,
-        family: Family,
-        config: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-        freqs: Tensor | None,
-    ) -> None:
-        self.config = config
-        self.tensors = tensors
-        self._extra = {} if freqs is None else {ROPE_FREQS: freqs}
-        self._sources: dict[str, tuple[Name, dict[int, str]]] = {}
-        for name in tensors:
-            if BUFFERS.fullmatch(name) or (name == "lm_head.weight" and _is_tied(config, tensors)):
-                continue
-            row, found = _match_hf(family, name)
-            expert = found.pop("e", 0)
-            parts = self._sources.setdefault(row.gguf.format(**found), (row, {}))[1]
-            parts[expert] = name
-        self._check_complete(family)
-
-    def _check_complete(self, family: Family) -> None:
-        layers = self.config[family.keys["block_count"]]
-        experts = self.config.get("num_experts") or self.config.get("num_local_experts") or 1
-        for row in family.names:
-            for i in range(layers if "{i}" in row.gguf else 1):
-                parts = self._sources.get(row.gguf.format(i=i), (row, {}))[1]
-                wanted = range(experts if "{e}" in row.hf else 1)
-                lacking = [e for e in wanted if e not in parts]
-                if lacking and not (row.optional and not parts):
-                    name = row.hf.format(i=i, e=lacking[0])
-                    raise ConfigError(f"the checkpoint lacks {name}, which {family.arch} needs")
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._extra:
-            return self._extra[name]
-        row, parts = self._sources[name]
-        tensor = self.tensors[parts[0]]
-        if "{e}" in row.hf:
-            tensor = torch.stack([self.tensors[parts[e]] for e in sorted(parts)])
-        tensor = row.change.to_gguf(tensor, self.config) if row.change else tensor
-        always = tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT)
-        return tensor.float() if always else tensor
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._sources
-        yield from self._extra
-
-    def __len__(self) -> int:
-        return len(self._sources) + len(self._extra)
-
-
-def read(path: str | Path) -> tuple[dict[str, Any], HfTensors, GgufFile]:
+def read(path: str | Path, outlined: bool = False) -> tuple[dict[str, Any], HfTensors, GgufFile]:
     """A GGUF file as (config.json, tensors by Hugging Face's names, the file itself).
 
+    outlined: of tensors in blocks the shapes alone, as `HfTensors` has it.
     Errors: FileError for a broken file, ConfigError for an architecture or a setting not read here.
     """
     file = open_gguf(path)
@@ -171,7 +45,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], HfTensors, GgufFile]:
         config = config_from_metadata(file.metadata, shapes, freqs)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    return config, HfTensors(file, family_of_metadata(file.metadata), config), file
+    return config, HfTensors(file, family_of_metadata(file.metadata), config, outlined), file
 
 
 def write(
@@ -180,10 +54,14 @@ def write(
     tensors: Mapping[str, Tensor],
     tokenizer: Mapping[str, Any] | None = None,
     *,
+    blocks: str | None = None,
     force: bool = False,
 ) -> None:
     """Write a Hugging Face checkpoint as GGUF: floats keep their type, but vectors become fp32.
 
+    Tensors of another GGUF file, as `read` gives them, keep their blocks.
+    blocks: "Q8_0", "Q4_0" or "Q4_1" packs the matrices so, tables of tokens and heads as Q8_0;
+    what does not divide into blocks of 32 becomes fp16.
     tokenizer: metadata `tokenizer.*`, from `tokenizer_metadata` or another GGUF file; its token ids
     stand before the config's. Errors: ConfigError for what GGUF cannot say, FileError from writing.
     """
@@ -192,53 +70,19 @@ def write(
     config = complete_hf(from_hf(family_of(config["model_type"]).config, config))
     metadata, freqs = metadata_from_config(config)
     names = GgufTensors(family, config, tensors, freqs)
-    kinds = {torch.float32: 0, torch.float16: 0, torch.bfloat16: 0}
+    weights: Counter[str] = Counter()
     for name in names:
         tensor = names[name]
-        if tensor.dtype not in kinds:
+        kind = tensor.kind if isinstance(tensor, RawTensor) else FLOATS.get(tensor.dtype)
+        if kind is None:
             raise FileError(f"{path}: {name} is not fp32, fp16 or bf16; convert it first")
-        kinds[tensor.dtype] += tensor.numel() if tensor.dim() > 1 else 0
+        weights[kind] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
     metadata["general.type"] = "model"
-    metadata["general.file_type"] = FILE_TYPES[max(kinds, key=lambda dtype: kinds[dtype])]
+    most, _ = weights.most_common(1)[0]
+    if (kind := blocks or most) in FILE_TYPES:
+        metadata["general.file_type"] = FILE_TYPES[kind]
     metadata["general.quantization_version"] = 2
     for key, value in (tokenizer or {}).items():
         if key.startswith("tokenizer."):
             metadata[key] = value
-    write_gguf(path, metadata, names, force=force)
-
-
-def _is_tied(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether the head repeats the embedding; GGUF says so by leaving it out."""
-    family = family_of_config(config)
-    if not config.get("tie_word_embeddings", family.model_type == "gpt2"):
-        return False
-    embedding = next(row.hf for row in family.names if row.gguf == "token_embd.weight")
-    if embedding in tensors and not torch.equal(tensors[embedding], tensors["lm_head.weight"]):
-        raise ConfigError(
-            "tie_word_embeddings is true, yet lm_head.weight differs from the embedding; "
-            "set it to false"
-        )
-    return True
-
-
-def _match_hf(family: Family, name: str) -> tuple[Name, dict[str, int]]:
-    """The row of a Hugging Face name, with or without the prefix a model with a head has."""
-    prefix = "transformer." if family.model_type == "gpt2" else "model."
-    for candidate in (name, prefix + name):
-        row, found = _match(family, candidate, "hf")
-        if row is not None:
-            return row, found
-    raise ConfigError(f"tensor {name!r} has no name in GGUF's {family.arch}; save as safetensors")
-
-
-def _match(family: Family, name: str, side: str) -> tuple[Name | None, dict[str, int]]:
-    for row in family.names:
-        match = _pattern(getattr(row, side)).fullmatch(name)
-        if match:
-            return row, {key: int(value) for key, value in match.groupdict().items()}
-    return None, {}
-
-
-@cache
-def _pattern(text: str) -> re.Pattern[str]:
-    return re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>0|[1-9]\\d{0,5})", re.escape(text)))
+    write_gguf(path, metadata, names if blocks is None else Packed(names, blocks), force=force)

@@ -101,17 +101,6 @@ def knows(rules: Rules, name: str) -> bool:
     return _matching(rules, name)[0] is not None
 
 
-def place_of(rules: Rules, ours: str) -> tuple[Rule, int, str] | None:
-    """The rule that writes a tensor of ours, which of its parts that is, and the name there."""
-    for rule in rules:
-        if isinstance(rule, Rule):
-            parts = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
-            for number, part in enumerate(parts):
-                if (indices := _match(part, ours)) is not None and not rule.stack:
-                    return rule, number, rule.theirs.format(**indices)
-    return None
-
-
 def differ(rules: Rules, theirs: Mapping[str, Tensor]) -> bool:
     """Whether a tensor that is said to repeat another does not."""
     return any(
@@ -133,10 +122,12 @@ def to_theirs(rules: Rules, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         parts = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
         for first in list(ours):
-            indices = _match(parts[0], first)
+            indices = match(parts[0], first)
             if indices is None:
                 continue
             names = [part.format(**indices) for part in parts]
+            if not all(name in ours for name in names):
+                continue  # some of its parts are kept in another way
             written.update(names)
             made.update(_joined(rule, indices, [ours[name] for name in names]))
     for rule in rules:
@@ -204,13 +195,13 @@ def _joined(rule: Rule, indices: Indices, parts: Sequence[Tensor]) -> Iterable[t
 
 def _matching(rules: Rules, name: str) -> tuple[Rule | Dropped | Tied | None, Indices]:
     for rule in rules:
-        indices = _match(rule.theirs, name)
+        indices = match(rule.theirs, name)
         if indices is not None:
             return rule, indices
     return None, {}
 
 
-def _match(pattern: str, name: str) -> Indices | None:
+def match(pattern: str, name: str) -> Indices | None:
     """The numbers that `{i}` and the like stand for, or None where the name does not fit."""
     found = _compiled(pattern).fullmatch(name)
     return None if found is None else {key: int(value) for key, value in found.groupdict().items()}

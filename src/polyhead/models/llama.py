@@ -77,7 +77,7 @@ class Llama(nn.Module):
 
     def make_caches(self, batch_size: int, max_len: int | None = None) -> Caches:
         """Empty caches for `batch_size` rows: static of `max_len` positions, or growing."""
-        c, like = self.config, self.embedding.weight
+        c, like = self.config, next(self.parameters())
         return make_caches(batch_size, max_len, c.windows, c.kv_heads, c.width, like)
 
 

@@ -1,6 +1,6 @@
 """From a path or a name to a model and its tokenizer: Hugging Face directories and GGUF files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,23 @@ DTYPES = {
 }
 
 
+Checkpoint = tuple[dict[str, Any], Mapping[str, Tensor]]
+"""A `config.json` and tensors by Hugging Face's names, read when asked."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint of a directory, a .safetensors or a GGUF file."""
+    if path.suffix == ".gguf":
+        config, tensors, _ = gguf.read(path)
+        return config, tensors
+    folder = path if path.is_dir() else path.parent
+    if not (folder / "config.json").exists():
+        if steps := sorted((folder / "checkpoints").glob("step-*")):
+            raise FileError(f"{folder} is a training run; name a checkpoint, such as {steps[-1]}")
+        raise FileError(f"{folder} has no config.json; name a model directory or a .gguf file")
+    return read_json(folder / "config.json"), open_checkpoint(path)
+
+
 def load(
     name: str | Path,
     dtype: torch.dtype | str | None = None,
@@ -40,6 +57,8 @@ def load(
     labels: Sequence[str] | None = None,
     problem: str | None = None,
     tasks: Mapping[str, Any] | None = None,
+    read: Callable[[Path], Checkpoint] = read_checkpoint,
+    fill: Callable[[TaskModel, Mapping[str, Tensor]], None] | None = None,
 ) -> TaskModel:
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
@@ -48,16 +67,20 @@ def load(
     and others; None takes it from the checkpoint's `architectures`. A head that is named here and
     that the checkpoint does not have is drawn fresh, to be trained; `labels` are the names of its
     classes, `problem` and `tasks` as in `Config`. The model is in evaluation mode.
+    read: what reads a checkpoint; where it gives tensors on the meta device, fill(model, tensors)
+    puts the weights in.
 
     Raises ConfigError for what a config says that cannot be, FileError for broken files.
     """
     path = resolve(str(name), revision)
-    data, tensors = read_checkpoint(path)
+    data, tensors = read(path)
     config, there = described(data, path)
     config = _told(config, labels, problem, tasks)
     wanted = _asked(config, head, there)
     is_new = wanted != there or (labels or tasks) is not None
     model = from_tensors(config, tensors, wanted, _dtype(dtype, data, path), is_new)
+    if fill is not None:
+        fill(model, tensors)
     if path.is_dir() and (sentences := read_sentences(path)) is not None:
         model.sentences = sentences
         if wanted == "embed":
@@ -84,19 +107,6 @@ def tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
     if path.suffix == ".gguf":
         return Tokenizer.from_gguf(open_gguf(path).metadata)
     return Tokenizer.load(path.parent if path.suffix == ".safetensors" else path)
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], Mapping[str, Tensor]]:
-    """A checkpoint's `config.json` and its tensors by Hugging Face's names, read when asked."""
-    if path.suffix == ".gguf":
-        config, tensors, _ = gguf.read(path)
-        return config, tensors
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "config.json").exists():
-        if steps := sorted((folder / "checkpoints").glob("step-*")):
-            raise FileError(f"{folder} is a training run; name a checkpoint, such as {steps[-1]}")
-        raise FileError(f"{folder} has no config.json; name a model directory or a .gguf file")
-    return read_json(folder / "config.json"), open_checkpoint(path)
 
 
 def described(data: Mapping[str, Any], path: Path) -> tuple[Config, str | None]:
