@@ -18,14 +18,14 @@ FINER = ("token_embd.weight", "output.weight")
 class Packed(Mapping[str, Tensor | RawTensor]):
     """Tensors by GGUF's names, their matrices in blocks, each packed when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], kind: str) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor | RawTensor], kind: str) -> None:
         if kind not in PACKERS:
             raise ConfigError(f"blocks are {kind!r}; use one of {', '.join(PACKERS)}")
         self._tensors, self._kind = tensors, kind
 
     def __getitem__(self, name: str) -> Tensor | RawTensor:
         tensor = self._tensors[name]
-        if tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT):
+        if isinstance(tensor, RawTensor) or tensor.dim() == 1 or name.endswith(ALWAYS_FLOAT):
             return tensor
         if tensor.shape[-1] % BY_NAME[self._kind].weights:
             return tensor.half()
