@@ -37,7 +37,9 @@ def test_what_it_validates_is_what_quantize_makes(tmp_path, tokenizer):
     saved = ph.load(found["checkpoint"])
     held = trainer._datasets([text(60)], None)[1]
     few, floats = (
-        score_tokens(model, held.tokens, context=held.context, objective=trainer.objective).loss
+        score_tokens(
+            model, held.tokens, context=held.context, objective=trainer.objective, batch_size=2
+        ).loss
         for model in (ph.quantize(saved, "int4"), saved)
     )
     assert found["valid_loss"] == pytest.approx(few, rel=1e-5)
