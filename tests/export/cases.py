@@ -64,7 +64,7 @@ DECODERS = [
     Case("qwen2", GROUPED),
     Case("qwen3", GROUPED),
     Case("mixtral", dict(GROUPED, num_experts=4, top_k=2)),
-    Case("qwen2_moe", dict(GROUPED, num_experts=4, top_k=2)),
+    Case("qwen2_moe", dict(GROUPED, num_experts=4, top_k=2, shared_d_ff=48)),
     *(stack(kind, position=kind) for kind in ("alibi", "t5", "shaw", "rotary", "learned")),
     stack("strided", pattern="strided", stride=3),
     stack("big-bird", pattern="big_bird", window=3, position="rotary"),

@@ -71,10 +71,16 @@ def test_transformers_loads_all_of_it_and_answers_alike(name: str, tmp_path: Pat
     theirs, said = getattr(transformers, architecture).from_pretrained(
         tmp_path, output_loading_info=True
     )
+    if name == "bert-embed":  # the mean of all states: their class draws a pooler that nobody asks
+        said["missing_keys"] = [key for key in said["missing_keys"] if "pooler" not in key]
     assert not any(said[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     if name in ("bert-embed", "bert-pretraining", "deberta", "deberta-v2"):
         return  # another head of theirs, or theirs is at fault: see tests/models
     inputs = inputs_of(model)
+    if name == "gpt2-classify":  # theirs finds the last token by the id that pads
+        theirs.config.pad_token_id = padding = 60
+        ids = inputs["input_ids"].clamp(max=padding - 1)
+        inputs["input_ids"] = ids.where(inputs["attention_mask"] != 0, padding)
     with torch.no_grad():
         wanted, found = answers(theirs.eval(), inputs), model(**inputs)
     if name == "bert-answer":

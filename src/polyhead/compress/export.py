@@ -47,7 +47,8 @@ class _Blocks(BlockTensors):
                 plain = weight.halves if isinstance(weight, Half) else weight.unpack()
                 outline[name] = plain.view(*rows, -1)
             else:
-                blocks[_kind(weight)][name] = _bytes(name, weight).view(*rows, -1)
+                of_kind = blocks[_kind(weight)]
+                of_kind[name] = _bytes(name, weight).view(*rows, -1)
         self._tensors = model.hf_tensors(outline)
         self._raw = {
             name: (kind, tensor)
