@@ -56,7 +56,7 @@ def test_json_says_what_the_model_gives(cli: Any, plain: Path, tmp_path: Path, t
     small = ph.load(out)
     perplexity = float(ph.perplexity(small, ph.tokenizer(out), TEXT[:400]))
     assert found["after"]["perplexity"] == pytest.approx(perplexity, rel=1e-3)
-    assert found["before"]["memory_bytes"] > 2 * found["after"]["memory_bytes"]
+    assert found["before"]["memory_bytes"] > found["after"]["memory_bytes"]
     assert found["after"]["disk_bytes"] == sum(f.stat().st_size for f in out.rglob("*"))
     assert 0 < found["cost"]["largest_change"] < 1
     assert 0.9 < found["cost"]["cosine"] < 1

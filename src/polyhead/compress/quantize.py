@@ -63,7 +63,7 @@ def quantize(
     calibration that the model does not take, and a model that has adapters or is packed already.
     """
     grid = _grid(form, group, method, bool(calibration))
-    finer = embeddings or _finer(form)
+    finer = embeddings or finer_form(form)
     packing = form_named(form if group == STEPS else f"{form}-{group}")
     packing_finer = None if finer == "none" else _named(finer)
     names = dict(model.named_modules())
@@ -130,7 +130,7 @@ def _named(form: str) -> type[PackedWeight]:
     return FORMATS[form]
 
 
-def _finer(form: str) -> str:
+def finer_form(form: str) -> str:
     """What the tables of tokens and language heads are kept in."""
     return {"nf4": "nf6", "nf6": "nf6", "fp16": "fp16", "bf16": "bf16"}.get(form, "int8")
 
