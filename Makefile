@@ -2,14 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+PEERS := .peers/bin
+PEERS_STAMP := .peers/.installed
 # Which of the recipes: digits, embedder, mup, multitask, posts, pretrain, span_corruption, translate
 NAME ?= digits
 # More for a target's command, such as: make test ARGS="tests/nn -x"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: .venv bench-encoders bench-train clean demo format help lint recipe reliability
-.PHONY: soak-train test types
+.PHONY: .venv bench-encoders bench-peers bench-train clean demo format help lint recipe
+.PHONY: reliability soak-train test types
 
 .venv: $(STAMP) ## The virtual environment with everything in it
 
@@ -42,6 +44,20 @@ bench-train: $(STAMP) ## Training speed beside the ceiling of this machine
 
 bench-encoders: $(STAMP) ## Encoders beside sentence-transformers and transformers
 	@$(BIN)/python -m benchmarks.encoders $(ARGS)
+
+bench-peers: $(STAMP) $(PEERS_STAMP) ## Beside llama.cpp, transformers and others, an hour
+	@$(BIN)/python -m benchmarks all $(ARGS)
+
+# llama.cpp is compiled for this machine; CMAKE_ARGS may say more.
+$(PEERS_STAMP): benchmarks/peers/packages.txt constraints.txt
+	@$(PEERS)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .peers
+	@echo "Installing the peers into .peers (llama.cpp is compiled: half an hour the first time) ..."
+	@grep -v '^#' benchmarks/peers/packages.txt | while read -r line; do \
+		CMAKE_ARGS="-DGGML_NATIVE=ON $$CMAKE_ARGS" $(PEERS)/python -m pip install -q \
+			--disable-pip-version-check -c constraints.txt $$line </dev/null \
+			|| echo "Not installed, so absent: $$line"; \
+	done
+	@touch $@
 
 reliability: $(STAMP) ## Training that is killed, filled up and reshaped: make reliability ARGS=kill
 	@$(BIN)/python -m benchmarks.reliability $(ARGS)

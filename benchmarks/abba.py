@@ -12,11 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 Call = Callable[[], object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,20 @@ def slices(
         say(f"warming up {name}")
         call()
         call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    takes = {name: partial(seconds_a_call, call, seconds) for name, call in calls.items()}
+    return in_turn(takes, rounds, lambda turn: say(f"round {turn + 1} of {rounds}"))
+
+
+def in_turn(
+    takes: Mapping[str, Callable[[], T]], rounds: int, say: Callable[[int], object]
+) -> dict[str, list[T]]:
+    """What each of `takes` gives, once a round, in the order A B B A; `say` is told each round."""
+    found: dict[str, list[T]] = {name: [] for name in takes}
     for turn in range(rounds):
-        say(f"round {turn + 1} of {rounds}")
-        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
-            times[name].append(seconds_a_call(calls[name], seconds))
-    return times
+        say(turn)
+        for name in list(takes) if turn % 2 == 0 else list(takes)[::-1]:
+            found[name].append(takes[name]())
+    return found
 
 
 def seconds_a_call(call: Call, seconds: float) -> float:
@@ -73,8 +85,10 @@ def with_itself(times: Sequence[float]) -> Ratio:
     return ratio(times[0:even:2], times[1:even:2])
 
 
-def product_gflops(dtype: torch.dtype, size: int = 2048) -> float:
+def product_gflops(dtype: "torch.dtype", size: int = 2048) -> float:
     """What the machine's own matrix product reaches now."""
+    import torch
+
     a, b = torch.randn(2, size, size).to(dtype)
     out = torch.empty(size, size, dtype=dtype)
     return 2 * size**3 / seconds_a_call(lambda: torch.mm(a, b, out=out), 1.0) / 1e9

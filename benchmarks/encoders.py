@@ -41,20 +41,26 @@ class Work:
     distance: dict[str, float]
 
 
-def sentences() -> Work:
-    """1000 ragged sentences through all-MiniLM-L6-v2."""
+def ragged(count: int, log_words: float = 2.2) -> list[str]:
+    """Texts of log-normal lengths; log_words: the mean of the logarithm of their words."""
     from pydoc_data.topics import topics
 
+    words, draw = " ".join(topics.values()).split(), random.Random(0)
+    texts: list[str] = []
+    for _ in range(count):
+        length = max(1, round(math.exp(draw.gauss(log_words, 0.75))))
+        start = draw.randrange(len(words) - length)
+        texts.append(" ".join(words[start : start + length]))
+    return texts
+
+
+def sentences() -> Work:
+    """1000 ragged sentences through all-MiniLM-L6-v2."""
     from sentence_transformers import SentenceTransformer
 
     from polyhead.files.hub import resolve
 
-    words, draw = " ".join(topics.values()).split(), random.Random(0)
-    texts = []
-    for _ in range(1000):
-        count = max(1, round(math.exp(draw.gauss(2.2, 0.75))))
-        start = draw.randrange(len(words) - count)
-        texts.append(" ".join(words[start : start + count]))
+    texts = ragged(1000)
     folder = str(resolve("minilm-l6"))
     tokenizer = ph.tokenizer(folder)
     peers = {

@@ -136,10 +136,10 @@ def test_nothing_is_overwritten(cli: Any, plain: Path, tmp_path: Path) -> None:
     assert "few bits already" in ran.err
 
 
-def test_a_family_that_gguf_does_not_know(cli: Any, tmp_path: Path) -> None:
+def test_what_gguf_cannot_hold(cli: Any, tmp_path: Path) -> None:
     make(tmp_path / "bert", "lm")
     ran = cli("compress", tmp_path / "bert", "--out", tmp_path / "m.gguf", "--to", "int8")
     assert ran.code == 2
-    assert "bert" in ran.err
-    assert len(ran.err.strip().splitlines()) == 1
+    assert "GGUF" in ran.err.splitlines()[-1]
+    assert "Traceback" not in ran.err
     assert not (tmp_path / "m.gguf").exists()

@@ -80,7 +80,7 @@ def test_columns_that_nothing_reads_are_rounded() -> None:
     squares[:40] = squares[:, :40] = 0.0
     values, _ = rounded(weight, squares, Grid(Int4, 32))
     assert values.isfinite().all()
-    assert (values - weight)[:, :40].abs().mean() < 0.1
+    assert (values - weight)[:, :32].abs().max() < 0.3  # the rest share steps with what is read
     values, _ = rounded(weight, torch.zeros(96, 96), Grid(Int4, 32))
     assert (values - weight).abs().mean() < 0.1
 
@@ -126,9 +126,9 @@ def test_every_family(name: str, method: str) -> None:
     plain = ph.quantize(model, "int4", embeddings="none")
     whole, near, far = (read(each, given) for each in (model, found, plain))
     share = 1.0 if method == "gptq" else 1.1
-    assert (near - whole).norm() <= share * (far - whole).norm()
-    # An LSTM has tables and heads alone.
-    assert torch.equal(near, far) == (name == "lstm")
+    if name != "lstm":  # which has nothing to gather inputs of
+        assert (near - whole).norm() < share * (far - whole).norm()
+    assert not torch.equal(near, far) or name == "lstm"
 
 
 def read(model: TaskModel, given: list[Any]) -> Tensor:

@@ -360,7 +360,6 @@ REFUSED = {
     "conv_width is 4": dict(kind="DebertaV2", conv_kernel_size=4),
     "reach above": dict(kind="DebertaV2", position_buckets=70),
     "2 buckets or more": dict(kind="DebertaV2", position_buckets=1),
-    "head_dim is 6": dict(kind="DebertaV2", attention_head_size=6),
 }
 
 

@@ -38,6 +38,7 @@ VERBS = {
     "perplexity": "measure how well a model predicts a text",
     "compress": "keep a model's weights in few bits, and measure what that costs",
     "convert": "rewrite a model as Hugging Face directory or GGUF file",
+    "export": "write a model for onnxruntime, or compile it for this machine",
     "pull": "fetch a model by name; without a name, list the names",
     "info": "show a model's parameters, memory, FLOPs and parts",
 }
@@ -66,7 +67,7 @@ standard error. --json, where a verb has it, is for scripts; --debug shows an er
 
 exit codes:
   0    done
-  1    a check failed (convert --verify), or some prompts of a file (generate --file) did
+  1    a check failed (convert --verify, export), or some prompts of a file (generate --file) did
   2    something to mend in the flags, the files or the data; one line says what
   70   a fault of polyhead itself
   130  interrupted (Ctrl-C); 143 terminated: a training run has saved a checkpoint before it

@@ -69,11 +69,8 @@ def counted(weights: Mapping[str, Tensor]) -> Sparsity:
 
 def prunable(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Parameter]:
     """The matrices that `prune` takes, by name. Errors: ConfigError as there."""
+    check_floats(model)
     parts = dict(model.named_modules())
-    if any(isinstance(part, PackedLayer | PackedExperts) for part in parts.values()):
-        raise ConfigError("a model in few bits is not pruned: prune it first, then quantize")
-    if any(f".{BESIDE}." in name for name in parts):
-        raise ConfigError("a model with adapters is not pruned: merge or remove them first")
     named = {name: weight for name, weight in model.named_parameters() if weight.ndim >= 2}
     for target in targets:
         if not any(target in name for name in named):
@@ -85,6 +82,17 @@ def prunable(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Para
     if not found:
         raise ConfigError("the model has no matrices in blocks: name some as targets")
     return found
+
+
+def check_floats(model: nn.Module, what: str = "pruned") -> None:
+    """ConfigError for a model whose matrices are no plain floats, or have adapters beside them.
+
+    what: it is not to be done to these.
+    """
+    if any(isinstance(part, PackedLayer | PackedExperts) for part in model.modules()):
+        raise ConfigError(f"a model in few bits is not {what}: do that first, then quantize")
+    if any(f".{BESIDE}." in name for name, _ in model.named_modules()):
+        raise ConfigError(f"a model with adapters is not {what}: merge or remove them first")
 
 
 def _multiplies(parts: Mapping[str, nn.Module], name: str) -> bool:

@@ -13,7 +13,6 @@ from polyhead.generate.ending import Ending
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.intake import Intake
 from polyhead.generate.memory import Memory
-from polyhead.generate.mode import evaluating
 from polyhead.generate.pace import Pace
 from polyhead.generate.postprocess import Postprocess
 from polyhead.generate.prompts import Prompt, check_ids
@@ -162,7 +161,7 @@ class Engine:
     def step(self) -> list[Request]:
         """Move on every request that can be moved; those that came to their end since the last."""
         begin, is_busy = perf_counter(), self.scheduler.is_busy
-        with evaluating(self.model), torch.inference_mode():
+        with torch.inference_mode():
             self._propose()
             self._refuse()
             plan = self._schedule()

@@ -16,6 +16,7 @@ from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.model import TaskModel
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.mask import Mask
+from polyhead.nn.mode import evaluating
 from polyhead.nn.position import Position
 
 _WASTE = 1.25
@@ -64,30 +65,49 @@ class Runner:
     def read(self, pieces: Sequence[Piece]) -> list[tuple[Piece, Tensor]]:
         """The hidden states `[wanted, E]` at the end of each piece that wants some."""
         found: list[tuple[Piece, Tensor]] = []
-        steps = [piece for piece in pieces if len(piece.ids) == 1 and piece.text.held > 0]
-        if steps and (hidden := self._replayed(steps)) is not None:
-            found += _wanted(steps, hidden)
-            pieces = [piece for piece in pieces if piece not in steps]
+        recorded = [piece for piece in pieces if self._may_replay(piece)]
+        if recorded and (hidden := self._replayed(recorded)) is not None:
+            found += _wanted(recorded, hidden)
+            pieces = [piece for piece in pieces if piece not in recorded]
+        if pieces:
+            with evaluating(self.model):
+                found += self._plain(pieces)
+        return found
+
+    def _plain(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
+        """The same by the model's own forwards."""
         batches = list(_alike(pieces))
         few = [batch for batch in batches if self._may_mix(batch)]
         if len(few) > 1:
             batches = [batch for batch in batches if batch not in few]
             mixed = sorted((piece for batch in few for piece in batch), key=_place)
-            found += _wanted(mixed, self._mixed(mixed))
+            yield from _wanted(mixed, self._mixed(mixed))
         for batch in batches:
-            found += _wanted(batch, self._forward(batch))
-        return found
+            yield from _wanted(batch, self._forward(batch))
 
-    def _replayed(self, batch: Sequence[Piece]) -> Tensor | None:
-        """Hidden states `[B, 1, E]` of a token a text, by a recorded step where there is one."""
-        if self._recorded is None or any(_shows(piece.text) for piece in batch):
-            return None
-        return self._recorded.run(
-            [piece.ids[0] for piece in batch],
-            [cast(int, piece.text.row) for piece in batch],
-            [piece.text.held for piece in batch],
-            [len(piece.text.request.source) for piece in batch] if self.has_source else (),
-        )
+    def _may_replay(self, piece: Piece) -> bool:
+        """Whether a recorded step could read it: nothing but tokens, whose source is held."""
+        begins = piece.text.held == 0 and self.has_source
+        return self._recorded is not None and not (begins or _shows(piece.text))
+
+    def _replayed(self, batch: Sequence[Piece]) -> list[Tensor] | None:
+        """Hidden states `[len(ids), E]` of each, by recorded steps where there are some."""
+        assert self._recorded is not None
+        if any(len(piece.ids) > 1 or piece.text.held == 0 for piece in batch):
+            self._recorded.check()  # as often as a text begins
+        ids: list[int] = []
+        rows: list[int] = []
+        at: list[int] = []
+        sources: list[int] = []
+        for piece in batch:
+            text, count = piece.text, len(piece.ids)
+            ids += piece.ids
+            rows += [cast(int, text.row)] * count
+            at += range(text.held, text.held + count)
+            if self.has_source:
+                sources += [len(text.request.source)] * count
+        hidden = self._recorded.read(ids, rows, at, sources)
+        return None if hidden is None else list(hidden.split([len(piece.ids) for piece in batch]))
 
     def _may_mix(self, batch: Sequence[Piece]) -> bool:
         """Whether these may be read beside others, token by token."""
@@ -117,8 +137,6 @@ class Runner:
 
     def _forward(self, batch: Sequence[Piece]) -> Tensor:
         """Hidden states `[B, T, E]`."""
-        if self._recorded is not None:
-            self._recorded.check()
         texts = [piece.text for piece in batch]
         counts = [len(piece.ids) for piece in batch]
         width, device = max(counts), self.memory.device

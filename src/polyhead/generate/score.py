@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.generate.mode import evaluating
+from polyhead.nn.mode import evaluating
 
 _UNSCORED = -100
 _MOST_LOGITS = 1 << 24  # numbers held at once: 64 MB in float32

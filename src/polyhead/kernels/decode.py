@@ -19,18 +19,22 @@ from polyhead.kernels.tape import NotRecordedError, Tape
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cache import Cache, Caches, CrossCache
 from polyhead.nn.mask import Lowered, Mask
+from polyhead.nn.mode import evaluating
 from polyhead.nn.position import Position
 
 _ATTENTIONS = (MultiHeadAttention, FusedAttention)
+FEW = 16
+"""Tokens up to which a step is recorded for just as many; `FEW` of step_attend.h."""
+SIZES = (512, 256, 128, 64, 32, FEW)
+"""More are read in steps of these sizes."""
 TRIES = 2
-"""So many steps of as many rows run as they are before one is recorded."""
+"""So many steps of few tokens run as they are before one is recorded."""
 
 
 class DecodeSteps:
     """The next hidden states of some rows, by a step recorded for as many.
 
-    layers, cross: of the decoder, and of its attention to a memory. `run` answers None where a
-    step cannot, or not yet, be replayed.
+    layers, cross: of the decoder, and of its attention to a memory.
     """
 
     def __init__(
@@ -46,40 +50,69 @@ class DecodeSteps:
         self._weights: list[int] = []
 
     def check(self) -> None:
-        """Forget what was recorded of weights that lie elsewhere now."""
+        """Forget what was recorded of weights that lie elsewhere now, or for other threads."""
         if self.reason:
             return
         weights = [x.data_ptr() for x in self.backbone.parameters() if not x.is_mkldnn]
         weights += [x.data_ptr() for x in self.backbone.buffers()]
+        weights.append(torch.get_num_threads())
         if weights != self._weights:
             self._steps, self._weights = {}, weights
 
-    def run(
+    def read(
         self,
         ids: Sequence[int],
         rows: Sequence[int],
         at: Sequence[int],
         sources: Sequence[int] = (),
     ) -> Tensor | None:
-        """Hidden states `[B, 1, E]` after these tokens at these positions, until the next step.
+        """Hidden states `[N, E]` after these tokens at these positions; those of one row follow
+        one another.
 
-        rows: of the tables. sources: how long the memories of the rows are, of a decoder that has
-        any.
+        rows: of the tables, whose last is nobody's. sources: how long the memories of the rows
+        are, of a decoder that has any. None: let the model read them by itself.
         """
         if self.reason or any(self._hooks) or any(self._probes):
             return None
         count = len(ids)
-        step = self._steps.get(count)
-        if step is None:
-            self._tried[count] = self._tried.get(count, 0) + 1
-            if self._tried[count] <= TRIES:
+        sizes = [count] if count <= FEW else _sizes(count)
+        steps = [self._step(size) for size in sizes]
+        missing = sum(sizes) - count
+        if missing:
+            nobody = len(self.layers[0].tables) - 1
+            ids, at = [*ids, *[0] * missing], [*at, *[0] * missing]
+            rows = [*rows, *[nobody] * missing]
+            sources = [*sources, *[1] * missing] if sources else ()
+        found: list[Tensor] = []
+        begin = 0
+        for size, step in zip(sizes, steps, strict=True):
+            if step is None:
                 return None
+            part = slice(begin, begin := begin + size)
+            found.append(step(ids[part], rows[part], at[part], sources[part]))
+        return found[0][:count] if len(found) == 1 else torch.cat(found)[:count]
+
+    def _step(self, size: int) -> "_Recorded | None":
+        """The step for so many tokens, if it can be and is worth it."""
+        if size not in self._steps and (size > FEW or self._is_usual(size)):
             try:
-                step = self._steps[count] = _Recorded(self, count)
-            except NotRecordedError as error:
-                self.reason = str(error)
-                return None
-        return step(ids, rows, at, sources)
+                self._steps[size] = _Recorded(self, size)
+            except Exception as error:  # whatever it is, the model's own forward is right
+                self.reason = str(error) or type(error).__name__
+        return self._steps.get(size)
+
+    def _is_usual(self, size: int) -> bool:
+        self._tried[size] = self._tried.get(size, 0) + 1
+        return self._tried[size] > TRIES
+
+
+def _sizes(count: int) -> list[int]:
+    """What so many tokens are read in: some of SIZES, the last of which may be too large."""
+    found: list[int] = []
+    for size in SIZES:
+        found += [size] * (count // size)
+        count %= size
+    return [*found, *([FEW] if count else [])]
 
 
 class _Recorded:
@@ -92,7 +125,11 @@ class _Recorded:
         backbone: Any = steps.backbone
         # What is recorded looks at shapes alone, and at whether ids and positions can be.
         caches = _Caches(self, steps)
-        with Tape() as tape, record_parts(backbone, tape, self.at, steps.longest):
+        with (
+            evaluating(backbone),
+            Tape() as tape,
+            record_parts(backbone, tape, self.at, steps.longest),
+        ):
             caches.tape = tape
             ids = self.ids[:, None]
             if steps.cross:
@@ -107,11 +144,11 @@ class _Recorded:
         self, ids: Sequence[int], rows: Sequence[int], at: Sequence[int], sources: Sequence[int]
     ) -> Tensor:
         self._numbers[0], self._numbers[1], self._numbers[2] = ids, rows, at
-        if sources:
+        if len(sources):
             self._numbers[3] = sources
             self._numbers[3] -= 1
         self._step()
-        return self._step.outputs[0]
+        return self._step.outputs[0][:, 0].clone()
 
 
 class _Caches(Caches):
@@ -166,16 +203,17 @@ class _Pages:
         out = tape.new(q, batch, heads, width)
         many = heads // held.num_heads
         threads = torch.get_num_threads()
-        apart = many * (width + held.tables.shape[1] * held.size + 16)
+        longest = held.tables.shape[1] * held.size
+        apart = max(many * (width + longest), 48 * (2 * width + 130) + 16 * width) + 16
         room = tape.new(q, threads, apart, dtype=torch.float32)
         fields = [
             *self.fields, q, *self.pages, *self.scales, bias, out, room, batch, heads,
             q.stride(0), q.stride(1), held.window or 0, 0 if bias is None else bias.stride(0),
             apart, float(scale),
         ]  # fmt: skip
-        by = batch if batch >= threads else "heads"
+        by = "runs" if batch > FEW else batch if batch >= threads else "heads"
         reads = [q, *self.pages, *self.scales, bias, *self.places]
-        tape.kernel(f"attend{self.kind}", q.dtype, fields, reads, [out, room], by)
+        tape.kernel(f"attend{self.kind}", q.dtype, fields, reads, [out, room], by, meets=True)
         return out[:, :, None]
 
 

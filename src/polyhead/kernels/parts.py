@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.compress.formats import PackedWeight
@@ -27,6 +27,7 @@ from polyhead.nn.position import (
 )
 from polyhead.nn.rotary import Rotary
 
+_FEW = 16  # tokens that plain matrices are read for by our kernel; torch's is better for many
 KNOWN_POSITIONS = (Rotary, FusedRotary, T5Bias, Alibi)
 
 
@@ -43,7 +44,7 @@ def record_parts(model: nn.Module, tape: Tape, at: Tensor, longest: int) -> Iter
             for name, does in _DOES.items():
                 own: Any = getattr(type(part), name, None)
                 if own in does:
-                    object.__setattr__(part, name, partial(does[own], recorder, part))
+                    object.__setattr__(part, name, recorder.instead(does[own], own, part))
                     changed.append((part, name))
         yield
     finally:
@@ -56,9 +57,30 @@ class _Recorder:
         self.tape, self.at, self.longest = tape, at, longest
         self.rounded: dict[tuple[int, ...], Tensor] = {}
         self.by_position: dict[nn.Module, Any] = {}
+        self._computes = False
+
+    def instead(self, does: Any, own: Any, part: nn.Module) -> Callable[..., Any]:
+        """A part's method that notes; its own while something is computed."""
+
+        def method(*args: Any) -> Any:
+            return own(part, *args) if self._computes else does(self, part, *args)
+
+        return method
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """A while in which parts compute and nothing is noted."""
+        self._computes = True
+        try:
+            with torch.utils._python_dispatch._disable_current_modes():
+                yield
+        finally:
+            self._computes = False
 
     def linear(self, layer: Any, x: Tensor) -> Tensor:
         weight = layer.weight
+        if x.numel() // x.shape[-1] > _FEW:
+            return F.linear(x, weight, layer.bias)
         return self._dense(x.contiguous(), weight, layer.bias, weight.shape[0])
 
     def packed_linear(self, layer: Any, x: Tensor) -> Tensor:
@@ -148,13 +170,15 @@ class _Recorder:
         return out
 
     def tokens(self, table: Any, index: Tensor) -> Tensor:
+        if index.is_floating_point():  # vectors in the place of ids
+            return index
         found = self.table(table, index)
         return found if table.scale == 1.0 else found * table.scale
 
     def position_vectors(self, module: Any, index: Tensor) -> Tensor:
         """Of vectors that positions alone decide, a table."""
         if module not in self.by_position:
-            with torch.utils._python_dispatch._disable_current_modes():
+            with self.computing():
                 at = torch.arange(self.longest)[None]
                 self.by_position[module] = type(module).forward(module, at)[0]
         return self._lookup(self.by_position[module], index.contiguous())
@@ -163,7 +187,7 @@ class _Recorder:
         return self._lookup(table.weight, index.contiguous())
 
     def rotary(self, rotary: Any, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> Position:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with self.computing():
             angles = rotary.angles(torch.arange(self.longest)[None])
             cos, sin = (x[0, 0, :, : rotary.head_dim // 2].contiguous() for x in angles)
         return _Turning(self, cos, sin)
@@ -171,7 +195,7 @@ class _Recorder:
     def distance_bias(
         self, position: Any, at: Tensor, keys_at: Tensor, dtype: torch.dtype
     ) -> Position:
-        with torch.utils._python_dispatch._disable_current_modes():
+        with self.computing():
             last = torch.tensor([[self.longest - 1]])
             keys = torch.arange(self.longest)[None]
             make = position.biases if isinstance(position, T5Bias) else position.table

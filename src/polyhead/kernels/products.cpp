@@ -2,6 +2,7 @@
 
 #include "products.h"
 
+#include <omp.h>
 #include <vector>
 
 namespace {
@@ -16,9 +17,10 @@ void product(const T* in, const uint8_t* blocks, const float* row_scales, T* out
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; token++)
             round_token(x, in + token * given, given, token);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row += ROWS)
-            multiply<KIND>(x, 0, tokens, blocks, row_scales, row, row + ROWS, rows, out);
+        int64_t count = (rows + ROWS - 1) / ROWS, many = omp_get_num_threads();
+        int64_t thread = omp_get_thread_num();
+        multiply<KIND>(x, 0, tokens, blocks, row_scales, count * thread / many * ROWS,
+                       count * (thread + 1) / many * ROWS, rows, out);
     }
 }
 

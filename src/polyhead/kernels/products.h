@@ -14,7 +14,8 @@
 
 namespace {
 
-constexpr int GROUP = 32, ROWS = 16, FOURS = GROUP / 4, TOKENS = 8;
+constexpr int GROUP = 32, ROWS = 16, FOURS = GROUP / 4;
+constexpr int CHUNK = 64;  // tokens whose activations stay in the nearest cache
 
 typedef uint8_t Codes __attribute__((vector_size(64), aligned(1)));
 
@@ -29,6 +30,8 @@ template <Kind KIND> constexpr int64_t code_bytes() {
 template <Kind KIND> constexpr int64_t block_bytes() {
     return head_bytes<KIND>() + code_bytes<KIND>();
 }
+
+typedef int32_t Four __attribute__((may_alias, aligned(1)));  // codes of four columns
 
 inline Codes load_codes(const uint8_t* from) { return *reinterpret_cast<const Codes*>(from); }
 
@@ -60,19 +63,25 @@ inline Floats load_halves(const uint8_t* from) {
 }
 #endif
 
-// Activations of some tokens, a scale for each 32: codes [tokens, width], scales and sums of the
-// numbers that the codes stand for [tokens, width / 32].
+// Activations of some tokens, a scale for each 32: of each chunk of tokens its codes [groups,
+// tokens, 32], scales and sums of the numbers that the codes stand for [groups, tokens].
 struct Rounded {
     int8_t* codes;
     float *scales, *sums;
-    int64_t width, groups;
+    int64_t tokens, groups;
 
     // Where `room` bytes hold those of so many tokens of `given` numbers each.
     Rounded(void* room, int64_t tokens, int64_t given)
-        : width((given + GROUP - 1) / GROUP * GROUP), groups(width / GROUP) {
+        : tokens(tokens), groups((given + GROUP - 1) / GROUP) {
         codes = (int8_t*)room;
-        scales = (float*)(codes + tokens * width);
+        scales = (float*)(codes + tokens * groups * GROUP);
         sums = scales + tokens * groups;
+    }
+
+    // Where a token's first group stands, and how far apart its groups are.
+    int64_t first(int64_t token) const { return token / CHUNK * CHUNK * groups + token % CHUNK; }
+    int64_t apart(int64_t token) const {
+        return std::min<int64_t>(CHUNK, tokens - token / CHUNK * CHUNK);
     }
     static int64_t room(int64_t tokens, int64_t given) {
         return tokens * ((given + GROUP - 1) / GROUP) * (GROUP + 2 * sizeof(float));
@@ -116,11 +125,12 @@ template <class T> void round_token(const Rounded& to, const T* x, int64_t given
         float inverse = most > 0 ? 127.0f / most : 0.0f;
         // What is not a number makes the sums none.
         float scale = most / 127.0f + total((low - low) + (high - high));
-        int8_t* codes = to.codes + token * to.width + first;
+        int64_t place = to.first(token) + group * to.apart(token);
+        int8_t* codes = to.codes + place * GROUP;
         int32_t sum = keep_codes(codes, nearest(low * inverse));
         sum += keep_codes(codes + LANES, nearest(high * inverse));
-        to.scales[token * to.groups + group] = scale;
-        to.sums[token * to.groups + group] = scale * sum;
+        to.scales[place] = scale;
+        to.sums[place] = scale * sum;
     }
 }
 
@@ -128,11 +138,13 @@ template <class T> void round_token(const Rounded& to, const T* x, int64_t given
 template <Kind KIND, int N>
 inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out) {
     for (int n = 0; n < N; n++) out[n] = Floats{};
-    for (int64_t group = 0; group < x.groups; group++) {
+    int64_t place = x.first(token), apart = x.apart(token);
+    for (int64_t group = 0; group < x.groups; group++, place += apart) {
         Floats scale = Floats{} + 1.0f;
         if (KIND != INT8_ROWS) scale = load_halves(at);
         Floats least = scale * -128.0f;
         if (KIND == INT4_GROUPS) least = load_halves(at + 2 * ROWS);
+        for (int i = 0; i < block_bytes<KIND>(); i += 64) __builtin_prefetch(at + 4096 + i);
         at += head_bytes<KIND>();
         Codes codes[FOURS];
         for (int i = 0; i < FOURS; i++) {
@@ -144,18 +156,17 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out
             }
         }
         at += code_bytes<KIND>();
+        const Four* fours = (const Four*)(x.codes + place * GROUP);
+#pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
-            int32_t fours[FOURS];
-            std::memcpy(fours, &x.codes[(token + n) * x.width + group * GROUP], GROUP);
             Ints even = {}, odd = {};  // two chains, as each waits for its last sum
             for (int i = 0; i < FOURS; i += 2) {
-                even = dot(even, codes[i], fours[i]);
-                odd = dot(odd, codes[i + 1], fours[i + 1]);
+                even = dot(even, codes[i], fours[n * FOURS + i]);
+                odd = dot(odd, codes[i + 1], fours[n * FOURS + i + 1]);
             }
-            int64_t place = (token + n) * x.groups + group;
             Floats sum = __builtin_convertvector(even + odd, Floats);
-            out[n] += sum * (scale * x.scales[place]);
-            out[n] += least * x.sums[place];
+            out[n] += sum * (scale * x.scales[place + n]);
+            out[n] += least * x.sums[place + n];
         }
     }
 }
@@ -174,19 +185,30 @@ void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int
     }
 }
 
+// Of as many tokens as can be from here on, N at a time; returns the next.
+template <Kind KIND, int N, class T>
+inline int64_t finish_all(const uint8_t* at, const Rounded& x, int64_t token, int64_t last,
+                          int64_t row, int64_t rows, const float* row_scales, T* out) {
+    for (; token + N <= last; token += N)
+        finish<KIND, N>(at, x, token, row, rows, row_scales, out);
+    return token;
+}
+
 // The rows from..to, both of whole blocks, of the tokens first..last; out [tokens, rows].
 template <Kind KIND, class T>
 void multiply(const Rounded& x, int64_t first, int64_t last, const uint8_t* blocks,
               const float* row_scales, int64_t from, int64_t to, int64_t rows, T* out) {
     int64_t stretch = x.groups * block_bytes<KIND>();
-    for (int64_t row = from; row < std::min(to, rows); row += ROWS) {
-        const uint8_t* at = blocks + row / ROWS * stretch;
-        int64_t token = first;
-        for (; token + TOKENS <= last; token += TOKENS)
-            finish<KIND, TOKENS>(at, x, token, row, rows, row_scales, out);
-        for (; token + 2 <= last; token += 2)
-            finish<KIND, 2>(at, x, token, row, rows, row_scales, out);
-        for (; token < last; token++) finish<KIND, 1>(at, x, token, row, rows, row_scales, out);
+    while (first < last) {
+        int64_t end = std::min(last, (first / CHUNK + 1) * CHUNK);
+        for (int64_t row = from; row < std::min(to, rows); row += ROWS) {
+            const uint8_t* at = blocks + row / ROWS * stretch;
+            int64_t token = finish_all<KIND, 16>(at, x, first, end, row, rows, row_scales, out);
+            token = finish_all<KIND, 8>(at, x, token, end, row, rows, row_scales, out);
+            token = finish_all<KIND, 4>(at, x, token, end, row, rows, row_scales, out);
+            finish_all<KIND, 1>(at, x, token, end, row, rows, row_scales, out);
+        }
+        first = end;
     }
 }
 

@@ -2,8 +2,10 @@
 
 #include <omp.h>
 
-#include <atomic>
 #include <sched.h>
+
+#include <atomic>
+#include <vector>
 
 #include "step_attend.h"
 #include "step_products.h"
@@ -12,7 +14,7 @@
 namespace {
 
 struct Part {
-    void (*run)(const void* fields, int thread, int threads);
+    void (*run)(const void* fields, const Thread& thread);
     const void* fields;
     int64_t waits;  // until every thread is done with what stands before it
 };
@@ -33,7 +35,7 @@ public:
 #ifdef __x86_64__
             __builtin_ia32_pause();
 #endif
-            if (tries > 20000) sched_yield();
+            if (tries > 4000) sched_yield();
         }
     }
 };
@@ -42,12 +44,13 @@ public:
 
 extern "C" void step(const Part* parts, int64_t count, int32_t threads) {
     Meeting meeting;
+    std::vector<std::atomic<int64_t>> taken(count);
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num(), many = omp_get_num_threads();
         for (int64_t i = 0; i < count; i++) {
             if (parts[i].waits) meeting.wait(many);
-            parts[i].run(parts[i].fields, thread, many);
+            parts[i].run(parts[i].fields, {thread, many, &taken[i]});
         }
     }
 }

@@ -3,6 +3,7 @@
 
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 
@@ -10,10 +11,23 @@
 
 namespace {
 
+// One thread of those that do a part together.
+struct Thread {
+    int64_t number, many;
+    std::atomic<int64_t>* taken;  // by all of them, of what there is to do
+
+    // The next so many; the first that is not there ends the part.
+    int64_t take(int64_t count) const {
+        return taken->fetch_add(count, std::memory_order_relaxed);
+    }
+};
+
+// A thread's share of so many, the same each time.
 struct Share {
     int64_t first, end;
-    Share(int64_t count, int thread, int threads)
-        : first(count * thread / threads), end(count * (thread + 1) / threads) {}
+    Share(int64_t count, const Thread& thread)
+        : first(count * thread.number / thread.many),
+          end(count * (thread.number + 1) / thread.many) {}
 };
 
 // f(place, count) for every sixteen numbers of a row, and for the fewer at its end.
@@ -32,6 +46,7 @@ template <class T> inline void write(T* to, Floats x, int count) {
 }
 
 inline float number(float x) { return x; }
+inline float number(int8_t x) { return x; }
 inline float number(BFloat x) {
     uint32_t bits = (uint32_t)x.bits << 16;
     float found;
@@ -42,8 +57,8 @@ inline float number(BFloat x) {
 }  // namespace
 
 #define STEP(NAME, ...)                                                                            \
-    extern "C" void NAME(const void* fields, int thread, int threads) {                            \
-        (*(const __VA_ARGS__*)fields)(thread, threads);                                            \
+    extern "C" void NAME(const void* fields, const Thread& thread) {                               \
+        (*(const __VA_ARGS__*)fields)(thread);                                                     \
     }
 #define STEPS(NAME, PART)                                                                          \
     STEP(NAME##_float32, PART<float>)                                                              \

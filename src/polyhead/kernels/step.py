@@ -24,6 +24,7 @@ class Step:
     """A tape whose `outputs` a call computes from what its inputs hold then.
 
     Inputs, weights and whatever else was there before the tape is read and written where it lies.
+    It keeps to as many threads as torch had when the tape ran.
     """
 
     def __init__(self, tape: Tape, outputs: Sequence[Tensor]) -> None:
@@ -32,6 +33,7 @@ class Step:
         self.outputs = [self._room.place(x) for x in outputs]
         self._held = [self._room, *(x for call in calls for x in (*call.reads, *call.writes))]
         self._run: list[Callable[[], None]] = []
+        self._threads = ctypes.c_int32(torch.get_num_threads())
         kernels: list[tuple[Call, bool]] = []
         waits = _Waits(self._room)
         for call in calls:
@@ -60,8 +62,10 @@ class Step:
             part.fields = ctypes.addressof(fields)
             part.waits = waits
 
+        count = ctypes.c_int64(len(parts))
+
         def run() -> None:
-            native.step(parts, ctypes.c_int64(len(parts)), ctypes.c_int32(torch.get_num_threads()))
+            native.step(parts, count, self._threads)
 
         self._run.append(run)
 
@@ -165,7 +169,7 @@ class _Waits:
         """Whether this one must, the next of a row."""
         waits = any(
             # Of a tensor that two calls share alike, a thread finds its own part.
-            by is None or (by, tensor) != (call.by, storage_of(x))
+            by is None or call.meets or (by, tensor) != (call.by, storage_of(x))
             for x in (*call.reads, *call.writes)
             for by, tensor in self._met(x, any(x is y for y in call.writes))
         )

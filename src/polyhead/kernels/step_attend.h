@@ -25,8 +25,8 @@ template <class T, class K> struct Keep {
     float *key_scales, *value_scales;
     int64_t tokens, k_token, k_head, v_token, v_head;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t b = share.first; b < share.end; b++)
             for (int64_t group = 0; group < pages.groups; group++) {
                 int64_t slot = pages.slot(b, group, pages.at[b]);
@@ -52,6 +52,8 @@ template <class T, class K> struct Keep {
     }
 };
 
+template <class T, class K> struct Run;
+
 template <class T, class K> struct Attend {
     Pages pages;
     const T* q;
@@ -63,14 +65,37 @@ template <class T, class K> struct Attend {
     int64_t tokens, heads, q_token, q_head, window, bias_apart, room_apart;
     double scale;
 
-    void operator()(int thread, int threads) const {
-        int64_t groups = pages.groups;
-        bool by_token = tokens >= threads;
-        Share share(by_token ? tokens : tokens * groups, thread, threads);
-        int64_t first = share.first * (by_token ? groups : 1);
-        int64_t end = share.end * (by_token ? groups : 1);
-        for (int64_t unit = first; unit < end; unit++)
-            one(unit / groups, unit % groups, room + thread * room_apart);
+    // Of few tokens each thread takes some; of many, they stand in runs of texts being read.
+    void operator()(const Thread& thread) const {
+        int64_t groups = pages.groups, unit = 0;
+        float* own = room + thread.number * room_apart;
+        if (tokens <= FEW) {
+            bool by_token = tokens >= thread.many;
+            Share share(by_token ? tokens : tokens * groups, thread);
+            int64_t by = by_token ? groups : 1;
+            for (unit = share.first * by; unit < share.end * by; unit++)
+                one(unit / groups, unit % groups, own);
+            return;
+        }
+        for (int64_t b = 0, end; b < tokens; b = end) {
+            end = run_end(b);
+            for (int64_t group = 0; group < groups; group++) {
+                if (unit++ % thread.many != thread.number) continue;
+                end - b == 1 ? one(b, group, own)
+                             : Run<T, K>{*this, b, end, group}.attend(own);
+            }
+        }
+    }
+
+    static constexpr int64_t FEW = 16;
+
+    // Tokens that follow one another in a text, as many as one run takes.
+    int64_t run_end(int64_t b) const {
+        int64_t most = std::max<int64_t>(1, Run<T, K>::QUERIES * pages.groups / heads), end = b + 1;
+        while (end < tokens && end - b < most && pages.rows[end] == pages.rows[b] &&
+               pages.at[end] == pages.at[b] + end - b)
+            end++;
+        return end;
     }
 
     // The queries that share a head of keys; `own` holds them, and behind them their weights.
@@ -85,9 +110,12 @@ template <class T, class K> struct Attend {
             });
         int64_t count = last - first + 1;
         stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
-            for (int64_t key = 0; key < length; key++)
-                for (int64_t j = 0; j < many; j++)
-                    weights[j * count + place + key] = score(queries + j * d, slot + key);
+            for (int64_t key = 0; key < length; key += LANES)
+                for (int64_t j = 0; j < many; j++) {
+                    int some = std::min<int64_t>(LANES, length - key);
+                    Floats found = scores(queries + j * d, slot + key, some);
+                    write(weights + j * count + place + key, found, some);
+                }
         });
         for (int64_t j = 0; j < many; j++) {
             if (bias)
@@ -119,11 +147,18 @@ template <class T, class K> struct Attend {
         }
     }
 
-    float score(const float* query, int64_t slot) const {
-        Floats sum = {};
+    // Of up to sixteen keys that stand together.
+    Floats scores(const float* query, int64_t slot, int count) const {
+        Floats sums[LANES] = {};
         const K* key = keys + slot * pages.d;
-        across(pages.d, [&](int64_t i, int n) { sum += read(query + i, n) * read(key + i, n); });
-        return total(sum) * (key_scales ? key_scales[slot] : 1.0f);
+        across(pages.d, [&](int64_t i, int n) {
+            Floats own = read(query + i, n);
+#pragma GCC unroll 16
+            for (int j = 0; j < LANES; j++)
+                if (j < count) sums[j] += own * read(key + j * pages.d + i, n);
+        });
+        Floats found = totals(sums);
+        return key_scales ? found * read(key_scales + slot, count) : found;
     }
 
     static void softmax(float* x, int64_t count) {
@@ -154,6 +189,136 @@ template <class T, class K> struct Attend {
             }
         });
         for (int64_t j = 0; j < many; j++) write(to + j * pages.d, sums[j], n);
+    }
+};
+
+// The queries of tokens b..end of one text that share a head of keys: R rows, the heads of a token
+// one after another. Weights are summed some keys at a time (Dao et al. 2022).
+template <class T, class K> struct Run {
+    static constexpr int64_t QUERIES = 48, KEYS = 128, AT_ONCE = 8;
+
+    const Attend<T, K>& all;
+    int64_t b, end, group;
+
+    // What the rows of one thread need.
+    static int64_t room(int64_t d) { return QUERIES * (2 * d + KEYS + 2) + LANES * d; }
+
+    void attend(float* own) const {
+        const Pages& pages = all.pages;
+        int64_t d = pages.d, many = all.heads / pages.groups, rows = (end - b) * many;
+        float *queries = own, *sums = queries + QUERIES * d, *weights = sums + QUERIES * d;
+        float *most = weights + QUERIES * KEYS, *mass = most + QUERIES, *turned = mass + QUERIES;
+        for (int64_t row = 0; row < rows; row++) {
+            const T* from = all.q + (b + row / many) * all.q_token + head(row) * all.q_head;
+            across(d, [&](int64_t i, int n) {
+                write(queries + row * d + i, read(from + i, n) * (float)all.scale, n);
+            });
+            most[row] = -INFINITY, mass[row] = 0.0f;
+        }
+        std::fill(queries + rows * d, queries + QUERIES * d, 0.0f);
+        std::fill(sums, sums + QUERIES * d, 0.0f);
+        int64_t from = all.window ? std::max<int64_t>(0, pages.at[b] - all.window + 1) : 0;
+        for (; from <= pages.at[end - 1]; from += KEYS) {
+            int64_t count = std::min(KEYS, pages.at[end - 1] + 1 - from), slots[KEYS];
+            all.stretches(b, group, from, from + count - 1,
+                          [&](int64_t place, int64_t slot, int64_t length) {
+                              for (int64_t i = 0; i < length; i++) slots[place + i] = slot + i;
+                          });
+            for (int64_t key = 0; key < count; key += LANES) {
+                turn(slots + key, std::min<int64_t>(LANES, count - key), turned);
+                score(queries, turned, rows, weights + key);
+            }
+            for (int64_t row = 0; row < rows; row++)
+                weigh(row, from, count, slots, weights + row * KEYS, sums + row * d, most[row],
+                      mass[row]);
+            sum_values(slots, count, rows, weights, sums);
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            T* to = all.out + ((b + row / many) * all.heads + head(row)) * d;
+            across(d, [&](int64_t i, int n) {
+                write(to + i, read(sums + row * d + i, n) / mass[row], n);
+            });
+        }
+    }
+
+    int64_t head(int64_t row) const {
+        int64_t many = all.heads / all.pages.groups;
+        return group * many + row % many;
+    }
+
+    // Sixteen keys or fewer as the columns of [D, 16].
+    void turn(const int64_t* slots, int64_t count, float* turned) const {
+        int64_t d = all.pages.d;
+        across(d, [&](int64_t i, int n) {
+            Floats some[LANES];
+            for (int64_t lane = 0; lane < LANES; lane++) {
+                int64_t slot = slots[lane < count ? lane : 0];
+                some[lane] = read(all.keys + slot * d + i, n);
+                if (all.key_scales) some[lane] *= all.key_scales[slot];
+            }
+            transpose(some);
+            for (int k = 0; k < n; k++) store(turned + (i + k) * LANES, some[k]);
+        });
+    }
+
+    void score(const float* queries, const float* turned, int64_t rows, float* weights) const {
+        int64_t d = all.pages.d;
+        for (int64_t row = 0; row < rows; row += AT_ONCE) {
+            Floats sums[AT_ONCE] = {};
+            const float* own = queries + row * d;
+            for (int64_t i = 0; i < d; i++) {
+                Floats keys = load(turned + i * LANES);
+#pragma GCC unroll 8
+                for (int j = 0; j < AT_ONCE; j++) sums[j] += keys * own[j * d + i];
+            }
+            for (int j = 0; j < AT_ONCE; j++) store(weights + (row + j) * KEYS, sums[j]);
+        }
+    }
+
+    // From scores to weights, and what was summed before made to fit them.
+    void weigh(int64_t row, int64_t from, int64_t count, const int64_t* slots, float* weights,
+               float* sums, float& most, float& mass) const {
+        int64_t many = all.heads / all.pages.groups, at = all.pages.at[b + row / many];
+        const float* bias = all.bias ? all.bias + head(row) * all.bias_apart : nullptr;
+        float high = most;
+        for (int64_t i = 0; i < count; i++) {
+            int64_t back = at - from - i;
+            bool seen = back >= 0 && (!all.window || back < all.window);
+            if (!seen) weights[i] = -INFINITY;
+            else if (bias) weights[i] += bias[back];
+            high = weights[i] > high ? weights[i] : high;
+        }
+        if (high == -INFINITY) return std::fill(weights, weights + count, 0.0f);
+        float factor = std::exp(most - high);
+        most = high, mass *= factor;
+        across(all.pages.d, [&](int64_t i, int n) { write(sums + i, read(sums + i, n) * factor, n); });
+        across(count, [&](int64_t i, int n) {
+            Floats y = exponential(read(weights + i, n) - most);
+            for (int lane = n; lane < LANES; lane++) y[lane] = 0.0f;
+            write(weights + i, y, n);
+            mass += total(y);
+        });
+        if (all.value_scales)
+            for (int64_t i = 0; i < count; i++) weights[i] *= all.value_scales[slots[i]];
+    }
+
+    void sum_values(const int64_t* slots, int64_t count, int64_t rows, const float* weights,
+                    float* sums) const {
+        int64_t d = all.pages.d;
+        for (int64_t row = 0; row < rows; row += AT_ONCE)
+            across(d, [&](int64_t i, int n) {
+                Floats found[AT_ONCE] = {};
+                const float* own = weights + row * KEYS;
+                for (int64_t key = 0; key < count; key++) {
+                    Floats value = read(all.values + slots[key] * d + i, n);
+#pragma GCC unroll 8
+                    for (int j = 0; j < AT_ONCE; j++) found[j] += value * own[j * KEYS + key];
+                }
+                for (int j = 0; j < AT_ONCE; j++) {
+                    float* to = sums + (row + j) * d + i;
+                    write(to, read(to, n) + found[j], n);
+                }
+            });
     }
 };
 

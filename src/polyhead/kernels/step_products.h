@@ -14,9 +14,9 @@ template <class T> struct Round {
     uint8_t* room;
     int64_t tokens, given;
 
-    void operator()(int thread, int threads) const {
+    void operator()(const Thread& thread) const {
         Rounded to(room, tokens, given);
-        Share share(tokens, thread, threads);
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
             round_token(to, x + token * given, given, token);
     }
@@ -27,6 +27,8 @@ template <class T> inline void add_bias(T* out, const T* bias, int64_t first, in
         write(out + first + i, read(out + first + i, n) + read(bias + first + i, n), n);
     });
 }
+
+constexpr int TOKENS = 4;  // whose products take as long as their weights take to be read
 
 // By a matrix in few bits; `ends`, if any, are those of the tokens of each of so many experts,
 // whose rows stand one after another.
@@ -39,20 +41,26 @@ template <Kind KIND, class T> struct Packed {
     const int64_t* ends;
     int64_t tokens, given, rows, experts;
 
-    void operator()(int thread, int threads) const {
+    void operator()(const Thread& thread) const {
         Rounded x(room, tokens, given);
-        Share share((rows + ROWS - 1) / ROWS, thread, threads);
-        int64_t from = share.first * ROWS, to = std::min(share.end * ROWS, rows);
         int64_t matrix = rows / ROWS * x.groups * block_bytes<KIND>();
-        for (int64_t expert = 0, first = 0; expert < experts; expert++) {
-            int64_t last = ends ? ends[expert] : tokens;
-            multiply<KIND>(x, first, last, blocks + expert * matrix,
-                           row_scales ? row_scales + expert * rows : nullptr, from, to, rows, out);
-            first = last;
+        // Some blocks at a time: a core that others are using does fewer of them. Of few tokens
+        // the weights take the time, and each thread reads a stretch of them.
+        int64_t parts = thread.many * (tokens > TOKENS ? 4 : 1);
+        int64_t step = (rows + ROWS * parts - 1) / (ROWS * parts) * ROWS;
+        for (int64_t from; (from = thread.take(step)) < rows;) {
+            int64_t to = std::min(from + step, rows);
+            for (int64_t expert = 0, first = 0; expert < experts; expert++) {
+                int64_t last = ends ? ends[expert] : tokens;
+                multiply<KIND>(x, first, last, blocks + expert * matrix,
+                               row_scales ? row_scales + expert * rows : nullptr, from, to, rows,
+                               out);
+                first = last;
+            }
+            if (bias)
+                for (int64_t token = 0; token < tokens; token++)
+                    add_bias(out + token * rows, bias, from, to);
         }
-        if (bias && from < to)
-            for (int64_t token = 0; token < tokens; token++)
-                add_bias(out + token * rows, bias, from, to);
     }
 };
 template <class T> using PackedInt4 = Packed<INT4_GROUPS, T>;
@@ -66,19 +74,19 @@ template <class T> struct Dense {
     const int64_t* ends;
     int64_t tokens, given, rows, experts;
 
-    void operator()(int thread, int threads) const {
-        Share share((rows + DEEP - 1) / DEEP, thread, threads);
-        int64_t to = std::min(share.end * DEEP, rows);
-        for (int64_t expert = 0, first = 0; expert < experts; expert++) {
-            int64_t last = ends ? ends[expert] : tokens;
-            const T* own = weight + expert * rows * given;
-            for (int64_t row = share.first * DEEP; row < to; row += DEEP) {
-                int64_t token = first;
-                for (; token + WIDE <= last; token += WIDE) tile<WIDE>(own, token, row);
-                for (; token < last; token++) tile<1>(own, token, row);
+    void operator()(const Thread& thread) const {
+        int64_t step = std::max<int64_t>(1, rows / DEEP / thread.many / 8) * DEEP;
+        for (int64_t from; (from = thread.take(step)) < rows;)
+            for (int64_t expert = 0, first = 0; expert < experts; expert++) {
+                int64_t last = ends ? ends[expert] : tokens, to = std::min(from + step, rows);
+                const T* own = weight + expert * rows * given;
+                for (int64_t row = from; row < to; row += DEEP) {
+                    int64_t token = first;
+                    for (; token + WIDE <= last; token += WIDE) tile<WIDE>(own, token, row);
+                    for (; token < last; token++) tile<1>(own, token, row);
+                }
+                first = last;
             }
-            first = last;
-        }
     }
 
     static constexpr int DEEP = 4, WIDE = 4;  // rows and tokens whose sums stay in registers
@@ -110,9 +118,9 @@ template <Kind KIND, class T> struct Unpacked {
     T* out;
     int64_t tokens, width;
 
-    void operator()(int thread, int threads) const {
+    void operator()(const Thread& thread) const {
         int64_t groups = (width + GROUP - 1) / GROUP;
-        Share share(tokens, thread, threads);
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
             for (int64_t group = 0; group < groups; group++) {
                 int64_t row = index[token], first = group * GROUP;
@@ -152,8 +160,8 @@ template <class T> struct Choose {
     int64_t *order, *ends;
     int64_t tokens, experts, top_k, renormalize;
 
-    void operator()(int thread, int threads) const {
-        if (thread) return;
+    void operator()(const Thread& thread) const {
+        if (thread.number) return;
         std::vector<int64_t> chosen(tokens * top_k);
         for (int64_t token = 0; token < tokens; token++)
             choose(logits + token * experts, &chosen[token * top_k], weights + token * top_k);
@@ -191,8 +199,8 @@ template <class T> struct Gather {
     T* out;
     int64_t tokens, width, times;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
             std::memcpy(out + token * width, x + order[token] / times * width, width * sizeof(T));
     }
@@ -206,8 +214,8 @@ template <class T> struct Combine {
     T* out;
     int64_t tokens, width, top_k;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
             across(width, [&](int64_t i, int n) {
                 Floats sum = {};

@@ -12,8 +12,8 @@ template <class T> struct Norm {  // of `per` rows a token; without `center` by 
     int64_t tokens, per, width, center;
     double eps;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t row = share.first * per; row < share.end * per; row++)
             one(x + row * width, out + row * width);
     }
@@ -56,8 +56,8 @@ template <class F, class T> struct Binary {
     int64_t tokens, width, a_apart, b_apart, wide;
     double number_;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++) {
             const T *left = a + token * a_apart, *right = b ? b + token * b_apart : nullptr;
             Floats same = Floats{} + (b ? number(*right) : (float)number_);
@@ -77,8 +77,8 @@ template <class F, class T> struct Activation {
     T* out;
     int64_t tokens, width;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         across((share.end - share.first) * width, [&](int64_t i, int n) {
             i += share.first * width;
             Floats y = F::at(read(x + i, n)).value;
@@ -103,8 +103,8 @@ template <class T> struct Lookup {
     T* out;
     int64_t tokens, width;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
             std::memcpy(out + token * width, table + index[token] * width, width * sizeof(T));
     }
@@ -118,8 +118,8 @@ template <class T> struct Turn {
     T* out;
     int64_t tokens, heads, d, token_apart, head_apart;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
             for (int64_t head = 0; head < heads; head++)
                 one(x + token * token_apart + head * head_apart,
@@ -143,8 +143,8 @@ template <class T> struct Copy {
     T* out;
     int64_t tokens, rows, width, token_apart, row_apart, apart;
 
-    void operator()(int thread, int threads) const {
-        Share share(tokens, thread, threads);
+    void operator()(const Thread& thread) const {
+        Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
             for (int64_t row = 0; row < rows; row++) {
                 const T* from = x + token * token_apart + row * row_apart;

@@ -37,7 +37,7 @@ class Call:
     """A kernel by its `name` and the fields of its struct, or what to do by torch.
 
     by: how it is shared among threads; of two calls that are shared alike, the second finds what
-    its own thread wrote.
+    its own thread wrote, unless it `meets` what the others wrote.
     """
 
     reads: Sequence[Tensor]
@@ -45,6 +45,7 @@ class Call:
     name: str = ""
     fields: Sequence[Field] = ()
     by: Hashable = None
+    meets: bool = False
     function: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     named: dict[str, Any] | None = None
@@ -72,12 +73,13 @@ class Tape(TorchDispatchMode):
         reads: Sequence[Tensor | None],
         writes: Sequence[Tensor],
         by: Hashable = None,
+        meets: bool = False,
     ) -> None:
         """Note a kernel of step.cpp; fields in the order of its struct."""
         if kind not in TYPES:
             raise NotRecordedError(f"there are no kernels for {kind}")
         given = [x for x in reads if x is not None]
-        self._note(Call(given, writes, f"{name}_{TYPES[kind]}", tuple(fields), by))
+        self._note(Call(given, writes, f"{name}_{TYPES[kind]}", tuple(fields), by, meets))
 
     def new(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for what a kernel writes."""
@@ -110,9 +112,11 @@ class Tape(TorchDispatchMode):
         ):
             raise NotRecordedError(f"{func} depends on what is computed")
         named = kwargs or {}
-        found = func(*args, **named)
         given = _tensors((args, named))
+        found = func(*args, **named)
         outs = _tensors(found)
+        if given and not outs and found is not None:
+            raise NotRecordedError(f"{func} depends on what is computed")
         known = {storage_of(x) for x in given}
         fresh = [x for x in outs if storage_of(x) not in known]
         self._kept += fresh

@@ -65,6 +65,54 @@ inline Floats load_some(const BFloat* from, int n) {
 }
 inline float largest(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
 inline float total(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
+inline Floats halves(Floats a, Floats b) {  // of a, then of b: the sums of both halves
+    __m512 x = (__m512)a, y = (__m512)b;
+    return (Floats)_mm512_shuffle_f32x4(x, y, 0x44) + (Floats)_mm512_shuffle_f32x4(x, y, 0xee);
+}
+inline Floats quarters(Floats a, Floats b) {
+    __m512 x = (__m512)a, y = (__m512)b;
+    return (Floats)_mm512_shuffle_f32x4(x, y, 0x88) + (Floats)_mm512_shuffle_f32x4(x, y, 0xdd);
+}
+inline Floats pairs(Floats a, Floats b) {
+    __m512 x = (__m512)a, y = (__m512)b;
+    return (Floats)_mm512_shuffle_ps(x, y, 0x44) + (Floats)_mm512_shuffle_ps(x, y, 0xee);
+}
+inline Floats ones(Floats a, Floats b) {
+    __m512 x = (__m512)a, y = (__m512)b;
+    return (Floats)_mm512_shuffle_ps(x, y, 0x88) + (Floats)_mm512_shuffle_ps(x, y, 0xdd);
+}
+
+// The totals of sixteen.
+inline Floats totals(const Floats* x) {
+    Floats some[4];
+    for (int i = 0; i < 4; i++)
+        some[i] = quarters(halves(x[i], x[i + 4]), halves(x[i + 8], x[i + 12]));
+    return ones(pairs(some[0], some[1]), pairs(some[2], some[3]));
+}
+
+// Rows of sixteen become columns.
+inline void transpose(Floats* x) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i += 2) {
+        a[i] = _mm512_unpacklo_ps((__m512)x[i], (__m512)x[i + 1]);
+        a[i + 1] = _mm512_unpackhi_ps((__m512)x[i], (__m512)x[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm512_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        a[i] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0x88);
+        a[i + 4] = _mm512_shuffle_f32x4(b[i], b[i + 4], 0xdd);
+        a[i + 8] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0x88);
+        a[i + 12] = _mm512_shuffle_f32x4(b[i + 8], b[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; i++) {
+        x[i] = (Floats)_mm512_shuffle_f32x4(a[i], a[i + 8], 0x88);
+        x[i + 8] = (Floats)_mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
+    }
+}
 #else
 template <class Op> inline float reduce(Floats x, Op op) {
     float all[LANES];
@@ -78,6 +126,17 @@ inline float largest(Floats x) {
 }
 inline float total(Floats x) {
     return reduce(x, [](float a, float b) { return a + b; });
+}
+inline Floats totals(const Floats* x) {
+    Floats found;
+    for (int i = 0; i < LANES; i++) found[i] = total(x[i]);
+    return found;
+}
+inline void transpose(Floats* x) {
+    Floats rows[LANES];
+    std::memcpy(rows, x, sizeof(rows));
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) x[i][j] = rows[j][i];
 }
 #endif
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from polyhead.errors import FileError
 from polyhead.models.config import Config
+from polyhead.models.factors import factor
 from polyhead.models.initialize import initialize
 from polyhead.models.keys import Dropped, Rule, differ, knows, to_ours
 from polyhead.models.model import TaskModel, checkpoint_rules
@@ -46,6 +47,7 @@ def assemble(family: Family, config: Config, head: str, has_pooler: bool = True)
     """
     row = family.row(config.model_type)
     backbone = family.backbone(config)
+    factor(backbone, config.ranks)
     top = None if head == "none" else row.kind(head).build(config)
     parts = () if top is None else top.modules()
     reads_pooled = any(getattr(part, "reads_pooled", False) for part in parts)

@@ -15,7 +15,7 @@ from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
 from polyhead.models.backbone import place
 from polyhead.models.bert_heads import BERT, DISTILBERT, ROBERTA, tanh_pooler
-from polyhead.models.config import Config, Row, hf
+from polyhead.models.config import Config, Row, head_width, hf
 from polyhead.models.heads import both
 from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.nn.attention import MultiHeadAttention
@@ -72,7 +72,8 @@ ROWS = (
 class BertConfig(Config):
     """Sizes and options of a BERT-like encoder.
 
-    type_vocab_size: 0 for no token types. head_dropout: before a classifier, None: `dropout`.
+    head_dim: None is an equal share of d_model. type_vocab_size: 0 for no token types.
+    head_dropout: before a classifier, None: `dropout`.
     offset_by_padding: positions begin after `pad_id`, and the table holds that much more.
     """
 
@@ -83,6 +84,7 @@ class BertConfig(Config):
     d_ff: int = hf("intermediate_size", default=3072)
     num_layers: int = hf("num_hidden_layers", default=12)
     num_heads: int = hf("num_attention_heads", default=12)
+    head_dim: int | None = hf("head_dim", default=None)
     max_seq_len: int = hf("max_position_embeddings", default=512)
     type_vocab_size: int = hf("type_vocab_size", default=2)
     norm_eps: float = hf("layer_norm_eps", default=1e-12)
@@ -97,8 +99,7 @@ class BertConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_model % self.num_heads:
-            raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
+        head_width(self.d_model, self.num_heads, self.head_dim)
         if self.offset_by_padding and (self.pad_id is None or self.pad_id < 0):
             raise ConfigError(
                 f"{self.model_type} counts positions from pad_token_id, which is {self.pad_id}; "
@@ -146,7 +147,12 @@ class Bert(nn.Module):
         """One layer."""
         config = self.config
         return PostNormBlock(
-            MultiHeadAttention(config.d_model, config.num_heads, dropout=config.attention_dropout),
+            MultiHeadAttention(
+                config.d_model,
+                config.num_heads,
+                head_dim=config.head_dim,
+                dropout=config.attention_dropout,
+            ),
             FeedForward(config.d_model, config.d_ff, config.activation),
             partial(LayerNorm, config.d_model, config.norm_eps),
             dropout=config.dropout,

@@ -148,7 +148,9 @@ def make_layers(config: CLIPTowerConfig) -> nn.ModuleList:
     """The blocks of a tower."""
 
     def block() -> TransformerBlock:
-        attention = MultiHeadAttention(config.d_model, config.num_heads, dropout=config.dropout)
+        attention = MultiHeadAttention(
+            config.d_model, config.num_heads, head_dim=config.head_dim, dropout=config.dropout
+        )
         ffn = FeedForward(config.d_model, config.d_ff, config.activation)
         return TransformerBlock(attention, ffn, partial(LayerNorm, config.d_model, config.norm_eps))
 

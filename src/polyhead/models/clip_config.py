@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
-from polyhead.models.config import Config, Row, hf
+from polyhead.models.config import Config, Row, head_width, hf
 from polyhead.models.heads import HeadKind
 from polyhead.models.keys import Rule
 from polyhead.models.nested import made_part, read_part, write_part
@@ -63,12 +63,17 @@ def check_size(name: str, size: int, most: int = 2**24) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTowerConfig(Config):
-    """What both towers have. projection_dim: of the tower with its projection, standing alone."""
+    """What both towers have.
+
+    projection_dim: of the tower with its projection, standing alone. head_dim: None is an equal
+    share of d_model.
+    """
 
     d_model: int = hf("hidden_size", default=512)
     d_ff: int = hf("intermediate_size", default=2048)
     num_layers: int = hf("num_hidden_layers", default=12)
     num_heads: int = hf("num_attention_heads", default=8)
+    head_dim: int | None = hf("head_dim", default=None)
     norm_eps: float = hf("layer_norm_eps", default=1e-5)
     activation: str = hf(
         "hidden_act", default="quick_gelu", read=read_activation, write=write_activation
@@ -79,8 +84,7 @@ class CLIPTowerConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_model % self.num_heads:
-            raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
+        head_width(self.d_model, self.num_heads, self.head_dim)
         check_size("projection_dim", self.projection_dim)
 
 

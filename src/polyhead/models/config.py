@@ -12,7 +12,7 @@ from polyhead.errors import ConfigError
 from polyhead.models.fits import fits, in_words
 from polyhead.models.row import JSON, Row
 
-__all__ = ["JSON", "Config", "Row", "hf"]
+__all__ = ["JSON", "Config", "Row", "head_width", "hf"]
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
@@ -54,6 +54,7 @@ class Config:
     labels:  names of a classifier's classes. problem: what they are, of `PROBLEMS`; None where it
              follows from the data.
     tasks:   several heads at once: `{name: {"head": ..., "labels": [...], "problem": ...}}`.
+    ranks:   of linear layers that are two narrow ones, by their names in the backbone.
     """
 
     model_type: str = ""
@@ -62,6 +63,7 @@ class Config:
     )
     problem: str | None = hf("problem_type", default=None)
     tasks: Mapping[str, Any] | None = hf("polyhead_tasks", default=None)
+    ranks: Mapping[str, int] | None = hf("polyhead_ranks", default=None)
     source: JSON = field(default_factory=dict[str, Any], repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -130,6 +132,15 @@ class Config:
         if missing:
             raise ConfigError(f"{model_type} needs a value for {', '.join(missing)}")
         return cls(model_type=model_type, **values)
+
+
+def head_width(d_model: int, num_heads: int, head_dim: int | None) -> int:
+    """The width of a head: an equal share of `d_model`, unless `head_dim` names it."""
+    if head_dim is not None:
+        return head_dim
+    if d_model % num_heads:
+        raise ConfigError(f"d_model {d_model} does not divide into {num_heads} heads")
+    return d_model // num_heads
 
 
 # What a file that lies could ask for would otherwise be built before its tensors are looked at.

@@ -28,15 +28,15 @@ class DebertaBlock(nn.Module):
     def __init__(self, config: DebertaConfig) -> None:
         super().__init__()
         norm = partial(LayerNorm, config.d_model, config.norm_eps)
-        width = config.d_model // config.num_heads
         self.attention = DisentangledAttention(
             config.d_model,
             config.num_heads,
+            head_dim=config.head_dim,
             terms=config.terms if config.relative else (),
             shares=config.shares,
             key_bias=config.splits,
             # One term more than distances add, whether or not there are distances.
-            scale=(width * (1 + len(config.terms))) ** -0.5,
+            scale=(config.width * (1 + len(config.terms))) ** -0.5,
             dropout=config.attention_dropout,
         )
         self.attention_norm = norm()

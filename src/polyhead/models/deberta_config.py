@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
-from polyhead.models.config import Config, Row, hf
+from polyhead.models.config import Config, Row, head_width, hf
 from polyhead.models.deberta_heads import DECODERS, HEADS
 from polyhead.nn.disentangled import TERMS
 
@@ -117,13 +117,7 @@ class DebertaConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_model % self.num_heads:
-            raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
-        if self.head_dim not in (None, self.d_model // self.num_heads):
-            raise ConfigError(
-                f"head_dim is {self.head_dim}; DeBERTa's heads divide d_model: "
-                f"{self.d_model // self.num_heads}"
-            )
+        head_width(self.d_model, self.num_heads, self.head_dim)
         if self.pooler_width not in (None, self.d_model):
             raise ConfigError(f"pooler_width is {self.pooler_width}; it is d_model, {self.d_model}")
         if self.conv_width and not self.conv_width % 2:
@@ -163,6 +157,11 @@ class DebertaConfig(Config):
         if any(name.startswith("lm_predictions.") for name in names):
             return replace(self, decoder="plain", tie_embeddings=True)
         return self
+
+    @property
+    def width(self) -> int:
+        """The width of a head."""
+        return head_width(self.d_model, self.num_heads, self.head_dim)
 
     @property
     def table_width(self) -> int:

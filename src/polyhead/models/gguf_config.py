@@ -96,6 +96,8 @@ def metadata_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], Ten
     Errors: ConfigError for what GGUF cannot say about this architecture.
     """
     family = family_of_config(config)
+    if config.get("polyhead_ranks"):
+        raise ConfigError("GGUF has no layers of low rank: save what merge_low_rank makes of them")
     for name, value in family.fixed.items():
         if config.get(name, value) not in (
             value,

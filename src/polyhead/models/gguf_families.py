@@ -118,6 +118,7 @@ FAMILIES = (
             "activation_function": "gelu_new",
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
+            "head_dim": None,
             "add_cross_attention": False,
         },
         frozenset({"feed_forward_length"}),

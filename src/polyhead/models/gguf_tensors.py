@@ -16,10 +16,9 @@ from polyhead.files.gguf_types import RawTensor
 from polyhead.models.gguf_config import family_of_config
 from polyhead.models.gguf_families import Family
 from polyhead.models.gguf_names import Name, Transposed
+from polyhead.models.gguf_packed import ALWAYS_FLOAT
 
 ROPE_FREQS = "rope_freqs.weight"
-# llama.cpp keeps these in fp32 whatever the rest is, besides all vectors.
-ALWAYS_FLOAT = (".ffn_gate_inp.weight", "position_embd.weight")
 # Buffers of old checkpoints that hold no weights.
 BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 

@@ -5,10 +5,9 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
 from polyhead.models.backbone import make_caches, place
-from polyhead.models.config import Config, Row, hf
+from polyhead.models.config import Config, Row, head_width, hf
 from polyhead.models.heads import language, last_token_classifier, token_classifier
 from polyhead.models.keys import Dropped, Rule, Rules
 from polyhead.nn.attention import MultiHeadAttention
@@ -41,13 +40,14 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class GPT2Config(Config):
-    """Sizes and options of GPT-2. d_ff: None is 4 d_model."""
+    """Sizes and options of GPT-2. d_ff: None is 4 d_model. head_dim: None is an equal share."""
 
     vocab_size: int = hf("vocab_size", default=50257)
     d_model: int = hf("n_embd", default=768)
     d_ff: int | None = hf("n_inner", default=None)
     num_layers: int = hf("n_layer", default=12)
     num_heads: int = hf("n_head", default=12)
+    head_dim: int | None = hf("head_dim", default=None)
     max_seq_len: int = hf("n_positions", default=1024)
     norm_eps: float = hf("layer_norm_epsilon", default=1e-5)
     activation: str = hf(
@@ -63,16 +63,20 @@ class GPT2Config(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_model % self.num_heads:
-            raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
+        head_width(self.d_model, self.num_heads, self.head_dim)
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:
         return ROWS
 
+    @property
+    def width(self) -> int:
+        """The width of a head."""
+        return head_width(self.d_model, self.num_heads, self.head_dim)
+
     def score_scale(self, layer: int) -> float:
         """The factor on a layer's scores."""
-        scale = (self.d_model // self.num_heads) ** -0.5 if self.scale_scores else 1.0
+        scale = self.width**-0.5 if self.scale_scores else 1.0
         return scale / (layer + 1) if self.scale_by_layer else scale
 
 
@@ -94,6 +98,7 @@ class GPT2(nn.Module):
         attention = MultiHeadAttention(
             config.d_model,
             config.num_heads,
+            head_dim=config.head_dim,
             scale=config.score_scale(layer),
             dropout=config.attention_dropout,
         )
@@ -121,10 +126,9 @@ class GPT2(nn.Module):
     def make_caches(self, batch_size: int, max_len: int | None = None) -> Caches:
         """Empty caches for `batch_size` rows: static of `max_len` positions, or growing."""
         config = self.config
-        width = config.d_model // config.num_heads
         windows = [None] * config.num_layers
         return make_caches(
-            batch_size, max_len, windows, config.num_heads, width, next(self.parameters())
+            batch_size, max_len, windows, config.num_heads, config.width, next(self.parameters())
         )
 
 

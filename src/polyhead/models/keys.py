@@ -126,6 +126,8 @@ def to_theirs(rules: Rules, ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if indices is None:
                 continue
             names = [part.format(**indices) for part in parts]
+            if not all(name in ours for name in names):
+                continue  # some of its parts are kept in another way
             written.update(names)
             made.update(_joined(rule, indices, [ours[name] for name in names]))
     for rule in rules:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
-from polyhead.models.config import Config, Row, hf
+from polyhead.models.config import Config, Row, head_width, hf
 from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.heads import HeadKind, both
 from polyhead.models.keys import Dropped, Rule, Rules, Tied
@@ -67,8 +66,9 @@ class MarianConfig(Config):
     """Sizes and options of Marian.
 
     Fields without `decoder_` are the encoder's, or both stacks'; of the decoder's, None is as
-    many. vocab_size: of the source. share_embeddings: one table for source and target.
-    pad_id: None is the last of the vocabulary; start_id, which the decoder reads first: as pad_id.
+    many; of a head_dim, an equal share of d_model. vocab_size: of the source. share_embeddings:
+    one table for source and target. pad_id: None is the last of the vocabulary; start_id,
+    which the decoder reads first: as pad_id.
     """
 
     vocab_size: int = hf("vocab_size", default=58101)
@@ -80,6 +80,8 @@ class MarianConfig(Config):
     num_decoder_layers: int | None = hf("decoder_layers", default=None)
     num_heads: int = hf("encoder_attention_heads", default=16)
     num_decoder_heads: int | None = hf("decoder_attention_heads", default=None)
+    head_dim: int | None = hf("head_dim", default=None)
+    decoder_head_dim: int | None = hf("decoder_head_dim", default=None)
     max_seq_len: int = hf("max_position_embeddings", default=1024)
     activation: str = hf(
         "activation_function", default="gelu", read=read_activation, write=write_activation
@@ -109,10 +111,7 @@ class MarianConfig(Config):
         if self.start_id is None:
             object.__setattr__(self, "start_id", self.pad_id)
         for side in self.encoder, self.decoder:
-            if side.d_model % side.num_heads:
-                raise ConfigError(
-                    f"d_model {side.d_model} does not divide into {side.num_heads} heads"
-                )
+            head_width(side.d_model, side.num_heads, side.head_dim)
 
     @classmethod
     def rows(cls) -> tuple[Row, ...]:
@@ -137,7 +136,7 @@ class MarianConfig(Config):
     @property
     def encoder(self) -> TransformerConfig:
         """The encoder as a transformer."""
-        return self._stack(self.d_ff, self.num_layers, self.num_heads)
+        return self._stack(self.d_ff, self.num_layers, self.num_heads, self.head_dim)
 
     @property
     def decoder(self) -> TransformerConfig:
@@ -146,15 +145,19 @@ class MarianConfig(Config):
             self.decoder_d_ff or self.d_ff,
             self.num_decoder_layers or self.num_layers,
             self.num_decoder_heads or self.num_heads,
+            self.decoder_head_dim,
         )
 
-    def _stack(self, d_ff: int, num_layers: int, num_heads: int) -> TransformerConfig:
+    def _stack(
+        self, d_ff: int, num_layers: int, num_heads: int, head_dim: int | None
+    ) -> TransformerConfig:
         return TransformerConfig(
             vocab_size=self.vocab_size,
             d_model=self.d_model,
             d_ff=d_ff,
             num_layers=num_layers,
             num_heads=num_heads,
+            head_dim=head_dim,
             max_seq_len=self.max_seq_len,
             position="marian",
             activation=self.activation,

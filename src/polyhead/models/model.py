@@ -14,6 +14,7 @@ from polyhead.files.jsons import write_json
 from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.config import Config
 from polyhead.models.config_json import to_hf
+from polyhead.models.factors import with_factors
 from polyhead.models.heads import within
 from polyhead.models.keys import Rules, to_theirs
 from polyhead.models.registry import family_of
@@ -226,10 +227,9 @@ class TaskModel(nn.Module):
 
 def checkpoint_rules(config: Config, head: str) -> Rules:
     """The checkpoint map of a model with a head, whose parts stand under `head.`."""
-    rules = family_of(config.model_type).rules(config)
-    if head == "none":
-        return rules
-    return (*rules, *within("head.", config.row(config.model_type).kind(head).rules(config)))
+    row, rules = config.row(config.model_type), family_of(config.model_type).rules(config)
+    rules = with_factors(rules, config.ranks, row.prefix)
+    return rules if head == "none" else (*rules, *within("head.", row.kind(head).rules(config)))
 
 
 def _masks(config: Config, arguments: Sequence[str]) -> tuple[str, ...]:

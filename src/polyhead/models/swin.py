@@ -40,7 +40,11 @@ ROWS = (
 
 @dataclass(frozen=True, kw_only=True)
 class SwinConfig(VisionConfig):
-    """Sizes and options of Swin. d_model: of the first stage; each further one doubles it."""
+    """Sizes and options of Swin.
+
+    d_model: of the first stage; each further one doubles it. head_dim: of each stage; None is an
+    equal share of its channels.
+    """
 
     patch_size: int | tuple[int, ...] = hf(
         "patch_size", default=4, read=read_size, write=write_size
@@ -50,6 +54,9 @@ class SwinConfig(VisionConfig):
     num_heads: tuple[int, ...] = hf(
         "num_heads", default=(3, 6, 12, 24), read=read_size, write=write_size
     )
+    head_dim: tuple[int, ...] | None = hf(
+        "head_dim", default=None, read=read_size, write=write_size
+    )
     window: int = hf("window_size", default=7)
     mlp_ratio: float = hf("mlp_ratio", default=4.0)
     norm_eps: float = hf("layer_norm_eps", default=1e-5)
@@ -58,13 +65,15 @@ class SwinConfig(VisionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.head_dim is not None and len(self.head_dim) != len(self.num_heads):
+            raise ConfigError(f"head_dim is {self.head_dim}; name the width of each stage's heads")
         if len(self.depths) != len(self.num_heads) or min((*self.depths, 0)) < 0:
             raise ConfigError(
                 f"depths {self.depths} and num_heads {self.num_heads} must name the layers and the "
                 "heads of each stage"
             )
         for stage, heads in enumerate(self.num_heads):
-            if heads < 1 or self.width(stage) % heads:
+            if heads < 1 or (self.head_dim is None and self.width(stage) % heads):
                 raise ConfigError(
                     f"the {self.width(stage)} channels of stage {stage} do not divide into {heads} "
                     "heads"
@@ -94,6 +103,7 @@ class SwinBlock(nn.Module):
         self.attention = MultiHeadAttention(
             width,
             config.num_heads[stage],
+            head_dim=config.head_dim[stage] if config.head_dim else None,
             bias=config.qkv_bias,
             out_bias=True,
             dropout=config.attention_dropout,

@@ -46,7 +46,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(self.make_block() for _ in range(config.num_layers))
         # Shaw's tables belong to each layer; other positions to the stack.
         self.shaw = nn.ModuleList(
-            Shaw(config.head_dim, config.max_distance)
+            Shaw(config.width, config.max_distance)
             for _ in range(config.num_layers if config.position == "shaw" else 0)
         )
         final = make_norm(config.norm, config.d_model, config.norm_eps)
@@ -61,6 +61,7 @@ class Stack(nn.Module):
             config.d_model,
             config.num_heads,
             num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             bias=config.bias,
             dropout=config.dropout if on_weights is None else on_weights,
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from polyhead.errors import ConfigError
-from polyhead.models.config import Config, Row, hf
+from polyhead.models.config import Config, Row, head_width, hf
 from polyhead.models.heads import language, last_token_classifier, token_classifier
 from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
 from polyhead.nn.mask import Mask
@@ -43,7 +43,8 @@ class TransformerConfig(Config):
 
     num_layers: of each stack. window: keys a query sees. pattern: strided by `stride`, or
     big_bird with `window`, `num_global` and `num_random`. num_experts: 0 for none.
-    max_distance: of Shaw's and T5's tables. attention_dropout: None is as dropout.
+    max_distance: of Shaw's and T5's tables. slopes: ALiBi's, one a head; None are the paper's.
+    head_dim: None is an equal share of d_model. attention_dropout: None is as dropout.
     """
 
     vocab_size: int = hf("vocab_size")
@@ -52,6 +53,7 @@ class TransformerConfig(Config):
     num_layers: int = hf("num_layers", default=6)
     num_heads: int = hf("num_heads", default=8)
     num_kv_heads: int | None = hf("num_kv_heads", default=None)
+    head_dim: int | None = hf("head_dim", default=None)
     max_seq_len: int = hf("max_seq_len", default=1024)
     kind: str = hf("kind", default="encoder-decoder")
     position: str = hf("position", default="sinusoidal")
@@ -67,6 +69,9 @@ class TransformerConfig(Config):
     num_global: int = hf("num_global", default=1)
     num_random: int = hf("num_random", default=2)
     max_distance: int = hf("max_distance", default=128)
+    slopes: tuple[float, ...] | None = hf(
+        "alibi_slopes", default=None, read=lambda value: value and tuple(value), write=list
+    )
     rope_base: float = hf("rope_base", default=10000.0)
     num_experts: int = hf("num_experts", default=0)
     top_k: int = hf("top_k", default=2)
@@ -85,11 +90,14 @@ class TransformerConfig(Config):
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}"
                 )
-        if self.d_model % self.num_heads:
-            raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
+        head_width(self.d_model, self.num_heads, self.head_dim)
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ConfigError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.slopes is not None and len(self.slopes) != self.num_heads:
+            raise ConfigError(
+                f"slopes has {len(self.slopes)} for {self.num_heads} heads; name one each"
             )
         if self.position == "t5" and self.max_distance <= 16:
             raise ConfigError(f"max_distance is {self.max_distance}; T5's buckets need 17 or more")
@@ -101,9 +109,9 @@ class TransformerConfig(Config):
         return ROWS
 
     @property
-    def head_dim(self) -> int:
+    def width(self) -> int:
         """The width of a head."""
-        return self.d_model // self.num_heads
+        return head_width(self.d_model, self.num_heads, self.head_dim)
 
     @property
     def windows(self) -> list[int | None]:
@@ -125,9 +133,9 @@ def absolute_position(config: TransformerConfig) -> nn.Module | None:
 def relative_position(config: TransformerConfig, is_causal: bool) -> Position | None:
     """What turns or biases the scores, where one serves all layers."""
     if config.position == "rotary":
-        return Rotary(config.head_dim, config.rope_base)
+        return Rotary(config.width, config.rope_base)
     if config.position == "alibi":
-        return Alibi(config.num_heads)
+        return Alibi(config.num_heads, config.slopes)
     if config.position == "t5":
         return T5Bias(config.num_heads, 32, config.max_distance, bidirectional=not is_causal)
     return None

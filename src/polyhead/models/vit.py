@@ -85,6 +85,7 @@ def make_block(config: ViTConfig | DINOv2Config) -> TransformerBlock:
     attention = MultiHeadAttention(
         config.d_model,
         config.num_heads,
+        head_dim=config.head_dim,
         bias=config.qkv_bias,
         out_bias=True,
         dropout=config.attention_dropout,

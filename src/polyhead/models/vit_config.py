@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from polyhead.errors import ConfigError
 from polyhead.models.activations import read_activation, write_activation
-from polyhead.models.config import Row, hf
+from polyhead.models.config import Row, head_width, hf
 from polyhead.models.heads import HeadKind, both
 from polyhead.models.vision_config import VisionConfig, read_size, write_size
 from polyhead.nn.image_head import (
@@ -95,16 +94,16 @@ def write_pooler_activation(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(VisionConfig):
-    """What ViT and DINOv2 share."""
+    """What ViT and DINOv2 share. head_dim: None is an equal share of d_model."""
 
     d_model: int = hf("hidden_size", default=768)
     num_layers: int = hf("num_hidden_layers", default=12)
     num_heads: int = hf("num_attention_heads", default=12)
+    head_dim: int | None = hf("head_dim", default=None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.d_model % self.num_heads:
-            raise ConfigError(f"d_model {self.d_model} does not divide into {self.num_heads} heads")
+        head_width(self.d_model, self.num_heads, self.head_dim)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,7 @@
 """Disentangled attention: content and distance are two vectors (He et al. 2021, section 3.1).
 
-The score of a query and a key is q·k + q·K(d) + k·Q(d), with d the place of the query less that of
-the key, and K and Q a table of distances through the layer's projections. R rows of the table, N
-places, in n blocks of s.
+The score of a query and a key is q·k + q·K(d) + k·Q(d), with d the query's place less the key's, K
+and Q a table of distances through the layer's projections. R rows of it, N places, n blocks of s.
 """
 
 import math
@@ -41,17 +40,18 @@ class DisentangledAttention(MultiHeadAttention):
         d_model: int,
         num_heads: int,
         *,
+        head_dim: int | None = None,
         terms: tuple[str, ...] = TERMS,
         shares: bool = False,
         key_bias: bool = True,
         scale: float | None = None,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(d_model, num_heads, scale=scale, dropout=dropout)
-        width = num_heads * self.head_dim
+        super().__init__(d_model, num_heads, head_dim=head_dim, scale=scale, dropout=dropout)
+        self.terms, self.shares = terms, shares
+        width = self.q.out_features
         if not key_bias:
             self.k = nn.Linear(d_model, width, bias=False)
-        self.terms, self.shares = terms, shares
         if "c2p" in terms and not shares:
             self.distance_k = nn.Linear(d_model, width, bias=key_bias)
         if "p2c" in terms and not shares:

@@ -6,6 +6,7 @@ part to attention; `prepare` computes once a forward what depends on positions a
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,11 +57,11 @@ class PreparedBias(Position):
 
 
 class Alibi(Position):
-    """A slope for each head times the distance (Press et al. 2022)."""
+    """A slope for each head times the distance (Press et al. 2022). slopes: None: the paper's."""
 
-    def __init__(self, num_heads: int) -> None:
+    def __init__(self, num_heads: int, slopes: Sequence[float] | None = None) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.slopes = num_heads, slopes
 
     def prepare(self, at: Tensor, keys_at: Tensor, dtype: torch.dtype) -> Position:
         return PreparedBias(self.table(at, keys_at).to(dtype))
@@ -73,8 +74,8 @@ class Alibi(Position):
     def table(self, at: Tensor, keys_at: Tensor) -> Tensor:
         """`-slope |q - k|`, `[B|1, H, Q, K]` fp32."""
         distance = (at[:, :, None] - keys_at[:, None, :]).abs()
-        slopes = alibi_slopes(self.num_heads).to(at.device)
-        return -slopes[:, None, None] * distance[:, None].float()
+        slopes = alibi_slopes(self.num_heads) if self.slopes is None else torch.tensor(self.slopes)
+        return -slopes.to(at.device)[:, None, None] * distance[:, None].float()
 
 
 def alibi_slopes(num_heads: int) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.mode import evaluating
 from polyhead.models.model import TaskModel
+from polyhead.nn.mode import evaluating
 from polyhead.tasks.batching import (
     MOST_TOKENS,
     WINDOW,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.mode import evaluating
 from polyhead.images import Processor
 from polyhead.models.model import TaskModel
+from polyhead.nn.mode import evaluating
 from polyhead.tasks.batching import MOST_TOKENS, Progress, batches, inputs, longest
 from polyhead.tasks.fit import Fit, fit, kind_of
 from polyhead.text.tokenizer import Tokenizer

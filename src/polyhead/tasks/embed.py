@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.errors import ConfigError
-from polyhead.generate.mode import evaluating
 from polyhead.generate.prompts import check_ids, encode_prompt
 from polyhead.models.model import TaskModel
 from polyhead.models.sentence import Sentences
+from polyhead.nn.mode import evaluating
 from polyhead.nn.pooling import Pooling
 from polyhead.tasks.fit import kind_of
 from polyhead.text.tokenizer import Tokenizer

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.mode import evaluating
 from polyhead.models.model import TaskModel
 from polyhead.nn.head import Heads, MaskedLanguageHead
+from polyhead.nn.mode import evaluating
 from polyhead.tasks.batching import MOST_TOKENS, Progress, batches, inputs
 from polyhead.tasks.fit import fit, kind_of
 from polyhead.text.batch import Batch

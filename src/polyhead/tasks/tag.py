@@ -9,8 +9,8 @@ import torch
 from tokenizers import models
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.mode import evaluating
 from polyhead.models.model import TaskModel
+from polyhead.nn.mode import evaluating
 from polyhead.tasks.batching import MOST_TOKENS, Progress, batches, inputs, longest
 from polyhead.tasks.fit import fit
 from polyhead.text.tokenizer import Tokenizer, check_text

@@ -22,6 +22,7 @@ OptimizerName = Literal["adamw", "muon", "lion", "schedule-free"]
 Recompute = Literal["none", "blocks", "half"]
 Parallelism = Literal["ddp", "fsdp"]
 PruneBy = Literal["layer", "global", "2:4"]
+Qat = Literal["none", "int8", "int4", "nf6", "nf4"]
 
 # What may differ when a run is taken up again: nothing here touches the numbers. `steps` is judged
 # by itself, by the learning rates it leads to (checkpoint.py).
@@ -100,6 +101,9 @@ class TrainConfig:
     """Share of the run after which all of `prune` is zero; the rest of it mends what that did."""
     prune_every: int = 10
     """Steps from one pruning to the next."""
+    qat: Qat = "none"
+    """Weights are rounded whenever they are read, as `quantize` will keep them, while the floats
+    beneath learn (quantisation-aware training)."""
     dtype: TrainDtype = "float32"
     """Type of weights and gradients; bfloat16 keeps float32 masters and moments beside them."""
     recompute: Recompute = "none"
@@ -149,6 +153,7 @@ class TrainConfig:
         choices = {
             "schedule": Schedule, "dtype": TrainDtype, "optimizer": OptimizerName,
             "recompute": Recompute, "parallel": Parallelism, "prune_by": PruneBy,
+            "qat": Qat,
         }  # fmt: skip
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):

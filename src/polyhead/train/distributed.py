@@ -76,6 +76,8 @@ class Parallel:
             raise ConfigError("fsdp keeps parts of matrices, which Muon needs whole: use adamw")
         if config.prune:
             raise ConfigError("fsdp keeps parts of matrices, which pruning needs whole: use ddp")
+        if config.qat != "none":
+            raise ConfigError("fsdp keeps parts of matrices, which qat rounds whole: use ddp")
         if any(isinstance(part, PackedWeight) for part in model.modules()):
             raise ConfigError("fsdp cannot share weights that are kept in few bits: use ddp")
         sizes = (self.ranks.groups, self.ranks.tensor)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from polyhead.errors import ConfigError, DataError
-from polyhead.generate.mode import evaluating
 from polyhead.generate.score import summed_nats
+from polyhead.nn.mode import evaluating
 from polyhead.train.blend import texts_of
 from polyhead.train.data import Dataset, once, window_batch
 from polyhead.train.objectives import Objective, causal_lm

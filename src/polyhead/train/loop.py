@@ -13,6 +13,8 @@ import torch
 
 from polyhead.adapt.adapters import in_use
 from polyhead.adapt.base import base_digest
+from polyhead.compress.prune import check_floats
+from polyhead.compress.qat import rounded
 from polyhead.errors import ConfigError
 from polyhead.kernels.training import fused
 from polyhead.models.model import TaskModel, require_causal
@@ -159,7 +161,9 @@ class Trainer:
         try:
             faster = self._faster(ranks, device)
             again = recomputing(self.model, self.config.recompute)
-            with faster, again, view, signals() as received:
+            qat = self.config.qat
+            bits = nullcontext() if qat == "none" else rounded(self.model, qat)
+            with faster, bits, again, view, signals() as received:
                 run = Running(self, train, held, optimizer, parallel, progress, log, view, device)
                 return run.go(received, last)
         finally:
@@ -221,6 +225,8 @@ class Trainer:
     def _check_model(self) -> None:
         kind, config = self.kind, self.config
         check_pruning(self.model, config)
+        if config.qat != "none":
+            check_floats(self.model, "rounded")
         if len(names := in_use(self.model)) > 1:
             raise ConfigError(
                 f"adapters {', '.join(names)} are in use: use_adapters(model, NAME) says which of "

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from polyhead.errors import ConfigError, DataError, FileError
 from polyhead.files.safetensors import open_checkpoint
 from polyhead.files.safetensors_write import write_file
-from polyhead.generate.mode import evaluating
 from polyhead.models.config import PROBLEMS
+from polyhead.nn.mode import evaluating
 from polyhead.train.chatting import ChatCollator, cut, room_of
 from polyhead.train.config import TrainConfig
 from polyhead.train.data import Examples, Split

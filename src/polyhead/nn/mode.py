@@ -9,11 +9,12 @@ from torch import nn
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None]:
     """Dropout off; afterwards every module is as it was, those frozen in `eval` too."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    # By their dictionaries, as nn.Module takes microseconds to set anything.
+    training = [module.__dict__ for module in model.modules() if module.training]
+    for attributes in training:
+        attributes["training"] = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for attributes in training:
+            attributes["training"] = True

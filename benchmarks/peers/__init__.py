@@ -1,0 +1,1 @@
+"""Peers in processes of their own, measured in turn with ours."""

@@ -1,0 +1,233 @@
+"""A recorded step answers what the model's own forward answers, in every family of decoders."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tests.nn.parts import shaken as shaken_by
+from torch import Tensor, nn
+
+import polyhead as ph
+from polyhead.generate.engine import Engine
+from polyhead.generate.engine_config import EngineConfig
+from polyhead.generate.runner import Piece, Runner
+from polyhead.generate.seq2seq import Seq2Seq
+from polyhead.kernels import decode
+from polyhead.kernels.native import library
+from polyhead.models.model import TaskModel
+
+pytestmark = pytest.mark.skipif(library("step") is None, reason="nothing compiles it here")
+
+SIZES: dict[str, Any] = dict(vocab_size=70, d_model=64, num_layers=2, num_heads=4)
+ODD: dict[str, Any] = dict(vocab_size=67, d_model=36, num_layers=3, num_heads=3)
+PLAIN: dict[str, Any] = dict(SIZES, kind="decoder", d_ff=96)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", dict(SIZES, d_ff=96, num_kv_heads=2, tie_embeddings=True)),
+    "llama-mqa": ("llama", dict(SIZES, d_ff=100, num_kv_heads=1, head_dim=24, qkv_bias=True)),
+    "llama-odd": ("llama", dict(ODD, d_ff=50)),
+    "mistral": ("mistral", dict(SIZES, d_ff=96, num_kv_heads=2, window=5)),
+    "qwen3": ("qwen3", dict(SIZES, d_ff=96, num_kv_heads=2)),
+    "gpt2": ("gpt2", SIZES),
+    "gpt2-odd": ("gpt2", ODD),
+    "mixtral": ("mixtral", dict(SIZES, d_ff=48, num_experts=4, top_k=2)),
+    "learned": ("transformer", dict(PLAIN, position="learned")),
+    "sinusoidal": ("transformer", dict(PLAIN, position="sinusoidal")),
+    "rotary": ("transformer", dict(PLAIN, position="rotary", norm="rms")),
+    "alibi": ("transformer", dict(PLAIN, position="alibi", activation="relu2")),
+    "post-norm": ("transformer", dict(PLAIN, position="learned", norm_first=False)),
+}
+FORMS: dict[str, Callable[[TaskModel], TaskModel]] = {
+    "plain": lambda model: model,
+    "packed": ph.pack,
+    "int4": lambda model: ph.pack(ph.quantize(model, "int4")),
+    "int8": lambda model: ph.pack(ph.quantize(model, "int8")),
+    "int8-rows": lambda model: ph.pack(ph.quantize(model, "int8-rows")),
+}
+
+
+def shaken(model: TaskModel) -> TaskModel:
+    return shaken_by(model, 0.1, 0)
+
+
+@pytest.fixture
+def differences(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """How far each replayed step is from the forward of the same tokens, of its length."""
+    found: list[float] = []
+    replayed = Runner._replayed
+
+    def both(self: Runner, batch: list[Piece]) -> list[Tensor] | None:
+        ours = replayed(self, batch)
+        if ours is None:
+            return None
+        plain = [self._forward([piece])[0] for piece in batch]
+        for mine, states in zip(ours, plain, strict=True):
+            away = mine.float() - states.float()
+            found.append(float(away.norm() / states.float().norm()))
+        return plain
+
+    monkeypatch.setattr(Runner, "_replayed", both)
+    monkeypatch.setattr(decode, "TRIES", 0)
+    return found
+
+
+def write(model: TaskModel, **named: Any) -> Engine:
+    """Ragged texts that end one after another, so that there are steps of many sizes."""
+    engine = Engine(model, None, EngineConfig(max_rows=5, cache_tokens=400, block_size=4, **named))
+    for number in range(5):
+        prompt = [(7 * number + i) % 60 + 1 for i in range(2 + 3 * number)]
+        engine.add(prompt, ph.GenerationConfig(max_new_tokens=4 + 3 * number), ends=())
+    engine.run()
+    return engine
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", FORMS)
+def test_of_every_decoder(name: str, form: str, differences: list[float]) -> None:
+    family, sizes = MODELS[name]
+    model = FORMS[form](shaken(ph.build(family, seed=0, **sizes)).eval())
+    engine = write(model)
+    assert engine.runner._recorded is not None
+    assert engine.runner._recorded.reason == ""
+    assert len(differences) > 10
+    # Where activations are rounded, a last bit may move one of them by a whole step.
+    assert max(differences) < (2e-2 if form.startswith("int") else 1e-5)
+    assert sorted(differences)[len(differences) // 2] < 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("form", ["plain", "packed", "int8"])
+@pytest.mark.parametrize("kv", ["model", "int8"])
+def test_in_bfloat16(name: str, form: str, kv: str, differences: list[float]) -> None:
+    family, sizes = MODELS[name]
+    model = FORMS[form](shaken(ph.build(family, seed=0, **sizes)).eval().bfloat16())
+    write(model, kv=kv)
+    assert len(differences) > 10
+    # Of two experts that are chosen by a last bit either may be.
+    middle = sorted(differences)[len(differences) // 2]
+    assert (middle if name == "mixtral" else max(differences)) < 4e-2
+
+
+@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("name", ["t5", "marian", "transformer"])
+@pytest.mark.parametrize("form", ["plain", "int4"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_of_encoder_decoders(
+    name: str, form: str, beams: int, kv: str, differences: list[float]
+) -> None:
+    model = shaken(ph.build(name, seed=0, **dict(SIZES, d_ff=96))).eval()
+    writer = Seq2Seq(FORMS[form](model))
+    sources = [[3, 4, 5, 6, 9, 8, 2, 11], [7, 8, 9], [5]]
+    settings = dict(max_new_tokens=9, decoder_start_token_id=1, temperature=0.0)
+    writer.generate(sources, ph.GenerationConfig(num_beams=beams, **settings))
+    assert len(differences) > 5
+    assert max(differences) < (2e-2 if form == "int4" else 1e-5)
+
+
+def llama(**changes: Any) -> TaskModel:
+    return shaken(ph.build("llama", seed=0, **dict(MODELS["llama"][1], **changes))).eval()
+
+
+class TestWhatIsNotRecorded:
+    def test_what_looks_at_weights(self, differences: list[float]) -> None:
+        model = llama()
+        engine = Engine(model, None, EngineConfig(max_rows=2, cache_tokens=100))
+        engine.add([1, 2, 3], ph.GenerationConfig(max_new_tokens=9), ends=())
+        for _ in range(3):
+            engine.step()
+        before = len(differences)
+        assert before == 3
+        with ph.capture(model) as seen:
+            engine.step()
+        assert len(differences) == before
+        assert seen
+        engine.step()
+        assert len(differences) == before + 1
+
+    @pytest.mark.parametrize("position", ["shaw"])
+    def test_positions_that_need_the_weights(self, position: str, differences: list[float]) -> None:
+        model = shaken(ph.build("transformer", seed=0, **dict(PLAIN, position=position))).eval()
+        engine = write(model)
+        assert engine.runner._recorded is not None
+        assert engine.runner._recorded.reason == "its positions are not known"
+        assert not differences
+
+    def test_adapters(self, differences: list[float]) -> None:
+        model = llama()
+        ph.add_adapter(model)
+        write(model)
+        assert not differences
+
+    def test_an_activation_of_ones_own_is_left_to_torch(self, differences: list[float]) -> None:
+        model = llama()
+        for part in model.modules():
+            if hasattr(part, "activation"):
+                part.activation = lambda x: torch.special.expit(x) * x  # pyright: ignore
+        write(model)
+        assert differences
+        assert max(differences) < 1e-5
+
+    def test_what_asks_for_numbers(self, differences: list[float]) -> None:
+        class Asks(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x * 2 if bool((x > 0).all()) else x
+
+        model = llama()
+        model.backbone.norm = Asks()
+        engine = write(model)
+        assert not differences
+        assert engine.runner._recorded is not None
+        assert "depends on what is computed" in engine.runner._recorded.reason
+
+
+def test_weights_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "TRIES", 0)
+    model = llama()
+    engine = Engine(model, None, EngineConfig(max_rows=2, cache_tokens=100))
+    settings = ph.GenerationConfig(max_new_tokens=9, temperature=0.0)
+
+    def answer(engine: Engine) -> tuple[int, ...]:
+        request = engine.add([1, 2, 3], settings, ends=())
+        engine.run()
+        return request.outcome()[0].token_ids
+
+    first = answer(engine)
+    with torch.no_grad():
+        for parameter in model.parameters():  # in place
+            parameter.copy_(torch.randn(parameter.shape) * 0.5)
+    fresh = EngineConfig(max_rows=2, cache_tokens=90)  # without what the other one remembers
+    second = answer(Engine(model, None, fresh))
+    assert second != first
+    other = Engine(model, None, fresh)
+    assert answer(other) == second
+    model.load_state_dict(llama().state_dict(), assign=True)  # elsewhere
+    request = other.add([4, 5, 6], settings, ends=())
+    other.run()
+    alone = Engine(llama(), None, fresh)
+    expected = alone.add([4, 5, 6], settings, ends=())
+    alone.run()
+    assert request.outcome()[0].token_ids == expected.outcome()[0].token_ids
+
+
+def test_as_many_threads_as_one_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One, as many as there are, more than rows and heads: the same to the last bit."""
+    monkeypatch.setattr(decode, "TRIES", 0)
+    before, found = torch.get_num_threads(), list[Tensor]()
+    engine = Engine(FORMS["int4"](llama()), None, EngineConfig(max_rows=3, cache_tokens=200))
+    for number in range(3):
+        engine.add([*range(1, 9 - number)], ph.GenerationConfig(max_new_tokens=30), ends=())
+    engine.step()
+    texts = [text for request in engine.scheduler.running for text in request.texts]
+    steps = engine.runner._recorded
+    assert steps is not None
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        try:
+            steps.check()
+            rows = [text.row for text in texts if text.row is not None]
+            states = steps.read([5, 6, 7], rows, [text.held for text in texts])
+        finally:
+            torch.set_num_threads(before)
+        assert states is not None
+        found.append(states)
+    assert all(torch.equal(found[0], other) for other in found[1:])
