@@ -82,7 +82,7 @@ def test_columns_that_nothing_reads_are_rounded() -> None:
     assert values.isfinite().all()
     assert (values - weight)[:, :32].abs().max() < 0.3  # the rest share steps with what is read
     values, _ = rounded(weight, torch.zeros(96, 96), Grid(Int4, 32))
-    assert (values - weight).abs().max() < 0.3
+    assert (values - weight).abs().mean() < 0.1
 
 
 def test_steps_mind_the_columns_that_matter() -> None:

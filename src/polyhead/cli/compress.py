@@ -80,6 +80,8 @@ class Args:
 def run(args: Args) -> int:
     """Compress, write, measure, report."""
     from polyhead.adapt.load import load
+    from polyhead.compress.export import check
+    from polyhead.compress.quantize import finer_form
     from polyhead.files.hub import resolve
 
     source, is_gguf = model_path(resolve(args.model)), args.out.suffix == ".gguf"
@@ -89,7 +91,9 @@ def run(args: Args) -> int:
     with working(f"loading {args.model}"):
         dtype = None if args.dtype == "auto" else args.dtype
         model = load(source, dtype=dtype, device=device_named(args.device))
-        words = _tokenizer(source)
+    if is_gguf:
+        check(model.hf_config(), args.to, args.embeddings or finer_form(args.to))
+    words = _tokenizer(source)
     text = _text(args.text, held_out=True)[: args.text_length]
     made = model
     for step in _steps(args, model, words):

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polyhead.compress.formats import Half, Int4, Int8, PackedWeight
+from polyhead.compress.formats import FORMATS, Half, Int4, Int8, PackedWeight
 from polyhead.compress.saved import PackedModel, packed_matrices
 from polyhead.errors import ConfigError
 from polyhead.files.gguf_blocks import BY_NAME
 from polyhead.files.gguf_types import RawTensor
 from polyhead.models import gguf
+from polyhead.models.gguf_config import family_of_config
 from polyhead.models.gguf_tensors import BlockTensors
 
 _KINDS: Mapping[type[PackedWeight], str] = {Int4: "Q4_1", Int8: "Q8_0"}
@@ -31,7 +32,19 @@ def write_gguf(
     config, tokenizer: as `gguf.write` takes them. Errors: ConfigError for a family or a form that
     GGUF does not know and for rows that its blocks do not divide, FileError from writing.
     """
+    check(config, *(weight.name for weight, _ in packed_matrices(model).values()))
     gguf.write(path, config, _Blocks(model), tokenizer, force=force)
+
+
+def check(config: Mapping[str, Any], *forms: str) -> None:
+    """ConfigError for a family or a form that GGUF does not know."""
+    family_of_config(config)
+    for form in forms:
+        if form != "none" and not issubclass(FORMATS[form], (*_KINDS, Half)):
+            raise ConfigError(
+                f"GGUF has no kind for {form}: choose int4, int8, fp16 or bf16, or write a "
+                "directory"
+            )
 
 
 class _Blocks(BlockTensors):
@@ -47,8 +60,7 @@ class _Blocks(BlockTensors):
                 plain = weight.halves if isinstance(weight, Half) else weight.unpack()
                 outline[name] = plain.view(*rows, -1)
             else:
-                of_kind = blocks[_kind(weight)]
-                of_kind[name] = _bytes(name, weight).view(*rows, -1)
+                blocks[_KINDS[type(weight)]][name] = _bytes(name, weight).view(*rows, -1)
         self._tensors = model.hf_tensors(outline)
         self._raw = {
             name: (kind, tensor)
@@ -80,15 +92,6 @@ class _Blocks(BlockTensors):
             return None
         data = torch.stack([part.data for part in parts])
         return RawTensor(parts[0].kind, (len(parts), *parts[0].shape), data)
-
-
-def _kind(weight: PackedWeight) -> str:
-    if type(weight) not in _KINDS:
-        raise ConfigError(
-            f"GGUF has no kind for {weight.form}: choose int4, int8, fp16 or bf16, or write a "
-            "directory"
-        )
-    return _KINDS[type(weight)]
 
 
 def _bytes(name: str, weight: PackedWeight) -> Tensor:
