@@ -19,6 +19,7 @@ FLOORS = {
     "adapt": 3,
     "compress": 2,
     "explain": 2,
+    "export": 2,
     "kernels": 3,
     "generate": 4,
     "train": 5,

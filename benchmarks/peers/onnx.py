@@ -53,12 +53,14 @@ def _export(model: str, path: Path) -> None:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             return self.model(input_ids, attention_mask=attention_mask)[0]
 
-    rows = torch.ones(2, 8, dtype=torch.long)
+    # Two tensors that differ: the exporter takes the same one given twice for one input.
+    ids, mask = torch.arange(100, 116).view(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, 5:] = 0
     sizes = {0: torch.export.Dim("rows", max=4096), 1: torch.export.Dim("tokens", max=512)}
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         fresh = Path(scratch) / path.name
         torch.onnx.export(
-            Hidden(), (rows, rows), str(fresh), dynamo=True, external_data=False,
+            Hidden(), (ids, mask), str(fresh), dynamo=True, external_data=False,
             input_names=["input_ids", "attention_mask"], output_names=["hidden"],
             dynamic_shapes=(sizes, sizes),
         )  # fmt: skip

@@ -177,6 +177,7 @@ ROWS = (
         {"": "minilm"}, "sentences/s", _ours("int8"),
         (
             Contender("onnxruntime int8", "onnxruntime", {"form": "int8"}),
+            Contender("onnxruntime fp32", "onnxruntime", {"form": "fp32"}),
             Contender("sentence-transformers fp32", "sentence-transformers", {"dtype": "fp32"}),
         ),
         lambda inputs: {"texts": inputs.sentences},

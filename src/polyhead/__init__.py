@@ -47,6 +47,8 @@ _HOMES = {
     "capture": "explain.capture",
     "embed": "tasks.embed",
     "evaluate": "tasks.evaluate.run",
+    "export_aoti": "export.aoti",
+    "export_onnx": "export.onnx",
     "families": "models.registry",
     "first_layers": "generate.speculative",
     "grpo_objective": "train.grpo",

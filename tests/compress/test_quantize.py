@@ -7,7 +7,17 @@ import torch
 
 import polyhead as ph
 from polyhead.compress import layers
-from polyhead.compress.formats import FORMATS, Int4, Int8, Int8Rows, Nf4, Nf6, normal_float
+from polyhead.compress.formats import (
+    FORMATS,
+    BrainHalf,
+    Half,
+    Int4,
+    Int8,
+    Int8Rows,
+    Nf4,
+    Nf6,
+    normal_float,
+)
 from polyhead.compress.quantize import weight_bytes
 from polyhead.errors import ConfigError
 from polyhead.train import objectives
@@ -61,6 +71,8 @@ ERRORS = {
     "nf6": (Nf6, 0.02, 0.032),
     "int8": (Int8, 0.003, 0.009),
     "int8-rows": (Int8Rows, 0.004, 0.012),
+    "fp16": (Half, 0.0001, 0.0005),
+    "bf16": (BrainHalf, 0.001, 0.004),
 }
 
 
@@ -94,7 +106,7 @@ def test_a_packed_model_is_the_one_that_it_saves_as(tmp_path, name, form):
     model = made(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     packed = ph.quantize(model, form)
-    packed.save(tmp_path / "floats")
+    packed.save(tmp_path / "floats", floats=True)
     floats = ph.load(tmp_path / "floats", head=model.head_kind)
     assert torch.allclose(answer(packed), answer(floats), atol=1e-5)
     assert not torch.equal(answer(packed), answer(model))
@@ -143,7 +155,7 @@ def test_gradients_pass_through_to_an_adapter(name, dtype):
 
 def test_gradients_are_those_of_the_unpacked_model(tmp_path):
     packed = ph.quantize(made("llama"), "nf4")
-    packed.save(tmp_path)
+    packed.save(tmp_path, floats=True)
     floats = ph.load(tmp_path)
     grads = []
     for model in (packed, floats):
@@ -174,7 +186,7 @@ def test_an_adapter_of_a_packed_base_fits_the_base(tmp_path):
     [
         (
             lambda m: ph.quantize(m, "int3"),
-            "form is 'int3': choose one of nf4, nf6, int4, int8, int8-rows",
+            "form is 'int3': choose one of nf4, nf6, int4, int8, int8-rows, fp16, bf16",
         ),
         (lambda m: ph.quantize(m, "none"), "form is 'none'"),
         (lambda m: ph.quantize(m, embeddings="fp8"), "form is 'fp8'"),
@@ -215,7 +227,7 @@ def test_a_large_matrix_is_never_whole(form, monkeypatch):
     whole, sizes = found(), []
     monkeypatch.setattr(layers, "_AT_ONCE", 64 * 9)
     monkeypatch.setattr(objectives, "CHUNK_LOGITS", 70 * 3)
-    of_head = FORMATS["int8" if form.startswith("int") else "nf6"]
+    of_head = type(model.backbone.embedding.packed)
     unpack = of_head.unpack
 
     def counted(self, rows=slice(None)):

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from polyhead.adapt.peft import CONFIG, load_adapter
-from polyhead.compress import blocks
+from polyhead.compress import blocks, saved
 from polyhead.errors import FileError
 from polyhead.files.hub import resolve
 from polyhead.files.jsons import read_json
-from polyhead.models.load import described, read_checkpoint
+from polyhead.models.load import described
 from polyhead.models.load import load as load_model
 from polyhead.models.load import tokenizer as load_tokenizer
 from polyhead.models.model import TaskModel
@@ -40,7 +40,8 @@ def load(
     """A model from a Hugging Face directory, a GGUF file, a hub id or a named model.
 
     The directory of an adapter gives the model that it names with the adapter on it; `adapter` puts
-    one on the model that is named. change: what becomes of that before, such as `quantize`.
+    one on the model that is named. change: what becomes of that before, such as `quantize`. What
+    was saved in few bits comes back so.
     dtype: None keeps what the checkpoint says, but float16, for which CPUs have no fast path, and
     GGUF's blocks become float32. device: None is the CPU. head: "lm", "classify", "none" and
     others; None takes it from the checkpoint's `architectures`. A head that is named here and that
@@ -82,7 +83,7 @@ def tokenizer(name: str | Path, revision: str | None = None) -> Tokenizer:
 def _reading(packed: bool | str | Collection[str]) -> dict[str, Any]:
     """How `load_model` is to read and fill."""
     if not packed:
-        return {}
+        return {"read": saved.read, "fill": saved.fill}
     return {"read": blocks.read, "fill": partial(blocks.fill, blocks.kinds_named(packed))}
 
 
@@ -110,7 +111,7 @@ def _head_beside(adapter: Path, base: str | Path) -> tuple[str | None, dict[str,
         return _HEADS.get(read_json(adapter / CONFIG).get("task_type", "")), {}
     config, head = described(read_json(own), own)
     path = resolve(str(base))
-    theirs, there = described(read_checkpoint(path)[0], path)
+    theirs, there = described(saved.read(path)[0], path)
     if head == there and all(getattr(config, key) == getattr(theirs, key) for key in _TOLD):
         return None, {}
     return head, {key: getattr(config, key) for key in _TOLD}

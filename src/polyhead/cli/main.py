@@ -36,7 +36,9 @@ VERBS = {
     "diff": "show what parts change between two families or checkpoints",
     "eval": "evaluate a model, or compare two, at tasks and files",
     "perplexity": "measure how well a model predicts a text",
+    "compress": "keep a model's weights in few bits, and measure what that costs",
     "convert": "rewrite a model as Hugging Face directory or GGUF file",
+    "export": "write a model for onnxruntime, or compile it for this machine",
     "pull": "fetch a model by name; without a name, list the names",
     "info": "show a model's parameters, memory, FLOPs and parts",
 }
@@ -56,6 +58,7 @@ examples:
   polyhead similar minilm-l6 "a cat" "a kitten" "a car" "the sea"
   polyhead diff bert deberta-v3
   polyhead convert smollm2-135m smol/ --to hf --verify
+  polyhead compress smollm2-135m --to int8 --out smol-int8/
   polyhead info llama --set d_model=2048 d_ff=8192 num_layers=16 num_heads=32 vocab_size=128256
 
 A model is a directory, a .gguf file, a name that `polyhead pull` lists, or owner/name of the hub.
@@ -64,7 +67,7 @@ standard error. --json, where a verb has it, is for scripts; --debug shows an er
 
 exit codes:
   0    done
-  1    a check failed (convert --verify), or some prompts of a file (generate --file) did
+  1    a check failed (convert --verify, export), or some prompts of a file (generate --file) did
   2    something to mend in the flags, the files or the data; one line says what
   70   a fault of polyhead itself
   130  interrupted (Ctrl-C); 143 terminated: a training run has saved a checkpoint before it

@@ -58,13 +58,13 @@ def _fresh(model_type: str, values: dict[str, object]) -> "Config":
 
 
 def _of_checkpoint(name: str) -> Outline:
+    from polyhead.compress.saved import read
     from polyhead.files.hub import resolve
     from polyhead.models.config_json import from_hf
-    from polyhead.models.load import read_checkpoint
     from polyhead.models.registry import family_of
 
     path = model_path(resolve(name))
-    data, _ = read_checkpoint(path)
+    data, _ = read(path)
     if not isinstance(data.get("model_type"), str):
         raise ConfigError(f"{path} says no model_type in its config.json; it is needed")
     config = from_hf(family_of(data["model_type"]).config, data)

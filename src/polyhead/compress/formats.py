@@ -1,12 +1,14 @@
 """Weights in few bits: what is kept of a matrix `[R, W]`, and how it is unpacked."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import Self
+from functools import cache, partial
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from polyhead.errors import ConfigError
 
 Rows = slice | Tensor
 """Which rows: a stretch, or their numbers `[n]`."""
@@ -19,6 +21,8 @@ _AT_ONCE = 1 << 18  # weights that are unpacked at a time, so that they stay in 
 
 class PackedWeight(nn.Module):
     """A matrix in few bits. `dtype`: what it unpacks to, which follows `Module.to`."""
+
+    name: ClassVar[str]
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -33,6 +37,11 @@ class PackedWeight(nn.Module):
         for name, part in parts.items():
             found._hold(name, part)
         return found
+
+    @property
+    def form(self) -> str:
+        """What `form_named` knows it by."""
+        return self.name
 
     def unpack(self, rows: Rows = _ALL) -> Tensor:
         """The matrix, or some rows of it, in `dtype`."""
@@ -62,32 +71,118 @@ class PackedWeight(nn.Module):
         return self
 
 
-class Int8(PackedWeight):
-    """Eight bits a weight and a scale in float16 for 32, as in GGUF's Q8_0: 1.063 bytes.
+class Stepped(PackedWeight):
+    """Codes in even steps: whole numbers, and for each group of a row what they stand for.
 
-    Each row has groups of its own, the last of which may be short.
+    group: weights that share their steps, 32 or a multiple of it that divides W; each row has
+    groups of its own, of 32 the last may be short. steps: those to round by, `[R, groups]` each,
+    float16; None is all of each group, from its least weight to its largest.
     """
 
-    codes: Tensor  # [R, groups, 32]
+    codes: Tensor  # [R, runs, ...]: of each 32 weights of a row
     scales: Tensor  # [R, groups]
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(
+        self, weight: Tensor, group: int = STEPS, steps: tuple[Tensor, ...] | None = None
+    ) -> None:
         super().__init__(weight)
-        groups = F.pad(weight.detach().float(), (0, -weight.shape[1] % STEPS))
-        groups = groups.unflatten(1, (-1, STEPS))
-        scales = (groups.abs().amax(2) / 127).clamp(max=_HALF).half()
-        shares = groups / scales.float().clamp_min(1e-30)[..., None]
-        self._hold("codes", shares.round_().clamp_(-127, 127).to(torch.int8))
-        self._hold("scales", scales)
+        groups = self.grouped(weight.detach().float(), group)
+        steps = self.widest(groups) if steps is None else steps
+        codes = self.nearest(groups, *(part.float()[..., None] for part in steps))
+        self._hold_codes(codes.flatten(1).unflatten(1, (-1, STEPS)))
+        for name, part in zip(self.step_names, steps, strict=True):
+            self._hold(name, part)
+
+    step_names: tuple[str, ...] = ("scales",)
+
+    @classmethod
+    def grouped(cls, weight: Tensor, group: int) -> Tensor:
+        """A matrix `[R, W]` by its groups `[R, groups, group]`, the last filled up."""
+        short = -weight.shape[1] % group
+        filled = F.pad(weight[:, None], (0, short), mode="replicate")[:, 0] if short else weight
+        return filled.unflatten(1, (-1, group))
+
+    @classmethod
+    def widest(cls, groups: Tensor) -> tuple[Tensor, ...]:
+        """Steps, in float16, over all of each group `[..., n]`."""
+        raise NotImplementedError
+
+    @classmethod
+    def nearest(cls, weights: Tensor, *steps: Tensor) -> Tensor:
+        """The codes nearest to weights, as floats; steps `[..., 1]` or as many as weights."""
+        raise NotImplementedError
+
+    @classmethod
+    def values(cls, codes: Tensor, *steps: Tensor) -> Tensor:
+        """What codes stand for."""
+        raise NotImplementedError
+
+    @classmethod
+    def fit(cls, codes: Tensor, weights: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
+        """The steps, in float16, by which codes `[..., n]` come nearest to weights, squares weighed
+        by importance."""
+        raise NotImplementedError
+
+    @classmethod
+    def middle(cls, groups: Tensor) -> Tensor | float:
+        """What stays where a group is drawn together."""
+        return 0.0
+
+    def _hold_codes(self, codes: Tensor) -> None:
+        self._hold("codes", codes.to(torch.int8))
+
+    def _codes(self, rows: Rows) -> Tensor:
+        return self.codes[rows]
+
+    @property
+    def group(self) -> int:
+        """Weights that share their steps."""
+        return STEPS * (self.codes.shape[1] // self.scales.shape[1])
+
+    @property
+    def form(self) -> str:
+        return self.name if self.group == STEPS else f"{self.name}-{self.group}"
+
+    def steps(self, rows: Rows = _ALL) -> tuple[Tensor, ...]:
+        """The steps of each 32 weights, float16 `[n, runs]` each."""
+        parts = (getattr(self, name)[rows] for name in self.step_names)
+        times = self.group // STEPS
+        return tuple(part if times == 1 else part.repeat_interleave(times, 1) for part in parts)
 
     def unpack(self, rows: Rows = _ALL) -> Tensor:
-        found = self.codes[rows] * self.scales[rows].float()[..., None]
+        steps = (part.float()[..., None] for part in self.steps(rows))
+        found = self.values(self._codes(rows), *steps)
         return found.flatten(1)[:, : self.shape[1]].to(self.dtype)
+
+
+class Int8(Stepped):
+    """Eight bits a weight and a scale in float16 for 32, as in GGUF's Q8_0: 1.063 bytes."""
+
+    name = "int8"
+
+    @classmethod
+    def widest(cls, groups: Tensor) -> tuple[Tensor, ...]:
+        return ((groups.abs().amax(-1) / 127).clamp(max=_HALF).half(),)
+
+    @classmethod
+    def nearest(cls, weights: Tensor, *steps: Tensor) -> Tensor:
+        return (weights / steps[0].clamp_min(1e-30)).round_().clamp_(-127, 127)
+
+    @classmethod
+    def values(cls, codes: Tensor, *steps: Tensor) -> Tensor:
+        return codes * steps[0]
+
+    @classmethod
+    def fit(cls, codes: Tensor, weights: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
+        square = (importance * codes * codes).sum(-1)
+        scales = (importance * codes * weights).sum(-1) / square.clamp_min(1e-30)
+        return (scales.clamp(0, _HALF).half(),)
 
 
 class Int8Rows(PackedWeight):
     """A byte a weight and a scale a row, from its largest weight."""
 
+    name = "int8-rows"
     codes: Tensor
     scale: Tensor
 
@@ -102,37 +197,72 @@ class Int8Rows(PackedWeight):
         return (self.codes[rows] * self.scale[rows]).to(self.dtype)
 
 
-class Int4(PackedWeight):
+class Int4(Stepped):
     """Four bits a weight, in even steps from the least to the largest of 32: 0.625 bytes.
 
-    What a code stands for is `scale * code + least`, both in float16, as in GGUF's Q4_1. Each row
-    has groups of its own, the last of which may be short.
+    What a code stands for is `scale * code + least`, both in float16, as in GGUF's Q4_1. `codes`
+    hold the first half of 32 in the low bits, the other above.
     """
 
-    codes: Tensor  # [R, groups, 16]: the first half of a group in the low bits, the other above
-    scales: Tensor  # [R, groups]
-    least: Tensor
+    name = "int4"
+    step_names = ("scales", "least")
+    least: Tensor  # [R, groups]
+
+    @classmethod
+    def widest(cls, groups: Tensor) -> tuple[Tensor, ...]:
+        least = groups.amin(-1).clamp(-_HALF, _HALF).half()
+        return ((groups.amax(-1) - least.float()) / 15).clamp(max=_HALF).half(), least
+
+    @classmethod
+    def nearest(cls, weights: Tensor, *steps: Tensor) -> Tensor:
+        scales, least = steps
+        return ((weights - least) / scales.clamp_min(1e-30)).round_().clamp_(0, 15)
+
+    @classmethod
+    def values(cls, codes: Tensor, *steps: Tensor) -> Tensor:
+        return torch.addcmul(steps[1], codes, steps[0])
+
+    @classmethod
+    def fit(cls, codes: Tensor, weights: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
+        share = importance / importance.sum(-1, keepdim=True)
+        code, weight = (share * codes).sum(-1), (share * weights).sum(-1)
+        off, away = codes - code[..., None], weights - weight[..., None]
+        scales = (share * off * away).sum(-1) / (share * off * off).sum(-1).clamp_min(1e-30)
+        scales = scales.clamp(0, _HALF).half()
+        return scales, (weight - scales.float() * code).clamp(-_HALF, _HALF).half()
+
+    @classmethod
+    def middle(cls, groups: Tensor) -> Tensor | float:
+        return (groups.amin(-1, keepdim=True) + groups.amax(-1, keepdim=True)) / 2
+
+    def _hold_codes(self, codes: Tensor) -> None:
+        low, high = codes.to(torch.uint8).unflatten(2, (2, -1)).unbind(2)
+        self._hold("codes", high << 4 | low)
+
+    def _codes(self, rows: Rows) -> Tensor:
+        return torch.cat([self.codes[rows] & 15, self.codes[rows] >> 4], 2)
+
+
+class Half(PackedWeight):
+    """Sixteen bits a weight: float16, which holds eleven bits of each up to 65504."""
+
+    name = "fp16"
+    kind = torch.float16
+    halves: Tensor
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight)
-        weight = weight.detach().float()
-        short = -weight.shape[1] % STEPS
-        groups = F.pad(weight[:, None], (0, short), mode="replicate").view(len(weight), -1, STEPS)
-        least = groups.amin(2).clamp(-_HALF, _HALF).half()
-        scales = ((groups.amax(2) - least.float()) / 15).clamp(max=_HALF).half()
-        above = groups - least.float()[..., None]
-        codes = (above / scales.float().clamp_min(1e-30)[..., None]).round_().clamp_(0, 15)
-        low, high = codes.to(torch.uint8).unflatten(2, (2, -1)).unbind(2)
-        self._hold("codes", high << 4 | low)
-        self._hold("scales", scales)
-        self._hold("least", least)
+        self._hold("halves", weight.detach().clamp(*_ends(self.kind)).to(self.kind))
 
     def unpack(self, rows: Rows = _ALL) -> Tensor:
-        codes = torch.cat([self.codes[rows] & 15, self.codes[rows] >> 4], 2)
-        found = torch.addcmul(
-            self.least[rows].float()[..., None], codes, self.scales[rows].float()[..., None]
-        )
-        return found.flatten(1)[:, : self.shape[1]].to(self.dtype)
+        return self.halves[rows].to(self.dtype)
+
+
+class BrainHalf(Half):
+    """The same in bfloat16: eight bits of each weight, of any size."""
+
+    name = "bf16"
+    kind = torch.bfloat16
 
 
 class Nf4(PackedWeight):
@@ -142,6 +272,7 @@ class Nf4(PackedWeight):
     rounded by the scales that are kept. Each row has blocks of its own.
     """
 
+    name = "nf4"
     bits = 4
     codes: Tensor
     scales: Tensor
@@ -201,6 +332,7 @@ class Nf4(PackedWeight):
 class Nf6(Nf4):
     """The same with 64 levels: 0.766 bytes a weight, for what bears four bits ill."""
 
+    name = "nf6"
     bits = 6
     finer: Tensor
 
@@ -219,12 +351,29 @@ class Nf6(Nf4):
 
 
 FORMATS: dict[str, type[PackedWeight]] = {
-    "nf4": Nf4,
-    "nf6": Nf6,
-    "int4": Int4,
-    "int8": Int8,
-    "int8-rows": Int8Rows,
+    form.name: form for form in (Nf4, Nf6, Int4, Int8, Int8Rows, Half, BrainHalf)
 }
+GROUPS = (32, 64, 128)
+"""How many weights may share their steps in `Stepped` forms."""
+
+
+def form_named(name: str) -> Callable[[Tensor], PackedWeight]:
+    """What packs a matrix into a form: "nf4", "int8", "int4-64" (steps for 64).
+
+    Errors: ConfigError for one that is not known.
+    """
+    base, _, group = name.rpartition("-")
+    if name in FORMATS:
+        return FORMATS[name]
+    form = FORMATS.get(base)
+    if form is None or not issubclass(form, Stepped) or group not in map(str, GROUPS):
+        raise ConfigError(f"form is {name!r}: choose one of {', '.join(FORMATS)}")
+    return partial(form, group=int(group))
+
+
+def _ends(dtype: torch.dtype) -> tuple[float, float]:
+    info = torch.finfo(dtype)
+    return info.min, info.max
 
 
 @cache

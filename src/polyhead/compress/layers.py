@@ -4,7 +4,7 @@ They stand below the class of the layer that they take the place of, so that a h
 Nothing is learned here: gradients pass to the inputs alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from polyhead.compress.formats import PackedWeight
 from polyhead.files.digest import tensor_digest
+from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import Table
 from polyhead.nn.head import LanguageHead
 from polyhead.nn.moe import Experts
 
 EXPERT_WEIGHTS = ("gate", "up", "down")
+Form = Callable[[Tensor], PackedWeight]
+"""Makes of a matrix one in few bits."""
 _ALL = slice(None)
 _AT_ONCE = 1 << 22  # weights that are unpacked for a product: a layer's, not a vocabulary's
 
@@ -180,7 +183,7 @@ def _below(kind: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     return base if kind is base.__mro__[2] else type(f"Packed{kind.__name__}", (kind, base), {})
 
 
-def pack_layer(layer: nn.Module, form: type[PackedWeight]) -> None:
+def pack_layer(layer: nn.Module, form: Form) -> None:
     """Make a linear layer or a table one that keeps its weight in few bits."""
     weight: Any = layer.weight
     put_in_layer(layer, form(weight), tensor_digest(weight))
@@ -195,7 +198,7 @@ def put_in_layer(layer: nn.Module, packed: PackedWeight, digest: str | None = No
     found.packed, found.source_digest = packed, digest
 
 
-def pack_experts(experts: Experts, form: type[PackedWeight]) -> None:
+def pack_experts(experts: Experts, form: Form) -> None:
     """Make experts ones that keep their weights in few bits."""
     weights = {name: getattr(experts, name) for name in EXPERT_WEIGHTS}
     packed = {name: form(weight.flatten(0, 1)) for name, weight in weights.items()}
@@ -224,3 +227,17 @@ def tie_packed(head: LanguageHead, embedding: PackedTable) -> None:
     found: Any = head
     found.__class__ = TiedHead
     found.tie(embedding)
+
+
+def tie_vocabulary(model: TaskModel) -> None:
+    """Make tied heads read the embedding, where that is packed."""
+    embedding = getattr(model.backbone, "embedding", None)
+    if model.is_tied and isinstance(embedding, PackedTable):
+        for head in language_heads(model):
+            tie_packed(head, embedding)
+
+
+def language_heads(model: TaskModel) -> list[LanguageHead]:
+    """The heads over a vocabulary."""
+    parts = [] if model.head is None else model.head.modules()
+    return [part for part in parts if isinstance(part, LanguageHead)]

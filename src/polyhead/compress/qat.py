@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from polyhead.compress.formats import FORMATS, PackedWeight
 from polyhead.compress.prune import check_floats
+from polyhead.compress.quantize import finer_form
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import TokenEmbedding
@@ -31,7 +32,7 @@ def rounded(model: TaskModel, form: str, *, embeddings: str | None = None) -> Ge
     parameters and what is saved are those of the floats.
     Errors: ConfigError for another form, and for a model that has adapters or is in few bits.
     """
-    finer = embeddings or ("int8" if form.startswith("int") else "nf6")
+    finer = embeddings or finer_form(form)
     for name in (form, finer):
         if name not in FORMATS and not name == embeddings == "none":
             raise ConfigError(f"form is {name!r}: choose one of {', '.join(FORMATS)}")

@@ -1,6 +1,7 @@
 """JSON files that came from elsewhere."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,3 +19,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise FileError(f"{path} holds a {type(data).__name__}, not an object; fetch it again")
     return data
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write an object with its keys sorted; what stands inside a key keeps its order."""
+    # That may mean something: the first of several tasks.
+    data = {key: data[key] for key in sorted(data)}
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polyhead.generate.paged import Geometry, Int8Pages, PagedCache, PagedCross, Pages
+from polyhead.generate.paged import Geometry, Int8Pages, PagedCache, PagedCross, PagedLayer, Pages
 from polyhead.generate.pages import OutOfBlocksError
 from polyhead.generate.row_caches import RowCaches, States
 from polyhead.generate.tables import Tables
@@ -79,10 +79,11 @@ class Memory:
     def held(self) -> tuple[list[Held], list[Held]]:
         """Where the layers keep what they hold, and the cross-attention layers, if any."""
         tables = {layer: tables for tables in self.all_tables for layer in tables.layers}
-        return [
-            [layer.where(tables[layer].blocks) for layer in layers]
-            for layers in (self.caches.layers, self.cross)
-        ]
+
+        def where(layers: Sequence[PagedLayer]) -> list[Held]:
+            return [layer.where(tables[layer].blocks) for layer in layers]
+
+        return where(self.caches.layers), where(self.cross)
 
     @property
     def finds_prefixes(self) -> bool:

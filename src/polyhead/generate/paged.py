@@ -208,9 +208,9 @@ class PagedLayer:
     def where(self, tables: Numbers) -> Held:
         """Where the rows of these tables lie."""
         place, k, v = self.k_pages.place, self.k_pages, self.v_pages
-        scales = (x.scales if isinstance(x, Int8Pages) else None for x in (k, v))
+        of_k, of_v = (x.scales if isinstance(x, Int8Pages) else None for x in (k, v))
         return Held(
-            k.held, v.held, *scales, torch.from_numpy(tables),
+            k.held, v.held, of_k, of_v, torch.from_numpy(tables),
             place.block_size, place.num_blocks, place.num_heads, place.window,
         )  # fmt: skip
 

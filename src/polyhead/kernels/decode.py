@@ -133,7 +133,7 @@ class _Recorded:
             caches.tape = tape
             ids = self.ids[:, None]
             if steps.cross:
-                like = backbone.embedding.weight
+                like = next(backbone.parameters())
                 memory = like.new_empty(1, 1, 1).expand(count, 1, 1)
                 hidden = backbone.decode(ids, memory, Mask(), None, caches=caches)
             else:

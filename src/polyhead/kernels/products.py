@@ -83,10 +83,7 @@ class LaidOutInt4(LaidOut):
 
     def __init__(self, weight: Int4) -> None:
         super().__init__(weight)
-        codes = torch.cat([weight.codes & 15, weight.codes >> 4], 2)
-        low, high = _columns(codes).unflatten(2, (2, -1)).unbind(2)
-        steps = [_lanes(x).view(torch.uint8) for x in (weight.scales, weight.least)]
-        self._hold("data", torch.cat([*steps, (high << 4 | low).flatten(2)], 2).contiguous())
+        self._hold("data", _blocks(*map(_lanes, weight.steps()), _fours(weight.codes)))
 
     def _unpack(self, blocks: Rows) -> Tensor:
         scales, least, codes = self.data[blocks].split([2 * _ROWS, 2 * _ROWS, 16 * _ROWS], 2)
@@ -103,9 +100,8 @@ class LaidOutInt8(LaidOut):
 
     def __init__(self, weight: Int8) -> None:
         super().__init__(weight)
-        codes = _columns(_from_zero(weight.codes)).flatten(2)
-        scales = _lanes(weight.scales).view(torch.uint8)
-        self._hold("data", torch.cat([scales, codes], 2).contiguous())
+        codes = _fours(_from_zero(weight.codes))
+        self._hold("data", _blocks(*map(_lanes, weight.steps()), codes))
 
     def _unpack(self, blocks: Rows) -> Tensor:
         scales, codes = self.data[blocks].split([2 * _ROWS, STEPS * _ROWS], 2)
@@ -122,7 +118,7 @@ class LaidOutInt8Rows(LaidOut):
     def __init__(self, weight: Int8Rows) -> None:
         super().__init__(weight)
         codes = F.pad(weight.codes, (0, -weight.shape[1] % STEPS)).unflatten(1, (-1, STEPS))
-        self._hold("data", _columns(_from_zero(codes)).flatten(2).contiguous())
+        self._hold("data", _blocks(_fours(_from_zero(codes))))
         self._hold("scales", weight.scale[:, 0].clone())
 
     def _row_scales(self, start: int) -> ctypes.c_void_p:
@@ -142,11 +138,11 @@ _LAID_OUT: dict[type[PackedWeight], Any] = {
 
 def _from_zero(codes: Tensor) -> Tensor:
     """Codes from -128 as bytes from 0."""
-    return (codes.to(torch.int16) + 128).to(torch.uint8)
+    return codes.contiguous().view(torch.uint8) ^ 128
 
 
 def _to_rows(codes: Tensor) -> Tensor:
-    """Codes as `_columns` lays them, less 128: `[blocks, groups, 16, 32]` float32."""
+    """Codes as `_fours` lays them, less 128: `[blocks, groups, 16, 32]` float32."""
     return codes.unflatten(2, (-1, _ROWS, 4)).transpose(2, 3).flatten(3).float() - 128
 
 
@@ -155,10 +151,18 @@ def _lanes(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, -len(x) % _ROWS)).unflatten(0, (-1, _ROWS)).mT.contiguous()
 
 
-def _columns(codes: Tensor) -> Tensor:
-    """Codes `[R, groups, 32]` by four columns of each row of a block: `[blocks, groups, 8, 64]`."""
-    codes = F.pad(codes, (0, 0, 0, 0, 0, -len(codes) % _ROWS)).unflatten(0, (-1, _ROWS))
-    return codes.unflatten(3, (-1, 4)).permute(0, 2, 3, 1, 4).flatten(3)
+def _fours(codes: Tensor) -> Tensor:
+    """Bytes of groups `[R, groups, n]`, four of each row of a block in turn: int32 `[blocks,
+    groups, 4 n]`."""
+    fours = codes.contiguous().view(torch.int32)
+    fours = F.pad(fours, (0, 0, 0, 0, 0, -len(fours) % _ROWS)).unflatten(0, (-1, _ROWS))
+    return fours.permute(0, 2, 3, 1).flatten(2)
+
+
+def _blocks(*parts: Tensor) -> Tensor:
+    """What blocks hold of each group `[blocks, groups, ...]`, one after the other: its bytes."""
+    fours = [part.flatten().view(torch.int32).view(*part.shape[:2], -1) for part in parts]
+    return torch.cat(fours, 2).view(torch.uint8)
 
 
 def rounded(x: Tensor) -> Tensor:

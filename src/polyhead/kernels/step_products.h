@@ -28,6 +28,8 @@ template <class T> inline void add_bias(T* out, const T* bias, int64_t first, in
     });
 }
 
+constexpr int TOKENS = 4;  // whose products take as long as their weights take to be read
+
 // By a matrix in few bits; `ends`, if any, are those of the tokens of each of so many experts,
 // whose rows stand one after another.
 template <Kind KIND, class T> struct Packed {
@@ -42,8 +44,10 @@ template <Kind KIND, class T> struct Packed {
     void operator()(const Thread& thread) const {
         Rounded x(room, tokens, given);
         int64_t matrix = rows / ROWS * x.groups * block_bytes<KIND>();
-        // Some blocks at a time: a core that others are using does fewer of them.
-        int64_t step = std::max<int64_t>(1, rows / ROWS / thread.many / 4) * ROWS;
+        // Some blocks at a time: a core that others are using does fewer of them. Of few tokens
+        // the weights take the time, and each thread reads a stretch of them.
+        int64_t parts = thread.many * (tokens > TOKENS ? 4 : 1);
+        int64_t step = (rows + ROWS * parts - 1) / (ROWS * parts) * ROWS;
         for (int64_t from; (from = thread.take(step)) < rows;) {
             int64_t to = std::min(from + step, rows);
             for (int64_t expert = 0, first = 0; expert < experts; expert++) {

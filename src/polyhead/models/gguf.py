@@ -20,6 +20,7 @@ from polyhead.models.gguf_config import (
     family_of_metadata,
     metadata_from_config,
 )
+from polyhead.models.gguf_packed import Packed
 from polyhead.models.gguf_tensors import ROPE_FREQS, GgufTensors, HfTensors
 from polyhead.models.registry import family_of
 
@@ -53,11 +54,14 @@ def write(
     tensors: Mapping[str, Tensor],
     tokenizer: Mapping[str, Any] | None = None,
     *,
+    blocks: str | None = None,
     force: bool = False,
 ) -> None:
     """Write a Hugging Face checkpoint as GGUF: floats keep their type, but vectors become fp32.
 
     Tensors of another GGUF file, as `read` gives them, keep their blocks.
+    blocks: "Q8_0", "Q4_0" or "Q4_1" packs the matrices so, tables of tokens and heads as Q8_0;
+    what does not divide into blocks of 32 becomes fp16.
     tokenizer: metadata `tokenizer.*`, from `tokenizer_metadata` or another GGUF file; its token ids
     stand before the config's. Errors: ConfigError for what GGUF cannot say, FileError from writing.
     """
@@ -75,10 +79,10 @@ def write(
         weights[kind] += math.prod(tensor.shape) if len(tensor.shape) > 1 else 0
     metadata["general.type"] = "model"
     most, _ = weights.most_common(1)[0]
-    if most in FILE_TYPES:
-        metadata["general.file_type"] = FILE_TYPES[most]
+    if (kind := blocks or most) in FILE_TYPES:
+        metadata["general.file_type"] = FILE_TYPES[kind]
     metadata["general.quantization_version"] = 2
     for key, value in (tokenizer or {}).items():
         if key.startswith("tokenizer."):
             metadata[key] = value
-    write_gguf(path, metadata, names, force=force)
+    write_gguf(path, metadata, names if blocks is None else Packed(names, blocks), force=force)

@@ -16,10 +16,9 @@ from polyhead.files.gguf_types import RawTensor
 from polyhead.models.gguf_config import family_of_config
 from polyhead.models.gguf_families import Family
 from polyhead.models.gguf_names import Name, Transposed
+from polyhead.models.gguf_packed import ALWAYS_FLOAT
 
 ROPE_FREQS = "rope_freqs.weight"
-# llama.cpp keeps these in fp32 whatever the rest is, besides all vectors.
-ALWAYS_FLOAT = (".ffn_gate_inp.weight", "position_embd.weight")
 # Buffers of old checkpoints that hold no weights.
 BUFFERS = re.compile(r".*\.(attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 
@@ -33,7 +32,20 @@ class Place:
     part: int | None = None
 
 
-class HfTensors(Mapping[str, Tensor]):
+class BlockTensors(Mapping[str, Tensor]):
+    """A checkpoint's tensors by Hugging Face's names, of which some lie in GGUF's blocks."""
+
+    def stored(self, name: str, turned: bool = False) -> RawTensor | None:
+        """The tensor's blocks, rows in Hugging Face's order; None where it has none. turned: the
+        rows are those of its transpose."""
+        raise NotImplementedError
+
+    def stored_stack(self, names: Sequence[str]) -> RawTensor | None:
+        """The blocks of all experts of a stack, one after another; None as above."""
+        raise NotImplementedError
+
+
+class HfTensors(BlockTensors):
     """A GGUF file's tensors under Hugging Face's names, each made when it is asked for.
 
     Floats keep their type; quantised tensors become fp32. outlined: these have a shape alone, on
@@ -171,7 +183,7 @@ class GgufTensors(Mapping[str, Tensor | RawTensor]):
         return tensor.float() if always else tensor
 
     def _stored(self, row: Name, names: Sequence[str]) -> RawTensor | None:
-        if not isinstance(self.tensors, HfTensors):
+        if not isinstance(self.tensors, BlockTensors):
             return None
         if "{e}" in row.hf:
             return self.tensors.stored_stack(names)

@@ -1,7 +1,6 @@
 """A backbone and a head: called and saved alike in every family."""
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, FileError
+from polyhead.files.jsons import write_json
 from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.config import Config
 from polyhead.models.config_json import to_hf
@@ -190,6 +190,12 @@ class TaskModel(nn.Module):
             return {name.removeprefix(prefix): value for name, value in theirs.items()}
         return theirs
 
+    def stored(
+        self, state: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `save` writes: `config.json`, and tensors by their names in the file."""
+        return self.hf_config(), {n: t.detach() for n, t in self.hf_tensors(state).items()}
+
     def save(
         self, directory: str | Path, force: bool = False, state: Mapping[str, Tensor] | None = None
     ) -> None:
@@ -204,16 +210,16 @@ class TaskModel(nn.Module):
         if there and not force:
             raise FileError(f"{folder} already holds a model; choose another place or use force")
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach() for name, tensor in self.hf_tensors(state).items()}
+        config, tensors = self.stored(state)
         write_checkpoint(folder, tensors)
-        _write_json(folder / "config.json", self.hf_config())
+        write_json(folder / "config.json", config)
         sentences = self.sentences
         if isinstance(self.head, Pooling):
             sentences = replace(sentences or Sentences(), pooling=self.head)
         if sentences is not None and self.head_kind in ("none", "embed"):
             write_sentences(folder, sentences, getattr(self.config, "d_model"))  # noqa: B009
         if self.generation:
-            _write_json(folder / "generation_config.json", self.generation)
+            write_json(folder / "generation_config.json", self.generation)
         else:
             # What a model that stood here before said of itself would steer this one.
             (folder / "generation_config.json").unlink(missing_ok=True)
@@ -242,9 +248,3 @@ def require_causal(model: TaskModel) -> None:
     kind = getattr(model.config, "kind", "decoder")
     if kind not in ("decoder", "image-text"):
         raise ConfigError(f"the model is of the kind {kind}; this needs a decoder, such as gpt2")
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    # What stands inside a key has an order that may mean something: the first of several tasks.
-    data = {key: data[key] for key in sorted(data)}
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -107,6 +107,9 @@ class MoEConfig(LlamaConfig):
         super().__post_init__()
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k is {self.top_k}; choose 1 to {self.num_experts} experts")
+        # Said in full: where a file of these is silent, transformers has a width of its own.
+        if self.d_expert is None and self.model_type in ("qwen2_moe", "qwen3_moe"):
+            object.__setattr__(self, "d_expert", self.d_ff)
         slides = self.use_window and self.window is not None
         if self.model_type == "qwen2_moe" and slides and self.layer_types is None:
             raise ConfigError(

@@ -1,0 +1,145 @@
+"""`polyhead compress`: what it writes is what it measured, and bad input is one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.cli.conftest import TEXT, save_model
+from tests.tasks.tiny import make
+
+import polyhead as ph
+from polyhead.compress.saved import packed_matrices
+
+QUICK = ("--calibration-tokens", "512", "--text-length", "400")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("method", ["nearest", "gptq", "awq"])
+def test_a_directory_and_its_table(
+    cli: Any, plain: Path, tmp_path: Path, text: Path, method: str
+) -> None:
+    out = tmp_path / "small"
+    words = ["--to", "int4", "--method", method, "--calibration", text, "--text", text, *QUICK]
+    ran = cli("compress", plain, "--out", out, *words)
+    assert ran.code == 0, ran.err
+    lines = [line.split("  ")[0] for line in ran.out.splitlines()]
+    assert lines[1:] == [
+        "on disk",
+        "in memory",
+        "read a second",
+        "tokens written a second",
+        "perplexity",
+        "largest change of an answer",
+        "cosine of the answers",
+        "same first choice",
+    ]
+    forms = {weight.form for weight, _ in packed_matrices(ph.load(out)).values()}
+    assert forms == {"int4", "int8"}
+    assert ph.tokenizer(out).encode("fox") == ph.tokenizer(plain).encode("fox")
+    assert cli("generate", out, "the quick", "--max-new-tokens", "3").code == 0
+    assert cli("info", out).code == 0
+
+
+def test_json_says_what_the_model_gives(cli: Any, plain: Path, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "small"
+    ran = cli("compress", plain, "--out", out, "--to", "nf6", "--text", text, *QUICK, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    small = ph.load(out)
+    perplexity = float(ph.perplexity(small, ph.tokenizer(out), TEXT[:400]))
+    assert found["after"]["perplexity"] == pytest.approx(perplexity, rel=1e-3)
+    assert found["before"]["memory_bytes"] > found["after"]["memory_bytes"]
+    assert found["after"]["disk_bytes"] == sum(f.stat().st_size for f in out.rglob("*"))
+    assert 0 < found["cost"]["largest_change"] < 1
+    assert 0.9 < found["cost"]["cosine"] < 1
+    assert 0 <= found["cost"]["same_choice"] <= 1
+
+
+def test_gguf_and_back_to_floats(cli: Any, tmp_path: Path) -> None:
+    source = tmp_path / "wide"
+    save_model(source, None)
+    fields: Any = dict(d_model=64, d_ff=64, num_layers=2, num_heads=2, max_seq_len=128)
+    model = ph.build("llama", vocab_size=ph.tokenizer(source).vocab_size, seed=0, **fields)
+    model.save(source, force=True)
+    out = tmp_path / "small.gguf"
+    words = ["--to", "int4", *QUICK, "--json"]
+    ran = cli("compress", source, "--out", out, *words)
+    assert ran.code == 0, ran.err
+    found = ph.load(out)
+    assert ph.tokenizer(out).encode("fox") == ph.tokenizer(source).encode("fox")
+    assert cli("compress", source, "--out", tmp_path / "small", *words).code == 0
+    again = ph.load(tmp_path / "small")
+    ids = torch.arange(8)[None]
+    assert torch.allclose(found(ids), again(ids), atol=1e-5)
+    for kind, place in (("hf", tmp_path / "floats"), ("gguf", tmp_path / "floats.gguf")):
+        ran = cli("convert", tmp_path / "small", place, "--to", kind, "--verify")
+        assert ran.code == 0, ran.err
+    assert "quantization_config" not in (tmp_path / "floats" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["classify", "none", "lm"])
+def test_encoders_have_cosines(cli: Any, tmp_path: Path, kind: str) -> None:
+    make(tmp_path / "bert", kind, **({"labels": ("a", "b")} if kind == "classify" else {}))
+    out = tmp_path / "small"
+    ran = cli(
+        "compress", tmp_path / "bert", "--out", out, "--to", "int8", "--method", "gptq", *QUICK
+    )
+    assert ran.code == 0, ran.err
+    assert "perplexity" not in ran.out
+    assert "cosine of the answers" in ran.out
+
+
+def test_unmeasured(cli: Any, plain: Path, tmp_path: Path) -> None:
+    ran = cli("compress", plain, "--out", tmp_path / "a", "--to", "bf16", "--unmeasured")
+    assert ran.code == 0
+    assert ran.out.startswith(f"{tmp_path / 'a'}  ")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--to", "int3"], "invalid choice"),
+        (["--to", "int4", "--group", "64"], "group 64 does not divide backbone"),
+        (["--to", "nf4", "--method", "gptq"], "no even steps"),
+        (["--to", "int4", "--text", "gone.txt"], "cannot read gone.txt"),
+        (["--to", "int4", "--method", "gptq", "--calibration-tokens", "0"], "must be above 1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    cli: Any, plain: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    ran = cli("compress", plain, "--out", tmp_path / "small", *words)
+    assert ran.code == 2
+    assert said in ran.err
+    assert len(ran.err.strip().splitlines()) == 1
+    assert not (tmp_path / "small").exists()
+
+
+def test_nothing_is_overwritten(cli: Any, plain: Path, tmp_path: Path) -> None:
+    words = ["--to", "int8", "--unmeasured"]
+    assert cli("compress", plain, "--out", plain, *words).code == 2
+    assert cli("compress", plain, "--out", tmp_path / "a", *words).code == 0
+    ran = cli("compress", plain, "--out", tmp_path / "a", *words)
+    assert ran.code == 2
+    assert "use --force" in ran.err
+    assert cli("compress", plain, "--out", tmp_path / "a", *words, "--force").code == 0
+    ran = cli("compress", tmp_path / "a", "--out", tmp_path / "b", *words)
+    assert ran.code == 2
+    assert "few bits already" in ran.err
+
+
+def test_what_gguf_cannot_hold(cli: Any, tmp_path: Path) -> None:
+    make(tmp_path / "bert", "lm")
+    ran = cli("compress", tmp_path / "bert", "--out", tmp_path / "m.gguf", "--to", "int8")
+    assert ran.code == 2
+    assert "GGUF" in ran.err.splitlines()[-1]
+    assert "Traceback" not in ran.err
+    assert not (tmp_path / "m.gguf").exists()
