@@ -133,8 +133,12 @@ def test_progress_stays_out_of_the_answers(plain, asked):
         env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "TERM": "xterm"},
     )  # fmt: skip
     out = process.communicate(timeout=120)[0]
+    os.write(side, b"<end>")
+    said = b""
+    while not said.endswith(b"<end>"):  # a terminal gives a page at a time
+        said += os.read(terminal, 1 << 16)
+    said = said.decode()
     os.close(side)
-    said = os.read(terminal, 1 << 16).decode()
     os.close(terminal)
     assert sorted(json.loads(line)["line"] for line in out.splitlines()) == [1, 2, 3, 4]
     assert "4 of 4" in said

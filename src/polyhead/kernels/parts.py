@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock, get_ident
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from polyhead.nn.position import (
 )
 from polyhead.nn.rotary import Rotary
 
+_ONE_AT_A_TIME = Lock()
 _FEW = 16  # tokens that plain matrices are read for by our kernel; torch's is better for many
 KNOWN_POSITIONS = (Rotary, FusedRotary, T5Bias, Alibi)
 
@@ -39,17 +41,18 @@ def record_parts(model: nn.Module, tape: Tape, at: Tensor, longest: int) -> Iter
     """
     recorder = _Recorder(tape, at, longest)
     changed: list[tuple[nn.Module, str]] = []
-    try:
-        for part in model.modules():
-            for name, does in _DOES.items():
-                own: Any = getattr(type(part), name, None)
-                if own in does:
-                    object.__setattr__(part, name, recorder.instead(does[own], own, part))
-                    changed.append((part, name))
-        yield
-    finally:
-        for part, name in changed:
-            object.__delattr__(part, name)
+    with _ONE_AT_A_TIME:
+        try:
+            for part in model.modules():
+                for name, does in _DOES.items():
+                    own: Any = getattr(type(part), name, None)
+                    if own in does:
+                        object.__setattr__(part, name, recorder.instead(does[own], own, part))
+                        changed.append((part, name))
+            yield
+        finally:
+            for part, name in changed:
+                object.__delattr__(part, name)
 
 
 class _Recorder:
@@ -60,10 +63,14 @@ class _Recorder:
         self._computes = False
 
     def instead(self, does: Any, own: Any, part: nn.Module) -> Callable[..., Any]:
-        """A part's method that notes; its own while something is computed."""
+        """A part's method that notes; its own while something is computed, and for whoever else
+        runs the model meanwhile."""
+        thread = get_ident()
 
-        def method(*args: Any) -> Any:
-            return own(part, *args) if self._computes else does(self, part, *args)
+        def method(*args: Any, **named: Any) -> Any:
+            if self._computes or get_ident() != thread:
+                return own(part, *args, **named)
+            return does(self, part, *args, **named)
 
         return method
 

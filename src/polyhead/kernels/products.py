@@ -161,7 +161,8 @@ def _fours(codes: Tensor) -> Tensor:
 
 def _blocks(*parts: Tensor) -> Tensor:
     """What blocks hold of each group `[blocks, groups, ...]`, one after the other: its bytes."""
-    return torch.cat([part.view(torch.int32) for part in parts], 2).view(torch.uint8)
+    fours = [part.flatten().view(torch.int32).view(*part.shape[:2], -1) for part in parts]
+    return torch.cat(fours, 2).view(torch.uint8)
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -112,6 +112,9 @@ class Tape(TorchDispatchMode):
         ):
             raise NotRecordedError(f"{func} depends on what is computed")
         named = kwargs or {}
+        by_kernel = self._by_kernel(func, args, named)
+        if by_kernel is not None:
+            return by_kernel
         given = _tensors((args, named))
         found = func(*args, **named)
         outs = _tensors(found)
@@ -128,61 +131,69 @@ class Tape(TorchDispatchMode):
             into |= {storage_of(x) for x in fresh}
             return found
         self.made |= {storage_of(x) for x in fresh}
-        if func in _FACTORIES or self._by_kernel(func, args, named, found):
+        if func in _FACTORIES:
             return found
         writes = fresh if not func._schema.is_mutable else outs or list(given[:1])
         self._note(Call(given, writes, function=func, args=args, named=named))
         return found
 
-    def _by_kernel(self, func: Any, args: tuple[Any, ...], named: dict[str, Any], out: Any) -> bool:
-        """Note the kernel that does the same, if there is one."""
-        if not isinstance(out, Tensor) or out.dtype not in TYPES or not out.is_contiguous():
-            return False
-        if func in _UNARY and args[0].is_contiguous():
-            return self._activation(_UNARY[func], args[0], out)
-        if func is aten.gelu.default and args[0].is_contiguous():
+    def _by_kernel(self, func: Any, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:
+        """Note the kernel that does the same, if there is one, without doing it."""
+        if func in _UNARY or func is aten.gelu.default:
             how = named.get("approximate", args[1] if len(args) > 1 else "none")
-            return self._activation("gelu" if how == "none" else "gelu_tanh", args[0], out)
+            gelu = "gelu" if how == "none" else "gelu_tanh"
+            return self._activation(_UNARY.get(func, gelu), args[0])
         if func in _BINARY and named.get("alpha", 1) == 1 and len(args) == 2:
-            return self._binary(_BINARY[func], *args, out)
-        if func in _COPIES:
-            return self._copy(args[0], out)
-        return False
+            return self._binary(_BINARY[func], *args)
+        return self._copy(args[0]) if func in _COPIES and not args[1:] else None
 
-    def _activation(self, name: str, x: Tensor, out: Tensor) -> bool:
+    def _activation(self, name: str, x: Tensor) -> Tensor | None:
+        if x.dtype not in TYPES or not x.is_contiguous():
+            return None
+        out = self._new(x, *x.shape)
         tokens, width = _sizes(out)
         self.kernel(name, out.dtype, [x, None, out, tokens, width], [x], [out], tokens)
-        return True
+        return out
 
-    def _binary(self, name: str, a: Any, b: Any, out: Tensor) -> bool:
+    def _binary(self, name: str, a: Any, b: Any) -> Tensor | None:
         if not isinstance(a, Tensor):
             a, b = b, a
-        tokens, width = _sizes(out)
-        left = _apart(a, out)
-        if left is None or a.dtype != out.dtype:
-            return False
-        if not isinstance(b, Tensor):
-            right, number, b = (0, 0), float(b), None
-        else:
-            right, number = _apart(b, out), 0.0
-            if right is None or b.dtype != out.dtype:
-                return False
+        both = [x for x in (a, b) if isinstance(x, Tensor)]
+        if a.dtype not in TYPES or any(x.dtype != a.dtype or x.dim() == 0 for x in both):
+            return None
+        shape = torch.broadcast_shapes(*(x.shape for x in both))
+        width = shape[-1]
+        tokens = shape.numel() // max(width, 1)
+        left, right = _apart(a, shape), (0, 0)
+        number, other = (0.0, b) if isinstance(b, Tensor) else (float(b), None)
+        if other is not None:
+            right = _apart(other, shape)
+        if left is None or right is None:
+            return None
+        if not left[1] and other is not None:
+            a, other, left, right = other, a, right, left
         if not left[1]:
-            a, b, left, right = b, a, right, left
-        if a is None or not left[1]:
-            return False
-        fields = [a, b, out, tokens, width, left[0], right[0], right[1], number]
-        self.kernel(name, out.dtype, fields, [a, b], [out], tokens)
-        return True
+            return None
+        out = self._new(a, *shape)
+        fields = [a, other, out, tokens, width, left[0], right[0], right[1], number]
+        self.kernel(name, out.dtype, fields, [a, other], [out], tokens)
+        return out
 
-    def _copy(self, x: Tensor, out: Tensor) -> bool:
+    def _copy(self, x: Tensor) -> Tensor | None:
         sizes = [(n, step) for n, step in zip(x.shape, x.stride(), strict=True) if n > 1]
-        if x.dtype != out.dtype or len(sizes) > 3:
-            return False
+        if x.dtype not in TYPES or len(sizes) > 3:
+            return None
         sizes = [(1, 0)] * (3 - len(sizes)) + sizes
         (tokens, a), (rows, b), (width, c) = sizes
+        out = self._new(x, *x.shape)
         self.kernel("copy", x.dtype, [x, out, tokens, rows, width, a, b, c], [x], [out], tokens)
-        return True
+        return out
+
+    def _new(self, like: Tensor, *shape: int) -> Tensor:
+        found = torch.empty(shape, dtype=like.dtype)
+        self.made.add(storage_of(found))
+        self._kept.append(found)
+        return found
 
 
 def storage_of(x: Tensor) -> int:
@@ -200,12 +211,10 @@ def _sizes(out: Tensor) -> tuple[int, int]:
     return out.numel() // max(width, 1), width
 
 
-def _apart(x: Tensor, out: Tensor) -> tuple[int, int] | None:
-    """How far apart the rows of x stand, spread to the shape of `out`, and whether its numbers lie
+def _apart(x: Tensor, shape: torch.Size) -> tuple[int, int] | None:
+    """How far apart the rows of x stand, spread to a shape, and whether its numbers lie
     side by side rather than being one; None where they lie otherwise."""
-    x = x.expand(out.shape)
-    if x.dim() == 0:
-        return 0, 0
+    x = x.expand(shape)
     inner = x.stride(-1) if x.shape[-1] > 1 else 1
     outer = [(n, step) for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if n > 1]
     for (_, before), (n, step) in pairwise(outer):
