@@ -103,10 +103,21 @@ def test_unmeasured(cli: Any, plain: Path, tmp_path: Path) -> None:
     assert ran.out.startswith(f"{tmp_path / 'a'}  ")
 
 
+@pytest.mark.parametrize("to", [[], ["--to", "int8"]])
+def test_zeros_first(cli: Any, plain: Path, tmp_path: Path, to: list[str]) -> None:
+    out = tmp_path / "thin"
+    ran = cli("compress", plain, "--out", out, "--prune", "0.5", *to, "--unmeasured")
+    assert ran.code == 0, ran.err
+    down: Any = ph.load(out).backbone.layers[0].ffn.down  # pyright: ignore
+    assert float((down.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["--to", "int3"], "invalid choice"),
+        ([], "there is nothing to do"),
+        (["--prune", "1.5"], "sparsity is 1.5"),
         (["--to", "int4", "--group", "64"], "group 64 does not divide backbone"),
         (["--to", "nf4", "--method", "gptq"], "no even steps"),
         (["--to", "int4", "--text", "gone.txt"], "cannot read gone.txt"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,7 +28,7 @@ _AT_ONCE = 2048  # tokens of a batch of calibration
 
 @dataclass(frozen=True)
 class Args:
-    """Write a model with its weights in few bits, and show what that saves and costs.
+    """Write a model in few bits, or with weights that are zero, and show what it saves and costs.
 
     The result is a directory that every verb and `ph.load` take, bit for bit what was made; or a
     GGUF file, where --out ends in .gguf: int4 as Q4_1, int8 as Q8_0, fp16 and bf16 as they are.
@@ -41,14 +42,19 @@ class Args:
       polyhead compress smollm2-135m --to int8 --out smol-int8/
       polyhead compress runs/docs --to int4 --method gptq --calibration book.txt --out docs-int4/
       polyhead compress runs/docs --to int4 --out docs.gguf --text held-out.txt --json
+      polyhead compress runs/docs --prune 0.3 --to int8 --out docs-thin/
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """Directory, .gguf file, training run, name (see `polyhead pull`) or owner/name of the hub."""
     out: Path
     """Directory to write, or a file that ends in .gguf."""
-    to: Literal["int8", "int4", "int8-rows", "nf4", "nf6", "fp16", "bf16"]
-    """What weights are kept in; int8 and int4 are fast on a CPU."""
+    to: Literal["int8", "int4", "int8-rows", "nf4", "nf6", "fp16", "bf16"] | None = None
+    """What weights are kept in; int8 and int4 are fast on a CPU. None leaves them floats."""
+    prune: float = 0.0
+    """First set this share of the blocks' weights to zero, those of least magnitude."""
+    prune_by: Literal["layer", "global", "2:4"] = "layer"
+    """Of each matrix its share, of all together, or two of every four."""
     method: Literal["nearest", "gptq", "awq"] = "nearest"
     """How int8 and int4 are rounded; the latter two by what layers read of --calibration."""
     group: Literal[32, 64, 128] = 32
@@ -86,13 +92,16 @@ def run(args: Args) -> int:
 
     source, is_gguf = model_path(resolve(args.model)), args.out.suffix == ".gguf"
     check_places(source, args.out, is_gguf=is_gguf, force=args.force)
+    if args.to is None and not args.prune:
+        raise ConfigError("there is nothing to do: name a form with --to, a share with --prune")
     if args.calibration_tokens < 1 or args.text_length < 2:
         raise ConfigError("--calibration-tokens and --text-length must be above 1")
     with working(f"loading {args.model}"):
         dtype = None if args.dtype == "auto" else args.dtype
         model = load(source, dtype=dtype, device=device_named(args.device))
     if is_gguf:
-        check(model.hf_config(), args.to, args.embeddings or finer_form(args.to))
+        forms = () if args.to is None else (args.to, args.embeddings or finer_form(args.to))
+        check(model.hf_config(), *forms)
     words = _tokenizer(source)
     text = _text(args.text, held_out=True)[: args.text_length]
     made = model
@@ -117,20 +126,27 @@ def run(args: Args) -> int:
 
 def _steps(args: Args, model: "TaskModel", words: "Tokenizer | None") -> "list[Step]":
     """What becomes of the model, one thing after another."""
-    return [_rounding(args, model, words)]
+    from polyhead.compress.prune import prune
+
+    steps: list[Step] = []
+    if args.prune:
+        steps.append(partial(prune, sparsity=args.prune, by=args.prune_by))
+    if args.to is not None:
+        steps.append(_rounding(args, args.to, model, words))
+    return steps
 
 
-def _rounding(args: Args, model: "TaskModel", words: "Tokenizer | None") -> "Step":
+def _rounding(args: Args, form: str, model: "TaskModel", words: "Tokenizer | None") -> "Step":
     """Weights in few bits."""
     from polyhead.compress.quantize import quantize
 
     batches = [] if args.method == "nearest" else _batches(args, model, words)
 
     def step(model: "TaskModel") -> "TaskModel":
-        with progress(f"{args.to} by {args.method}") as told:
+        with progress(f"{form} by {args.method}") as told:
             return quantize(
                 model,
-                args.to,
+                form,
                 embeddings=args.embeddings,
                 group=args.group,
                 method=args.method,
@@ -189,8 +205,8 @@ def _write(model: "TaskModel", source: Path, args: Args, is_gguf: bool) -> None:
     from polyhead.compress.export import write_gguf
     from polyhead.compress.saved import PackedModel
     from polyhead.files.gguf import open_gguf
+    from polyhead.models import gguf
 
-    assert isinstance(model, PackedModel)
     if not is_gguf:
         model.save(args.out, force=args.force)
         carry_over(source, args.out, model.config.max_tokens)
@@ -202,7 +218,10 @@ def _write(model: "TaskModel", source: Path, args: Args, is_gguf: bool) -> None:
         else tokenizer_metadata(source, config.get("vocab_size"))
     )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_gguf(args.out, model, config, words, force=args.force)
+    if isinstance(model, PackedModel):
+        write_gguf(args.out, model, config, words, force=args.force)
+    else:
+        gguf.write(args.out, config, model.hf_tensors(), words, force=args.force)
 
 
 def _measured(
