@@ -34,7 +34,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS,
     "qwen2_moe": dict(EXPERTS, renormalize=False, d_expert=32, shared_d_ff=64),
     "qwen3_moe": dict(EXPERTS, renormalize=True, d_expert=32),
-    "olmoe": dict(EXPERTS, renormalize=False),
+    # llama.cpp's olmoe norms keys as wide as the model: as many heads of keys as of queries.
+    "olmoe": dict(EXPERTS, renormalize=False, num_kv_heads=4),
     "gpt2": {key: value for key, value in WIDE.items() if key != "d_ff"},
 }
 

@@ -107,6 +107,9 @@ class MoEConfig(LlamaConfig):
         super().__post_init__()
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k is {self.top_k}; choose 1 to {self.num_experts} experts")
+        if self.d_expert is None and self.model_type in ("qwen2_moe", "qwen3_moe"):
+            # Their config.json must name it.
+            object.__setattr__(self, "d_expert", self.d_ff)
         slides = self.use_window and self.window is not None
         if self.model_type == "qwen2_moe" and slides and self.layer_types is None:
             raise ConfigError(
