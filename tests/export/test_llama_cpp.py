@@ -93,7 +93,8 @@ def test_every_family_answers_alike_in_float32(tmp_path: Path) -> None:
     for family, file in files.items():
         assert main(["convert", str(folders[family]), str(file), "--to", "gguf"]) == 0
     for (family, file), found in zip(files.items(), asked(list(files.values()), IDS), strict=True):
-        assert off(found, file, IDS) <= 1e-4, family
+        # Its GELU is a table in fp16.
+        assert off(found, file, IDS) <= (1e-3 if family == "gpt2" else 1e-4), family
         ours = ph.tokenizer(folders[family])
         assert found["tokens"] == [ours.encode(text, add_special_tokens=False) for text in TEXTS], (
             family
