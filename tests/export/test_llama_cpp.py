@@ -34,7 +34,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS,
     "qwen2_moe": dict(EXPERTS, renormalize=False, d_expert=32, shared_d_ff=64),
     "qwen3_moe": dict(EXPERTS, renormalize=True, d_expert=32),
-    "olmoe": dict(EXPERTS, renormalize=False),
+    # llama.cpp's olmoe norms keys as wide as the model: as many heads of keys as of queries.
+    "olmoe": dict(EXPERTS, renormalize=False, num_kv_heads=4),
     "gpt2": {key: value for key, value in WIDE.items() if key != "d_ff"},
 }
 
@@ -92,7 +93,8 @@ def test_every_family_answers_alike_in_float32(tmp_path: Path) -> None:
     for family, file in files.items():
         assert main(["convert", str(folders[family]), str(file), "--to", "gguf"]) == 0
     for (family, file), found in zip(files.items(), asked(list(files.values()), IDS), strict=True):
-        assert off(found, file, IDS) <= 1e-4, family
+        # Its GELU is a table in fp16.
+        assert off(found, file, IDS) <= (1e-3 if family == "gpt2" else 1e-4), family
         ours = ph.tokenizer(folders[family])
         assert found["tokens"] == [ours.encode(text, add_special_tokens=False) for text in TEXTS], (
             family

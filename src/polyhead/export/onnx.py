@@ -63,7 +63,8 @@ def export_onnx(
     # In the same place, so that moving is renaming.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as name:
         plain, written = Path(name) / "plain", Path(name) / "written"
-        plain.mkdir(), written.mkdir()
+        plain.mkdir()
+        written.mkdir()
         for graph in found:
             path = _write(graph, written if quantize is None else plain)
             if quantize is not None:

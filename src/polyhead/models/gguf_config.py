@@ -160,6 +160,8 @@ def _fill_decoder(
             config.setdefault(width_key, shapes[name][-2])
     if config["model_type"] in ("llama", "qwen3", "qwen3_moe", "olmoe"):
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    if config["model_type"] == "qwen2_moe":
+        config["qkv_bias"] = "blk.0.attn_q.bias" in shapes
     if config["model_type"] == "llama":
         config["mlp_bias"] = "blk.0.ffn_up.bias" in shapes
     config.setdefault("sliding_window", None)
