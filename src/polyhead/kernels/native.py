@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
     """
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if sys.platform != "linux" or compiler is None:
+        _tell("no g++ is there (install it, or name one by $CXX)")
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     # -march=native means another machine's instructions where the cache is shared.
@@ -44,8 +46,14 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
         if not built.exists():
             _compile([compiler, *flags.split(), str(source)], built)
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError) as error:
+        _tell(f"{compiler} could not make them ({type(error).__name__})")
         return None
+
+
+@cache
+def _tell(why: str) -> None:
+    warnings.warn(f"no kernels of our own: {why}; torch computes instead, slower", stacklevel=3)
 
 
 def takes(*tensors: Tensor | None) -> bool:
