@@ -204,9 +204,8 @@ class _Pages:
         out = tape.new(q, batch, heads, width)
         many = heads // held.num_heads
         threads = torch.get_num_threads()
-        is_split = batch < threads
         parts = None
-        if is_split:
+        if batch < threads:
             parts = tape.new(q, threads, batch, heads, width + 2, dtype=torch.float32)
         longest = held.tables.shape[1] * held.size
         apart = max(many * (2 * width + 2 + longest), 48 * (2 * width + 130) + 16 * width) + 16
@@ -214,7 +213,7 @@ class _Pages:
         fields = [
             *self.fields, q, *self.pages, *self.scales, bias, out, parts, room, batch, heads,
             q.stride(0), q.stride(1), held.window or 0, 0 if bias is None else bias.stride(0),
-            apart, float(scale),
+            apart, threads, float(scale),
         ]  # fmt: skip
         by = "runs" if batch > FEW else _shared_by(batch)
         reads = [q, *self.pages, *self.scales, bias, *self.places]

@@ -19,25 +19,6 @@ struct Part {
     int64_t apart;  // how far apart those of each thread stand; 0: all have the same
     int64_t waits;  // until every thread is done with what stands before it
     int64_t alone;  // each thread does all of it, for itself
-    const char* ahead;  // what is read next, one thread's share after another's
-    int64_t bytes;
-};
-
-// Fetches while there is nothing else to do.
-class Ahead {
-    const char *at = nullptr, *end = nullptr;
-
-public:
-    static constexpr int64_t LINE = 64, MOST = 0;
-
-    void aim(const Part& part, int thread, int threads) {
-        if (!part.ahead) return;
-        at = part.ahead + part.bytes * thread / threads;
-        end = at + std::min(part.bytes / threads, MOST);
-    }
-    void fetch() {
-        if (at < end) __builtin_prefetch(at, 0, 2), at += LINE;
-    }
 };
 
 // Threads that meet often spin; on a machine with too few cores they give way after a while.
@@ -45,7 +26,7 @@ class Meeting {
     std::atomic<int> here{0}, round{0};
 
 public:
-    void wait(int threads, Ahead& ahead) {
+    void wait(int threads) {
         int before = round.load(std::memory_order_relaxed);
         if (here.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
             here.store(0, std::memory_order_relaxed);
@@ -53,7 +34,6 @@ public:
             return;
         }
         for (int tries = 0; round.load(std::memory_order_acquire) == before; tries++) {
-            ahead.fetch();
 #ifdef __x86_64__
             __builtin_ia32_pause();
 #endif
@@ -70,11 +50,9 @@ extern "C" void step(const Part* parts, int64_t count, int32_t threads) {
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num(), many = omp_get_num_threads();
-        Ahead ahead;
         for (int64_t i = 0; i < count; i++) {
             const Part& part = parts[i];
-            ahead.aim(part, thread, many);
-            if (part.waits) meeting.wait(many, ahead);
+            if (part.waits) meeting.wait(many);
             const char* fields = part.fields + thread * part.apart;
             part.alone ? part.run(fields, {0, 1, &taken[i]})
                        : part.run(fields, {thread, many, &taken[i]});

@@ -66,7 +66,7 @@ template <class T, class K> struct Attend {
     T* out;             // [tokens, H, D]
     float* parts;       // what each thread found: [threads, tokens, H, D + 2], or none
     float* room;        // of each thread
-    int64_t tokens, heads, q_token, q_head, window, bias_apart, room_apart;
+    int64_t tokens, heads, q_token, q_head, window, bias_apart, room_apart, threads;
     double scale;
 
     // Of few tokens each thread takes some, or, where they are fewer than threads, some of their
@@ -116,6 +116,9 @@ template <class T, class K> struct Attend {
             for (int64_t group = 0; group < pages.groups; group++)
                 some(b, group, from, to, own, found + group * heads / pages.groups * (pages.d + 2));
         }
+        if (thread.number < thread.many - 1) return;
+        for (int64_t row = thread.many * tokens * heads; row < threads * tokens * heads; row++)
+            parts[row * (pages.d + 2) + pages.d + 1] = 0.0f;  // of threads that are not there
     }
 
     // The queries that share a head of keys.
@@ -125,14 +128,16 @@ template <class T, class K> struct Attend {
         some(b, group, first(b), pages.at[b], own, found);
         for (int64_t j = 0; j < many; j++, found += d + 2)
             across(d, [&](int64_t i, int n) {
-                write(out + (b * heads + group * many + j) * d + i, read(found + i, n) / found[d + 1], n);
+                T* to = out + (b * heads + group * many + j) * d + i;
+                write(to, read(found + i, n) / found[d + 1], n);
             });
     }
 
     // The same among the keys first..last; of each query the sums of values by their weights, which
-    // are as if the highest score were zero, then that score and the sum of the weights. `own` holds
-    // the queries, room for what `one` finds, and weights.
-    void some(int64_t b, int64_t group, int64_t first, int64_t last, float* own, float* found) const {
+    // are as if the highest score were zero, then that score and the sum of the weights. `own`
+    // holds the queries, room for what `one` finds, and weights.
+    void some(int64_t b, int64_t group, int64_t first, int64_t last, float* own,
+              float* found) const {
         int64_t many = heads / pages.groups, head = group * many, d = pages.d;
         int64_t count = std::max<int64_t>(0, last - first + 1);
         float *queries = own, *weights = own + many * (2 * d + 2);
@@ -151,8 +156,8 @@ template <class T, class K> struct Attend {
         });
         for (int64_t j = 0; j < many; j++) {
             if (bias)
-                for (int64_t i = 0; i < count; i++)
-                    weights[j * count + i] += bias[(head + j) * bias_apart + pages.at[b] - first - i];
+                for (int64_t i = 0, back = pages.at[b] - first; i < count; i++, back--)
+                    weights[j * count + i] += bias[(head + j) * bias_apart + back];
             weigh(weights + j * count, count, found + j * (d + 2) + d);
         }
         if (value_scales)
@@ -214,7 +219,7 @@ template <class T, class K> struct Attend {
         to[0] = most, to[1] = total(sum);
     }
 
-    static constexpr int AT_ONCE = 4;  // queries, and lanes of a value, whose sums stay in registers
+    static constexpr int AT_ONCE = 4;  // queries and vectors whose sums stay in registers
 
     // Sums of values by the weights of N queries.
     struct Sums {
@@ -243,7 +248,8 @@ template <class T, class K> struct Attend {
                 }
             });
             for (int j = 0; j < N; j++)
-                for (int k = 0; k < WIDE; k++) write(to + j * (d + 2) + i + k * LANES, sums[j][k], n);
+                for (int k = 0; k < WIDE; k++)
+                    write(to + j * (d + 2) + i + k * LANES, sums[j][k], n);
         }
     };
 };
@@ -260,19 +266,28 @@ template <class T> struct Join {
     }
 
     void one(int64_t row) const {
-        const float* own = parts + row * (d + 2);
-        int64_t apart = tokens * heads * (d + 2);
         float most = -INFINITY, mass = 0.0f;
-        for (int64_t t = 0; t < threads; t++) most = std::max(most, own[t * apart + d]);
         for (int64_t t = 0; t < threads; t++)
-            if (own[t * apart + d + 1] != 0.0f) mass += own[t * apart + d + 1] * std::exp(own[t * apart + d] - most);
+            if (found(t, row)[d + 1] != 0.0f) most = std::max(most, found(t, row)[d]);
+        for (int64_t t = 0; t < threads; t++) {
+            float by = factor(t, row, most);
+            if (by != 0.0f) mass += found(t, row)[d + 1] * by;
+        }
         across(d, [&](int64_t i, int n) {
             Floats sum = {};
             for (int64_t t = 0; t < threads; t++)
-                if (own[t * apart + d + 1] != 0.0f)
-                    sum += read(own + t * apart + i, n) * (std::exp(own[t * apart + d] - most) / mass);
-            write(out + row * d + i, sum, n);
+                if (float by = factor(t, row, most)) sum += read(found(t, row) + i, n) * by;
+            write(out + row * d + i, sum / mass, n);
         });
+    }
+
+    const float* found(int64_t t, int64_t row) const {
+        return parts + (t * tokens * heads + row) * (d + 2);
+    }
+    // Where there was no key, there are no numbers.
+    float factor(int64_t t, int64_t row, float most) const {
+        const float* own = found(t, row);
+        return own[d + 1] == 0.0f ? 0.0f : std::exp(own[d] - most);
     }
 };
 

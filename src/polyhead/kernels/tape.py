@@ -37,8 +37,7 @@ class Call:
     """A kernel by its `name` and the fields of its struct, or what to do by torch.
 
     by: how it is shared among threads; of two calls that are shared alike, the second finds what
-    its own thread wrote, unless it `meets` what the others wrote. streams: the weights that it
-    reads once, each thread its share.
+    its own thread wrote, unless it `meets` what the others wrote.
     """
 
     reads: Sequence[Tensor]
@@ -47,7 +46,6 @@ class Call:
     fields: Sequence[Field] = ()
     by: Hashable = None
     meets: bool = False
-    streams: Tensor | None = None
     function: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     named: dict[str, Any] | None = None
@@ -77,13 +75,12 @@ class Tape(TorchDispatchMode):
         writes: Sequence[Tensor],
         by: Hashable = None,
         meets: bool = False,
-        streams: Tensor | None = None,
     ) -> None:
         """Note a kernel of step.cpp; fields in the order of its struct."""
         if kind not in TYPES:
             raise NotRecordedError(f"there are no kernels for {kind}")
         given = [x for x in reads if x is not None]
-        self._note(Call(given, writes, f"{name}_{TYPES[kind]}", tuple(fields), by, meets, streams))
+        self._note(Call(given, writes, f"{name}_{TYPES[kind]}", tuple(fields), by, meets))
 
     def new(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for what a kernel writes."""
