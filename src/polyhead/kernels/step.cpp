@@ -15,8 +15,29 @@ namespace {
 
 struct Part {
     void (*run)(const void* fields, const Thread& thread);
-    const void* fields;
+    const char* fields;
+    int64_t apart;  // how far apart those of each thread stand; 0: all have the same
     int64_t waits;  // until every thread is done with what stands before it
+    int64_t alone;  // each thread does all of it, for itself
+    const char* ahead;  // what is read next, one thread's share after another's
+    int64_t bytes;
+};
+
+// Fetches while there is nothing else to do.
+class Ahead {
+    const char *at = nullptr, *end = nullptr;
+
+public:
+    static constexpr int64_t LINE = 64, MOST = 0;
+
+    void aim(const Part& part, int thread, int threads) {
+        if (!part.ahead) return;
+        at = part.ahead + part.bytes * thread / threads;
+        end = at + std::min(part.bytes / threads, MOST);
+    }
+    void fetch() {
+        if (at < end) __builtin_prefetch(at, 0, 2), at += LINE;
+    }
 };
 
 // Threads that meet often spin; on a machine with too few cores they give way after a while.
@@ -24,7 +45,7 @@ class Meeting {
     std::atomic<int> here{0}, round{0};
 
 public:
-    void wait(int threads) {
+    void wait(int threads, Ahead& ahead) {
         int before = round.load(std::memory_order_relaxed);
         if (here.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
             here.store(0, std::memory_order_relaxed);
@@ -32,6 +53,7 @@ public:
             return;
         }
         for (int tries = 0; round.load(std::memory_order_acquire) == before; tries++) {
+            ahead.fetch();
 #ifdef __x86_64__
             __builtin_ia32_pause();
 #endif
@@ -48,9 +70,14 @@ extern "C" void step(const Part* parts, int64_t count, int32_t threads) {
 #pragma omp parallel num_threads(threads)
     {
         int thread = omp_get_thread_num(), many = omp_get_num_threads();
+        Ahead ahead;
         for (int64_t i = 0; i < count; i++) {
-            if (parts[i].waits) meeting.wait(many);
-            parts[i].run(parts[i].fields, {thread, many, &taken[i]});
+            const Part& part = parts[i];
+            ahead.aim(part, thread, many);
+            if (part.waits) meeting.wait(many, ahead);
+            const char* fields = part.fields + thread * part.apart;
+            part.alone ? part.run(fields, {0, 1, &taken[i]})
+                       : part.run(fields, {thread, many, &taken[i]});
         }
     }
 }
@@ -81,6 +108,7 @@ STEP(keep_float32, Keep<float, float>)
 STEP(keep_bfloat16, Keep<BFloat, BFloat>)
 STEP(keep_int8_float32, Keep<float, int8_t>)
 STEP(keep_int8_bfloat16, Keep<BFloat, int8_t>)
+STEPS(join, Join)
 STEP(attend_float32, Attend<float, float>)
 STEP(attend_bfloat16, Attend<BFloat, BFloat>)
 STEP(attend_int8_float32, Attend<float, int8_t>)

@@ -26,7 +26,10 @@ template <class T, class K> struct Keep {
     int64_t tokens, k_token, k_head, v_token, v_head;
 
     void operator()(const Thread& thread) const {
-        Share share(tokens, thread);
+        // Where threads share the keys of a token, the last one has the newest.
+        bool is_shared = tokens < thread.many;
+        if (is_shared && thread.number < thread.many - 1) return;
+        Share share(tokens, is_shared ? Thread{0, 1, nullptr} : thread);
         for (int64_t b = share.first; b < share.end; b++)
             for (int64_t group = 0; group < pages.groups; group++) {
                 int64_t slot = pages.slot(b, group, pages.at[b]);
@@ -61,20 +64,21 @@ template <class T, class K> struct Attend {
     const float *key_scales, *value_scales;
     const float* bias;  // [H, positions] by how far back a key is, or none
     T* out;             // [tokens, H, D]
+    float* parts;       // what each thread found: [threads, tokens, H, D + 2], or none
     float* room;        // of each thread
     int64_t tokens, heads, q_token, q_head, window, bias_apart, room_apart;
     double scale;
 
-    // Of few tokens each thread takes some; of many, they stand in runs of texts being read.
+    // Of few tokens each thread takes some, or, where they are fewer than threads, some of their
+    // keys; of many, they stand in runs of texts being read.
     void operator()(const Thread& thread) const {
         int64_t groups = pages.groups, unit = 0;
         float* own = room + thread.number * room_apart;
+        if (parts) return by_keys(thread, own);
         if (tokens <= FEW) {
-            bool by_token = tokens >= thread.many;
-            Share share(by_token ? tokens : tokens * groups, thread);
-            int64_t by = by_token ? groups : 1;
-            for (unit = share.first * by; unit < share.end * by; unit++)
-                one(unit / groups, unit % groups, own);
+            Share share(tokens, thread);
+            for (int64_t b = share.first; b < share.end; b++)
+                for (int64_t group = 0; group < groups; group++) one(b, group, own);
             return;
         }
         for (int64_t b = 0, end; b < tokens; b = end) {
@@ -98,17 +102,45 @@ template <class T, class K> struct Attend {
         return end;
     }
 
-    // The queries that share a head of keys; `own` holds them, and behind them their weights.
+    int64_t first(int64_t b) const {
+        return window ? std::max<int64_t>(0, pages.at[b] - window + 1) : 0;
+    }
+
+    void by_keys(const Thread& thread, float* own) const {
+        for (int64_t b = 0; b < tokens; b++) {
+            int64_t begin = first(b), last = pages.at[b];
+            Share share((last - begin) / LANES + 1, thread);
+            int64_t from = begin + share.first * LANES;
+            int64_t to = std::min(begin + share.end * LANES - 1, last);
+            float* found = parts + (thread.number * tokens + b) * heads * (pages.d + 2);
+            for (int64_t group = 0; group < pages.groups; group++)
+                some(b, group, from, to, own, found + group * heads / pages.groups * (pages.d + 2));
+        }
+    }
+
+    // The queries that share a head of keys.
     void one(int64_t b, int64_t group, float* own) const {
+        int64_t many = heads / pages.groups, d = pages.d;
+        float* found = own + many * d;
+        some(b, group, first(b), pages.at[b], own, found);
+        for (int64_t j = 0; j < many; j++, found += d + 2)
+            across(d, [&](int64_t i, int n) {
+                write(out + (b * heads + group * many + j) * d + i, read(found + i, n) / found[d + 1], n);
+            });
+    }
+
+    // The same among the keys first..last; of each query the sums of values by their weights, which
+    // are as if the highest score were zero, then that score and the sum of the weights. `own` holds
+    // the queries, room for what `one` finds, and weights.
+    void some(int64_t b, int64_t group, int64_t first, int64_t last, float* own, float* found) const {
         int64_t many = heads / pages.groups, head = group * many, d = pages.d;
-        int64_t last = pages.at[b], first = window ? std::max<int64_t>(0, last - window + 1) : 0;
-        float *queries = own, *weights = own + many * d;
+        int64_t count = std::max<int64_t>(0, last - first + 1);
+        float *queries = own, *weights = own + many * (2 * d + 2);
         for (int64_t j = 0; j < many; j++)
             across(d, [&](int64_t i, int n) {
                 Floats x = read(q + b * q_token + (head + j) * q_head + i, n);
                 write(queries + j * d + i, x * (float)scale, n);
             });
-        int64_t count = last - first + 1;
         stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
             for (int64_t key = 0; key < length; key += LANES)
                 for (int64_t j = 0; j < many; j++) {
@@ -120,8 +152,8 @@ template <class T, class K> struct Attend {
         for (int64_t j = 0; j < many; j++) {
             if (bias)
                 for (int64_t i = 0; i < count; i++)
-                    weights[j * count + i] += bias[(head + j) * bias_apart + count - 1 - i];
-            softmax(weights + j * count, count);
+                    weights[j * count + i] += bias[(head + j) * bias_apart + pages.at[b] - first - i];
+            weigh(weights + j * count, count, found + j * (d + 2) + d);
         }
         if (value_scales)
             stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
@@ -129,12 +161,15 @@ template <class T, class K> struct Attend {
                     for (int64_t key = 0; key < length; key++)
                         weights[j * count + place + key] *= value_scales[slot + key];
             });
-        T* to = out + (b * heads + head) * d;
-        for (int64_t j = 0; j < many; j += AT_ONCE)
-            across(d, [&](int64_t i, int n) {
-                sum_values(b, group, first, last, weights + j * count,
-                           std::min<int64_t>(AT_ONCE, many - j), i, n, to + j * d + i);
-            });
+        for (int64_t j = 0; j < many; j += AT_ONCE) {
+            Sums sums{*this, b, group, first, last, weights + j * count, found + j * (d + 2)};
+            switch (std::min<int64_t>(AT_ONCE, many - j)) {
+                case 1: sums.template all<1>(); break;
+                case 2: sums.template all<2>(); break;
+                case 3: sums.template all<3>(); break;
+                default: sums.template all<AT_ONCE>();
+            }
+        }
     }
 
     // f(place among the keys, slot, length) of each stretch of keys that stand together.
@@ -161,34 +196,83 @@ template <class T, class K> struct Attend {
         return key_scales ? found * read(key_scales + slot, count) : found;
     }
 
-    static void softmax(float* x, int64_t count) {
-        float most = -INFINITY, sum = 0.0f;
-        for (int64_t i = 0; i < count; i++) most = x[i] > most ? x[i] : most;
+    // From scores to weights; to[0] is the highest score, to[1] the sum.
+    static void weigh(float* x, int64_t count, float* to) {
+        Floats high = Floats{} - INFINITY, sum = {};
+        across(count, [&](int64_t i, int n) {
+            Floats y = read(x + i, n);
+            for (int lane = n; lane < LANES; lane++) y[lane] = -INFINITY;
+            high = y > high ? y : high;
+        });
+        float most = largest(high);
         across(count, [&](int64_t i, int n) {
             Floats y = exponential(read(x + i, n) - most);
-            if (n < LANES)
-                for (int lane = n; lane < LANES; lane++) y[lane] = 0.0f;
+            for (int lane = n; lane < LANES; lane++) y[lane] = 0.0f;
             write(x + i, y, n);
-            sum += total(y);
+            sum += y;
         });
-        across(count, [&](int64_t i, int n) { write(x + i, read(x + i, n) / sum, n); });
+        to[0] = most, to[1] = total(sum);
     }
 
-    static constexpr int AT_ONCE = 4;  // queries whose sums stay in registers
+    static constexpr int AT_ONCE = 4;  // queries, and lanes of a value, whose sums stay in registers
 
-    void sum_values(int64_t b, int64_t group, int64_t first, int64_t last, const float* weights,
-                    int64_t many, int64_t i, int n, T* to) const {
-        int64_t count = last - first + 1;
-        Floats sums[AT_ONCE] = {};
-        stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
-            for (int64_t key = 0; key < length; key++) {
-                Floats value = read(values + (slot + key) * pages.d + i, n);
-                const float* weight = weights + place + key;
-                for (int j = 0; j < AT_ONCE; j++)
-                    sums[j] += value * weight[j < many ? j * count : 0];
-            }
+    // Sums of values by the weights of N queries.
+    struct Sums {
+        const Attend& of;
+        int64_t b, group, first, last;
+        const float* weights;
+        float* to;
+
+        template <int N> void all() const {
+            int64_t i = 0, d = of.pages.d;
+            for (; i + AT_ONCE * LANES <= d; i += AT_ONCE * LANES) some<N, AT_ONCE>(i, LANES);
+            for (; i < d; i += LANES) some<N, 1>(i, std::min<int64_t>(LANES, d - i));
+        }
+
+        template <int N, int WIDE> void some(int64_t i, int n) const {
+            int64_t count = last - first + 1, d = of.pages.d;
+            Floats sums[N][WIDE] = {};
+            of.stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
+                for (int64_t key = 0; key < length; key++) {
+                    Floats value[WIDE];
+                    for (int k = 0; k < WIDE; k++)
+                        value[k] = read(of.values + (slot + key) * d + i + k * LANES, n);
+                    for (int j = 0; j < N; j++)
+                        for (int k = 0; k < WIDE; k++)
+                            sums[j][k] += value[k] * weights[j * count + place + key];
+                }
+            });
+            for (int j = 0; j < N; j++)
+                for (int k = 0; k < WIDE; k++) write(to + j * (d + 2) + i + k * LANES, sums[j][k], n);
+        }
+    };
+};
+
+// What the threads found of each token's keys, put together.
+template <class T> struct Join {
+    const float* parts;  // [threads, tokens, H, D + 2]
+    T* out;
+    int64_t tokens, heads, d, threads;
+
+    void operator()(const Thread& thread) const {
+        Share share(tokens * heads, thread);
+        for (int64_t row = share.first; row < share.end; row++) one(row);
+    }
+
+    void one(int64_t row) const {
+        const float* own = parts + row * (d + 2);
+        int64_t apart = tokens * heads * (d + 2);
+        float most = -INFINITY, mass = 0.0f;
+        for (int64_t t = 0; t < threads; t++) most = std::max(most, own[t * apart + d]);
+        for (int64_t t = 0; t < threads; t++)
+            if (own[t * apart + d + 1] != 0.0f) mass += own[t * apart + d + 1] * std::exp(own[t * apart + d] - most);
+        across(d, [&](int64_t i, int n) {
+            Floats sum = {};
+            for (int64_t t = 0; t < threads; t++)
+                if (own[t * apart + d + 1] != 0.0f)
+                    sum += read(own + t * apart + i, n) * (std::exp(own[t * apart + d] - most) / mass);
+            write(out + row * d + i, sum, n);
         });
-        for (int64_t j = 0; j < many; j++) write(to + j * pages.d, sums[j], n);
     }
 };
 

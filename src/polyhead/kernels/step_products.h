@@ -44,23 +44,28 @@ template <Kind KIND, class T> struct Packed {
     void operator()(const Thread& thread) const {
         Rounded x(room, tokens, given);
         int64_t matrix = rows / ROWS * x.groups * block_bytes<KIND>();
-        // Some blocks at a time: a core that others are using does fewer of them. Of few tokens
-        // the weights take the time, and each thread reads a stretch of them.
-        int64_t parts = thread.many * (tokens > TOKENS ? 4 : 1);
-        int64_t step = (rows + ROWS * parts - 1) / (ROWS * parts) * ROWS;
-        for (int64_t from; (from = thread.take(step)) < rows;) {
-            int64_t to = std::min(from + step, rows);
-            for (int64_t expert = 0, first = 0; expert < experts; expert++) {
-                int64_t last = ends ? ends[expert] : tokens;
-                multiply<KIND>(x, first, last, blocks + expert * matrix,
-                               row_scales ? row_scales + expert * rows : nullptr, from, to, rows,
-                               out);
-                first = last;
-            }
-            if (bias)
-                for (int64_t token = 0; token < tokens; token++)
-                    add_bias(out + token * rows, bias, from, to);
+        // Of few tokens the weights take the time, and each thread reads a stretch of them.
+        if (tokens <= TOKENS) {
+            Share share(rows / ROWS + (rows % ROWS > 0), thread);
+            return multiply_rows(x, share.first * ROWS, std::min(share.end * ROWS, rows), matrix);
         }
+        // Some blocks at a time: a core that others are using does fewer of them.
+        int64_t parts = thread.many * 4;
+        int64_t step = (rows + ROWS * parts - 1) / (ROWS * parts) * ROWS;
+        for (int64_t from; (from = thread.take(step)) < rows;)
+            multiply_rows(x, from, std::min(from + step, rows), matrix);
+    }
+
+    void multiply_rows(const Rounded& x, int64_t from, int64_t to, int64_t matrix) const {
+        for (int64_t expert = 0, first = 0; expert < experts; expert++) {
+            int64_t last = ends ? ends[expert] : tokens;
+            const float* scales = row_scales ? row_scales + expert * rows : nullptr;
+            multiply<KIND>(x, first, last, blocks + expert * matrix, scales, from, to, rows, out);
+            first = last;
+        }
+        if (bias && from < to)
+            for (int64_t token = 0; token < tokens; token++)
+                add_bias(out + token * rows, bias, from, to);
     }
 };
 template <class T> using PackedInt4 = Packed<INT4_GROUPS, T>;

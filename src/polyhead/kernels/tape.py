@@ -37,7 +37,8 @@ class Call:
     """A kernel by its `name` and the fields of its struct, or what to do by torch.
 
     by: how it is shared among threads; of two calls that are shared alike, the second finds what
-    its own thread wrote, unless it `meets` what the others wrote.
+    its own thread wrote, unless it `meets` what the others wrote. streams: the weights that it
+    reads once, each thread its share.
     """
 
     reads: Sequence[Tensor]
@@ -46,6 +47,7 @@ class Call:
     fields: Sequence[Field] = ()
     by: Hashable = None
     meets: bool = False
+    streams: Tensor | None = None
     function: Callable[..., Any] | None = None
     args: tuple[Any, ...] = ()
     named: dict[str, Any] | None = None
@@ -64,6 +66,7 @@ class Tape(TorchDispatchMode):
         self._writes: dict[int, int] = {}
         self._constant: set[int] = set()
         self._kept: list[Tensor] = []  # so that no address is used twice
+        self._activated: dict[int, tuple[str, Tensor, tuple[int, ...]]] = {}
 
     def kernel(
         self,
@@ -74,12 +77,13 @@ class Tape(TorchDispatchMode):
         writes: Sequence[Tensor],
         by: Hashable = None,
         meets: bool = False,
+        streams: Tensor | None = None,
     ) -> None:
         """Note a kernel of step.cpp; fields in the order of its struct."""
         if kind not in TYPES:
             raise NotRecordedError(f"there are no kernels for {kind}")
         given = [x for x in reads if x is not None]
-        self._note(Call(given, writes, f"{name}_{TYPES[kind]}", tuple(fields), by, meets))
+        self._note(Call(given, writes, f"{name}_{TYPES[kind]}", tuple(fields), by, meets, streams))
 
     def new(self, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Memory for what a kernel writes."""
@@ -155,6 +159,20 @@ class Tape(TorchDispatchMode):
         out = self._new(x, *x.shape)
         tokens, width = _sizes(out)
         self.kernel(name, out.dtype, [x, None, out, tokens, width], [x], [out], tokens)
+        self._activated[storage_of(out)] = name, x, self.state_of(x)
+        return out
+
+    def _gated(self, a: Any, b: Any) -> Tensor | None:
+        """The product of an activation and its gate, in one kernel."""
+        if not isinstance(b, Tensor) or storage_of(a) not in self._activated:
+            return None
+        name, x, state = self._activated[storage_of(a)]
+        is_plain = b.is_contiguous() and a.is_contiguous() and a.shape == b.shape
+        if not is_plain or a.dtype != b.dtype or state != self.state_of(x):
+            return None
+        out = self._new(a, *a.shape)
+        tokens, width = _sizes(out)
+        self.kernel(name, out.dtype, [x, b, out, tokens, width], [x, b], [out], tokens)
         return out
 
     def _binary(self, name: str, a: Any, b: Any) -> Tensor | None:
@@ -163,6 +181,8 @@ class Tape(TorchDispatchMode):
         both = [x for x in (a, b) if isinstance(x, Tensor)]
         if a.dtype not in TYPES or any(x.dtype != a.dtype or x.dim() == 0 for x in both):
             return None
+        if name == "product" and (found := self._gated(a, b)) is not None:
+            return found
         shape = torch.broadcast_shapes(*(x.shape for x in both))
         width = shape[-1]
         tokens = shape.numel() // max(width, 1)
