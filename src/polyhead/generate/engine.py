@@ -70,8 +70,8 @@ class Engine:
         slots = 4 * config.max_rows
         self.sampler = Sampler(slots, most + 1, vocab_size, model.device, tokenizer)
         self.intake = Intake(model, tokenizer, self.memory, self.sampler, config)
-        like = next(model.backbone.parameters())
-        self._kind, self._seen, self._looks = (like.dtype, like.device), cast(Seen | None, None), 0
+        self._kind = model.dtype, model.device
+        self._seen, self._looks = cast(Seen | None, None), 0
         self.ending = Ending(self.scheduler, self.sampler, proposer)
         self.postprocess = Postprocess(
             self.runner, self.scheduler, self.sampler, proposer, self.ending
@@ -79,10 +79,10 @@ class Engine:
 
     def _look(self) -> None:
         """What is held of texts was computed by the model as it was then."""
-        seen, like = Seen(self.model.backbone), next(self.model.backbone.parameters())
+        seen = Seen(self.model.backbone)
         if seen.is_what(self._seen):
             return
-        if (like.dtype, like.device) != self._kind:
+        if (self.model.dtype, self.model.device) != self._kind:
             raise ConfigError("the model was cast or moved since: make another engine of it")
         self._seen, self._looks = seen, self._looks + 1
 

@@ -128,9 +128,7 @@ def _needed(tape: Tape, outputs: Sequence[Tensor]) -> list[Call]:
     return found[::-1]
 
 
-def _own(
-    tape: Tape, calls: Sequence[Call], outputs: Sequence[Tensor], threads: int
-) -> set[int]:
+def _own(tape: Tape, calls: Sequence[Call], outputs: Sequence[Tensor], threads: int) -> set[int]:
     """What every thread had better compute for itself than wait for another: of fewer tokens than
     there are threads."""
     shared = {storage_of(x) for x in outputs}
