@@ -15,3 +15,7 @@ class FileError(PolyheadError):
 
 class DataError(PolyheadError):
     """Texts, ids or labels that cannot be used as they are."""
+
+
+class SlowerWarning(UserWarning):
+    """Something that is missing here is made up for, slower; the command line says it, too."""

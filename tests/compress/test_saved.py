@@ -39,6 +39,7 @@ FAMILIES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "marian": ("marian", None, dict(WORDS, d_ff=96, max_seq_len=32)),
     "vit": ("vit", "classify", dict(SEEN, patch_size=8, labels=("a", "b"))),
     "lstm": ("lstm", None, dict(vocab_size=70, d_model=64)),
+    "bigram": ("bigram", None, dict(vocab_size=70)),
 }
 
 

@@ -1,5 +1,6 @@
 """A recorded step answers what the model's own forward answers, in every family of decoders."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from tests.nn.parts import shaken as shaken_by
 from torch import Tensor, nn
 
 import polyhead as ph
+from polyhead.errors import ConfigError
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.runner import Piece, Runner
@@ -207,6 +209,125 @@ def test_weights_that_change_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = alone.add([4, 5, 6], settings, ends=())
     alone.run()
     assert request.outcome()[0].token_ids == expected.outcome()[0].token_ids
+
+
+def _t5() -> TaskModel:
+    return shaken(ph.build("transformer", seed=0, **dict(PLAIN, position="t5"))).eval()
+
+
+def _adapters(model: TaskModel) -> None:
+    ph.add_adapter(model)
+    for name, weight in model.named_parameters():
+        if "adapters" in name:
+            weight.data.normal_()
+
+
+def _first(model: TaskModel, name: str) -> Any:
+    return next(part for path, part in model.named_modules() if path.endswith(name))
+
+
+def _another_part(model: TaskModel) -> None:
+    layer = _first(model, "layers.0")
+    layer.ffn = copy.deepcopy(layer.ffn)
+    layer.ffn.register_forward_hook(lambda part, given, found: found * 0.3)
+
+
+def _forward_of_ones_own(model: TaskModel) -> None:
+    linear = _first(model, "attention.q")
+    plain = linear.forward
+    linear.forward = lambda x: plain(x) * 2
+
+
+CHANGES: dict[str, tuple[Callable[[], TaskModel], Callable[[TaskModel], Any]]] = {
+    "a table that a bias is made of": (
+        _t5, lambda model: _first(model, "table").weight.data.normal_()
+    ),
+    "weights laid out anew": (
+        lambda: ph.pack(llama()),
+        lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}),
+    ),
+    "adapters": (llama, _adapters),
+    "another part with a hook": (llama, _another_part),
+    "a forward of one's own": (llama, _forward_of_ones_own),
+    "an activation": (llama, lambda model: setattr(_first(model, "ffn"), "activation", torch.tanh)),
+    "what a norm adds": (llama, lambda model: setattr(_first(model, "backbone.norm"), "eps", 0.5)),
+    "written in place": (llama, lambda model: [x.mul_(1.1) for x in model.parameters()]),
+    "other memory": (
+        llama, lambda model: [setattr(x, "data", x.data * 1.1) for x in model.parameters()]
+    ),
+}  # fmt: skip
+"""What a model is at first, and what becomes of it."""
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_is_another_one_now(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(decode, "TRIES", 0)
+    build, change = CHANGES[name]
+    model = build()
+    engine = Engine(model, None, EngineConfig(max_rows=2, cache_tokens=100, block_size=4))
+    prompt = [*range(1, 10)]
+    settings = ph.GenerationConfig(max_new_tokens=9, temperature=0.0, logprobs=1)
+
+    def furthest() -> float:
+        """How far log-probabilities are from those of one forward of the whole text."""
+        request = engine.add(prompt, settings, ends=())
+        engine.run()
+        text = request.outcome()[0]
+        assert text.logprobs is not None
+        with torch.no_grad():
+            whole = model(torch.tensor([prompt + list(text.token_ids)]))[0, len(prompt) - 1 : -1]
+        expected = whole.log_softmax(-1).gather(1, torch.tensor(text.token_ids)[:, None])[:, 0]
+        return float((expected - torch.tensor([x.logprob for x in text.logprobs])).abs().max())
+
+    assert furthest() < 1e-4
+    assert furthest() < 1e-4  # a text whose beginning is held
+    with torch.no_grad():
+        change(model)
+    assert furthest() < 1e-4
+    assert furthest() < 1e-4
+
+
+def test_a_part_keeps_the_forward_that_it_was_given(differences: list[float]) -> None:
+    model = llama()
+    _forward_of_ones_own(model)
+    write(model)
+    assert max(differences) < 1e-5
+    assert "forward" in vars(_first(model, "attention.q"))
+
+
+def test_what_is_drawn_is_not_recorded(differences: list[float]) -> None:
+    class Noise(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.randn(x.shape[-1])
+
+    model = llama()
+    model.backbone.norm = Noise()
+    engine = write(model)
+    assert not differences
+    assert engine.runner._recorded is not None
+    assert "is drawn" in engine.runner._recorded.reason
+
+
+def test_a_copy_of_an_engine_goes_on_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "TRIES", 0)
+    engine = Engine(llama(), None, EngineConfig(max_rows=2, cache_tokens=100))
+    settings = ph.GenerationConfig(max_new_tokens=12, temperature=0.0)
+    request = engine.add([1, 2, 3], settings, ends=())
+    for _ in range(5):
+        engine.step()
+    other = copy.deepcopy(engine)
+    (theirs,) = other.scheduler.running
+    engine.run()
+    other.run()
+    assert theirs.outcome()[0].token_ids == request.outcome()[0].token_ids
+
+
+def test_a_cast_model_wants_another_engine() -> None:
+    model = llama()
+    engine = Engine(model, None, EngineConfig(max_rows=2, cache_tokens=100))
+    model.bfloat16()
+    with pytest.raises(ConfigError, match="make another engine"):
+        engine.add([1, 2, 3], ends=())
 
 
 def test_as_many_threads_as_one_likes(monkeypatch: pytest.MonkeyPatch) -> None:

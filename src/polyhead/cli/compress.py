@@ -173,7 +173,10 @@ def _batches(
     length = min(512, model.config.max_tokens or 512, len(ids))
     whole = min(len(ids), args.calibration_tokens) // max(length, 1)
     if whole < 1:
-        raise ConfigError(f"--calibration has {len(ids)} tokens, too few to read: give more text")
+        raise ConfigError(
+            f"{min(len(ids), args.calibration_tokens)} tokens of calibration are too few for one "
+            f"text of {length}: give more text, or more --calibration-tokens"
+        )
     windows = torch.tensor(ids[: whole * length]).view(-1, length)
     found = [{"input_ids": some} for some in windows.split(max(1, _AT_ONCE // length))]
     if kind == "encoder-decoder":

@@ -18,6 +18,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from polyhead.errors import SlowerWarning
+
 VERBS = {
     "train": "train a model on text, or go on training one",
     "prepare": "turn texts into tokens on disk, once, by several processes",
@@ -73,6 +75,7 @@ exit codes:
   130  interrupted (Ctrl-C); 143 terminated: a training run has saved a checkpoint before it
 """
 
+_show = warnings.showwarning
 BAD_INPUT, FAULT, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 
 
@@ -94,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"{verb!r} is not a verb; the verbs are {', '.join(VERBS)}{_meant(verb)}")
     if not debug:
         warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=SlowerWarning)
+    warnings.showwarning = _warn
     return _guarded(verb, rest, debug)
 
 
@@ -178,6 +183,13 @@ def _line(error: BaseException) -> str:
 def _say(text: str, code: int = BAD_INPUT) -> int:
     print(f"polyhead: {text}", file=sys.stderr)
     return code
+
+
+def _warn(message: Warning | str, *others: Any, **named: Any) -> None:
+    if isinstance(message, SlowerWarning):
+        _say(str(message))
+    else:
+        _show(message, *others, **named)
 
 
 def _trace(debug: bool) -> None:

@@ -6,6 +6,7 @@ holds their parts (`NAME.codes`, `NAME.scales`) and everything else as ever.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,16 @@ JSON = Mapping[str, Any]
 
 class PackedModel(TaskModel):
     """A model whose matrices are in few bits, and which is saved so."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(chain(self.parameters(), self.buffers())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are, or compute in where all are packed."""
+        weights = (part for part in self.modules() if isinstance(part, PackedWeight))
+        return next(chain(self.parameters(), weights)).dtype
 
     def save(
         self,

@@ -21,6 +21,7 @@ from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler, num_read
 from polyhead.generate.speculative import Proposer
+from polyhead.kernels.seen import Seen
 from polyhead.models.llava_config import LlavaConfig
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
@@ -69,10 +70,21 @@ class Engine:
         slots = 4 * config.max_rows
         self.sampler = Sampler(slots, most + 1, vocab_size, model.device, tokenizer)
         self.intake = Intake(model, tokenizer, self.memory, self.sampler, config)
+        self._kind = model.dtype, model.device
+        self._seen, self._looks = cast(Seen | None, None), 0
         self.ending = Ending(self.scheduler, self.sampler, proposer)
         self.postprocess = Postprocess(
             self.runner, self.scheduler, self.sampler, proposer, self.ending
         )
+
+    def _look(self) -> None:
+        """What is held of texts was computed by the model as it was then."""
+        seen = Seen(self.model.backbone)
+        if seen.is_what(self._seen):
+            return
+        if (self.model.dtype, self.model.device) != self._kind:
+            raise ConfigError("the model was cast or moved since: make another engine of it")
+        self._seen, self._looks = seen, self._looks + 1
 
     @property
     def has_work(self) -> bool:
@@ -90,6 +102,9 @@ class Engine:
         if request.has_entered:
             raise ConfigError("this request was entered before; ask for another one")
         request.has_entered = True
+        if not self.has_work:
+            self._look()
+        request.salt += self._looks.to_bytes(4)
         if request.is_finished:  # it was cancelled meanwhile
             return
         self.scheduler.add(request)

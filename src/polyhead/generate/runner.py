@@ -93,7 +93,7 @@ class Runner:
     def _replayed(self, batch: Sequence[Piece]) -> list[Tensor] | None:
         """Hidden states `[len(ids), E]` of each, by recorded steps where there are some."""
         assert self._recorded is not None
-        if any(len(piece.ids) > 1 or piece.text.held == 0 for piece in batch):
+        if any(piece.text.held < len(piece.text.request.prompt) for piece in batch):
             self._recorded.check()  # as often as a text begins
         ids: list[int] = []
         rows: list[int] = []

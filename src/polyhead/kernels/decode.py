@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every
 
 from polyhead.kernels.attend import FusedAttention
 from polyhead.kernels.held import Held
 from polyhead.kernels.native import library
 from polyhead.kernels.parts import KNOWN_POSITIONS, record_parts
+from polyhead.kernels.seen import Seen
 from polyhead.kernels.step import Step
 from polyhead.kernels.tape import NotRecordedError, Tape
 from polyhead.nn.attention import MultiHeadAttention
@@ -29,6 +31,7 @@ SIZES = (512, 256, 128, 64, 32, FEW)
 """More are read in steps of these sizes."""
 TRIES = 2
 """So many steps of few tokens run as they are before one is recorded."""
+_OF_ALL = (every._global_forward_hooks, every._global_forward_pre_hooks)
 
 
 class DecodeSteps:
@@ -41,23 +44,25 @@ class DecodeSteps:
         self, backbone: nn.Module, layers: Sequence[Held], cross: Sequence[Held], longest: int
     ) -> None:
         self.backbone, self.layers, self.cross, self.longest = backbone, layers, cross, longest
-        self._steps: dict[int, _Recorded] = {}
         self._tried: dict[int, int] = {}
-        self.reason = _reason(backbone, layers)
-        self._hooks = [part._forward_hooks for part in backbone.modules()]
-        self._hooks += [part._forward_pre_hooks for part in backbone.modules()]
-        self._probes = [m.probes for m in backbone.modules() if isinstance(m, MultiHeadAttention)]
-        self._weights: list[int] = []
+        self._seen: Seen | None = None
+        self.check()
 
     def check(self) -> None:
-        """Forget what was recorded of weights that lie elsewhere now, or for other threads."""
-        if self.reason:
+        """Forget what was recorded of a model that is another one now, or for other threads."""
+        seen = Seen(self.backbone)
+        if seen.is_where(self._seen):
             return
-        weights = [x.data_ptr() for x in self.backbone.parameters() if not x.is_mkldnn]
-        weights += [x.data_ptr() for x in self.backbone.buffers()]
-        weights.append(torch.get_num_threads())
-        if weights != self._weights:
-            self._steps, self._weights = {}, weights
+        self._seen, parts = seen, list(self.backbone.modules())
+        self._steps: dict[int, _Recorded] = {}
+        self.reason = _reason(self.backbone, self.layers)
+        self._hooks = [*_OF_ALL, *(part._forward_hooks for part in parts)]
+        self._hooks += [part._forward_pre_hooks for part in parts]
+        self._probes = [part.probes for part in parts if isinstance(part, MultiHeadAttention)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is recorded reads and writes where these lie, and a copy lies elsewhere.
+        return {**vars(self), "_steps": {}, "_seen": None}
 
     def read(
         self,

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polyhead.errors import SlowerWarning
 from polyhead.files.hub import home
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -30,9 +31,10 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
     machine: the compiler's flags for what instructions it may use. What was compiled once is kept
     in polyhead's cache. Needs Linux and g++, or the compiler that $CXX names.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    named = os.environ.get("CXX") or "g++"
+    compiler = shutil.which(named)
     if sys.platform != "linux" or compiler is None:
-        _tell("no g++ is there (install it, or name one by $CXX)")
+        _tell(f"no {named} is there (install g++ on Linux, or name a compiler by $CXX)")
         return None
     source = Path(__file__).with_name(f"{name}.cpp")
     # -march=native means another machine's instructions where the cache is shared.
@@ -46,14 +48,19 @@ def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
         if not built.exists():
             _compile([compiler, *flags.split(), str(source)], built)
         return ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError) as error:
-        _tell(f"{compiler} could not make them ({type(error).__name__})")
-        return None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines()
+        complaint = next((line for line in said if "error" in line), said[0] if said else "")
+        _tell(f"{compiler} failed with code {error.returncode} {complaint}".strip())
+    except (OSError, RuntimeError) as error:  # the latter without a home
+        _tell(f"they cannot be kept ({error}; $POLYHEAD_HOME names another folder)")
+    return None
 
 
 @cache
 def _tell(why: str) -> None:
-    warnings.warn(f"no kernels of our own: {why}; torch computes instead, slower", stacklevel=3)
+    line = f"no kernels of our own: {why}; torch computes instead, slower"
+    warnings.warn(line, SlowerWarning, stacklevel=3)
 
 
 def takes(*tensors: Tensor | None) -> bool:

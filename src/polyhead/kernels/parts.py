@@ -46,7 +46,7 @@ def record_parts(model: nn.Module, tape: Tape, at: Tensor, longest: int) -> Iter
             for part in model.modules():
                 for name, does in _DOES.items():
                     own: Any = getattr(type(part), name, None)
-                    if own in does:
+                    if own in does and name not in vars(part):
                         object.__setattr__(part, name, recorder.instead(does[own], own, part))
                         changed.append((part, name))
             yield

@@ -41,7 +41,8 @@ class Step:
         self.outputs = [self._room.place(x) for x in outputs]
         used = (x for call in calls for x in (*call.reads, *call.writes))
         # What the tape made is freed with it: here it lies elsewhere.
-        self._held: list[Any] = [x for x in used if storage_of(x) not in tape.made]
+        # A weight may be given other memory before this is forgotten.
+        self._held: list[Any] = [x.detach() for x in used if storage_of(x) not in tape.made]
         self._run: list[Callable[[], None]] = []
         kernels: list[tuple[Call, bool]] = []
         waits = Waits(own, self._room.key)

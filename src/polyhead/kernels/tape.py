@@ -112,6 +112,8 @@ class Tape(TorchDispatchMode):
             torch.Tag.dynamic_output_shape in func.tags
         ):
             raise NotRecordedError(f"{func} depends on what is computed")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotRecordedError(f"{func} is drawn")
         named = kwargs or {}
         by_kernel = self._by_kernel(func, args, named)
         if by_kernel is not None:
