@@ -277,7 +277,10 @@ def test_states_of_padding_do_not_count():
     [
         ({"prune": 1.0}, "prune is 1.0"),
         ({"prune_begin": 0.8, "prune_end": 0.5}, "prune_begin is 0.8 and prune_end 0.5"),
-        ({"prune_by": "rows"}, "prune_by is 'rows': choose one of layer, global, 2:4, heads, neuro"),
+        (
+            {"prune_by": "rows"},
+            "prune_by is 'rows': choose one of layer, global, 2:4, heads",
+        ),
         ({"prune": 0.1, "prune_by": "heads"}, "heads is 0.1: of 2 side by side none would go"),
         ({"prune": 0.5, "prune_by": "heads", "prune_targets": ("ffn",)}, "leave out targets"),
         ({"prune": 0.4, "prune_by": "2:4"}, "by 2:4 it is 0.5"),

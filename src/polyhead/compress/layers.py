@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.compress.formats import PackedWeight
-from polyhead.files.digest import tensor_digest
 from polyhead.errors import ConfigError
+from polyhead.files.digest import tensor_digest
 from polyhead.models.model import BESIDE, TaskModel
 from polyhead.nn.embedding import Table
 from polyhead.nn.head import LanguageHead

@@ -224,8 +224,7 @@ def scores_of_heads(backbone: nn.Module, found: Importance) -> dict[str, Tensor]
         table = together.get(name, name)
         scores[table] = scores[table] + own if table in scores else own
     return {
-        name: scores[together.get(name, name)]
-        for name, _ in _named(backbone, MultiHeadAttention)
+        name: scores[together.get(name, name)] for name, _ in _named(backbone, MultiHeadAttention)
     }
 
 
