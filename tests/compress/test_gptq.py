@@ -211,7 +211,7 @@ def test_a_scale_goes_into_the_norm_before() -> None:
 
 
 def test_what_is_read_becomes_even() -> None:
-    """Weights that lose nothing are scaled for their inputs, which lose most beside loud columns."""
+    """Weights that lose nothing are scaled for what they read, which does beside loud columns."""
     torch.manual_seed(0)
     model = made("llama")
     with torch.no_grad():
