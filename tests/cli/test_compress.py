@@ -112,9 +112,26 @@ def test_zeros_first(cli: Any, plain: Path, tmp_path: Path, to: list[str]) -> No
     assert float((down.weight == 0).float().mean()) == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_fewer_heads_and_neurons_by_texts(
+    cli: Any, plain: Path, tmp_path: Path, text: Path, kind: str
+) -> None:
+    source, out = plain, tmp_path / "fewer"
+    if kind == "encoder":
+        source = tmp_path / "bert"
+        make(source, "none")
+    shares = ["--heads", "0.5", "--neurons", "0.5", "--to", "int8"]
+    ran = cli("compress", source, "--out", out, *shares, "--calibration", text, *QUICK, "--json")
+    assert ran.code == 0, ran.err
+    found, before, after = json.loads(ran.out), ph.load(source), ph.load(out)
+    assert after.config.num_heads == before.config.num_heads // 2  # pyright: ignore
+    assert found["after"]["memory_bytes"] < found["before"]["memory_bytes"] / 2
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["--heads", "1.5"], "heads is 1.5: a share from 0 to below 1"),
         (["--to", "int3"], "invalid choice"),
         ([], "there is nothing to do"),
         (["--prune", "1.5"], "sparsity is 1.5"),

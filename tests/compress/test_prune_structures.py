@@ -7,6 +7,7 @@ import torch
 
 import polyhead as ph
 from polyhead.compress.importance import Importance, magnitude
+from polyhead.compress.parts import least_parts
 from polyhead.errors import ConfigError
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import FeedForward, GatedFeedForward
@@ -126,6 +127,30 @@ def test_what_stays_is_the_old_model_whose_others_say_nothing(tmp_path, name, wh
     assert all(torch.equal(value, state[key]) for key, value in small.state_dict().items())
     # Where a file holds a matrix may change the order of a sum.
     assert difference(again(**given), small(**given)) <= CLOSE
+
+
+@pytest.mark.parametrize("by", ["heads", "neurons"])
+@by_family
+@torch.no_grad()
+def test_what_pruning_silences_is_what_shrinking_takes_away(name, by):
+    """At once, and half of it first."""
+    model, given = CASES[name].build(), CASES[name].given()
+    silent = ph.prune(model, 0.5, by=by)
+    small = ph.shrink(silent, **{by: 0.5})
+    expected = silent(**given)
+    assert difference(small(**given), expected) <= CLOSE * max(1, expected.abs().max().item())
+    assert difference(expected, model(**given)) > 1e-3
+    halfway, weights = copy.deepcopy(model), dict(model.named_parameters())
+    some = least_parts(model, 0.5, by, 0.5)
+    for key, goes in some.items():
+        halfway.get_parameter(key)[goes] = 0
+    then = least_parts(halfway, 0.5, by)
+    assert some.keys() == then.keys()
+    for key, goes in then.items():
+        assert goes.shape == weights[key].shape
+        assert goes[some[key]].all(), "what went came back"
+    gone, all_gone = (sum(int(goes.sum()) for goes in found.values()) for found in (some, then))
+    assert 0.4 * all_gone < gone < 0.9 * all_gone
 
 
 @by_family

@@ -9,9 +9,10 @@ from torch.testing import assert_close
 
 import polyhead as ph
 from polyhead.compress.formats import Int4, Int8, Int8Rows, Nf4, PackedWeight
+from polyhead.compress.steps import rounded_inputs
 from polyhead.kernels import products
 from polyhead.kernels.native import library
-from polyhead.kernels.products import LaidOut, rounded
+from polyhead.kernels.products import LaidOut
 
 pytestmark = pytest.mark.skipif(library("products") is None, reason="nothing compiles it here")
 
@@ -54,12 +55,13 @@ def test_a_product_is_the_rounded_activations_by_what_unpacks(
     x = (torch.randn(2, tokens, width) * 10 ** torch.randn(2, tokens, 1)).to(dtype)
     found = times(laid_out, x)
     assert (found.shape, found.dtype) == ((2, tokens, rows), dtype)
-    true = rounded(x).double() @ weight.unpack().double().T
-    size = rounded(x).double().abs() @ weight.unpack().double().abs().T
+    true = rounded_inputs(x).double() @ weight.unpack().double().T
+    size = rounded_inputs(x).double().abs() @ weight.unpack().double().abs().T
     step = 1e-6 if dtype == torch.float32 else 2**-8
     assert ((found - true).abs() <= step * size.clamp(min=1e-9) + 1e-12).all()
     # What rounding costs: of 127 steps, half a one at most.
-    assert ((rounded(x) - x.float()).abs() <= x.float().abs().amax(-1, keepdim=True) / 250).all()
+    most = x.float().abs().amax(-1, keepdim=True)
+    assert ((rounded_inputs(x) - x.float()).abs() <= most / 250).all()
 
 
 @forms

@@ -134,6 +134,21 @@ def test_ten_steps_an_end_and_ten_more_are_twenty(tmp_path, tokenizer, settings,
     assert shares[1] < 0.5
 
 
+@pytest.mark.parametrize(("by", "share"), [("heads", 0.5), ("neurons", 0.25)])
+def test_parts_fade_and_then_go_without_a_change(tmp_path, tokenizer, by, share):
+    model = tiny(tokenizer.vocab_size, num_heads=4)
+    trainer, figures = begin(
+        tmp_path, tokenizer, model=model, prune=share, prune_by=by, prune_every=1, log_every=1
+    )
+    assert figures["sparsity"] == share
+    shares = [line["sparsity"] for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
+    assert shares == sorted(shares)
+    assert len(set(shares)) > 2  # one after another
+    small, ids = ph.shrink(trainer.model.eval(), **{by: share}), torch.tensor([[1, 4, 2, 3]])
+    assert small.num_parameters() < model.num_parameters()
+    assert torch.allclose(small(ids), trainer.model(ids), atol=1e-5)
+
+
 def test_prune_0_is_no_pruning(tmp_path, tokenizer):
     begin(tmp_path / "a", tokenizer)
     begin(tmp_path / "b", tokenizer, prune=0.0, prune_by="global", prune_every=1)
@@ -262,7 +277,12 @@ def test_states_of_padding_do_not_count():
     [
         ({"prune": 1.0}, "prune is 1.0"),
         ({"prune_begin": 0.8, "prune_end": 0.5}, "prune_begin is 0.8 and prune_end 0.5"),
-        ({"prune_by": "rows"}, "prune_by is 'rows': choose one of layer, global, 2:4"),
+        (
+            {"prune_by": "rows"},
+            "prune_by is 'rows': choose one of layer, global, 2:4, heads",
+        ),
+        ({"prune": 0.1, "prune_by": "heads"}, "heads is 0.1: of 2 side by side none would go"),
+        ({"prune": 0.5, "prune_by": "heads", "prune_targets": ("ffn",)}, "leave out targets"),
         ({"prune": 0.4, "prune_by": "2:4"}, "by 2:4 it is 0.5"),
         ({"prune": 0.5, "prune_targets": ("nose",)}, "targets names 'nose'"),
         ({"prune_every": 0}, "prune_every is 0"),

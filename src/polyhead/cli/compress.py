@@ -28,7 +28,7 @@ _AT_ONCE = 2048  # tokens of a batch of calibration
 
 @dataclass(frozen=True)
 class Args:
-    """Write a model in few bits, or with weights that are zero, and show what it saves and costs.
+    """Write a model in few bits, in smaller shapes or with zeros; show what it saves and costs.
 
     The result is a directory that every verb and `ph.load` take, bit for bit what was made; or a
     GGUF file, where --out ends in .gguf: int4 as Q4_1, int8 as Q8_0, fp16 and bf16 as they are.
@@ -43,6 +43,7 @@ class Args:
       polyhead compress runs/docs --to int4 --method gptq --calibration book.txt --out docs-int4/
       polyhead compress runs/docs --to int4 --out docs.gguf --text held-out.txt --json
       polyhead compress runs/docs --prune 0.3 --to int8 --out docs-thin/
+      polyhead compress runs/docs --heads 0.3 --calibration book.txt --out docs-fewer/
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
@@ -51,6 +52,15 @@ class Args:
     """Directory to write, or a file that ends in .gguf."""
     to: Literal["int8", "int4", "int8-rows", "nf4", "nf6", "fp16", "bf16"] | None = None
     """What weights are kept in; int8 and int4 are fast on a CPU. None leaves them floats."""
+    heads: float = 0.0
+    """First leave out this share of each attention's heads: the model is smaller then. Of decoders
+    and encoder-decoders --calibration says which count, of others their weights."""
+    kv_heads: float = 0.0
+    """The same of heads of keys and values, with all heads that read them."""
+    neurons: float = 0.0
+    """The same of the feed-forwards' inner width."""
+    experts: float = 0.0
+    """The same of each mixture's experts."""
     prune: float = 0.0
     """First set this share of the blocks' weights to zero, those of least magnitude."""
     prune_by: Literal["layer", "global", "2:4"] = "layer"
@@ -92,7 +102,7 @@ def run(args: Args) -> int:
 
     source, is_gguf = model_path(resolve(args.model)), args.out.suffix == ".gguf"
     check_places(source, args.out, is_gguf=is_gguf, force=args.force)
-    if args.to is None and not args.prune:
+    if args.to is None and not args.prune and not any(_shares(args).values()):
         raise ConfigError("there is nothing to do: name a form with --to, a share with --prune")
     if args.calibration_tokens < 1 or args.text_length < 2:
         raise ConfigError("--calibration-tokens and --text-length must be above 1")
@@ -129,11 +139,30 @@ def _steps(args: Args, model: "TaskModel", words: "Tokenizer | None") -> "list[S
     from polyhead.compress.prune import prune
 
     steps: list[Step] = []
+    if any(_shares(args).values()):
+        steps.append(partial(_shrunk, args, words))
     if args.prune:
         steps.append(partial(prune, sparsity=args.prune, by=args.prune_by))
     if args.to is not None:
         steps.append(_rounding(args, args.to, model, words))
     return steps
+
+
+def _shares(args: Args) -> dict[str, float]:
+    """What is to go of the model's parts."""
+    return {name: getattr(args, name) for name in ("heads", "kv_heads", "neurons", "experts")}
+
+
+def _shrunk(args: Args, words: "Tokenizer | None", model: "TaskModel") -> "TaskModel":
+    """Parts left out, those that count least."""
+    from polyhead.compress.importance import importance
+    from polyhead.compress.structures import shrink
+
+    kind = getattr(model.config, "kind", "decoder")
+    says = words is not None and model.head_kind == "lm" and kind in ("decoder", "encoder-decoder")
+    with working("finding what counts least"):
+        counts = importance(model, _batches(args, model, words)) if says else None
+    return shrink(model, **_shares(args), importance=counts)
 
 
 def _rounding(args: Args, form: str, model: "TaskModel", words: "Tokenizer | None") -> "Step":

@@ -1,6 +1,8 @@
 """AWQ: columns that read much are scaled up before rounding, and what writes them down.
 
-Lin et al. 2023, "AWQ: Activation-aware Weight Quantization", section 3.2. W columns.
+Lin et al. 2023, "AWQ: Activation-aware Weight Quantization", section 3.2. What is read becomes more
+even by it, and is rounded better where products round it, too (Xiao et al. 2022, "SmoothQuant"). W
+columns.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from polyhead.compress.calibrate import Group, Inputs, Unit, Walk
 from polyhead.compress.layers import EXPERT_WEIGHTS, put_in_experts, put_in_layer
-from polyhead.compress.steps import Grid
+from polyhead.compress.steps import Grid, rounded_inputs
 from polyhead.files.digest import tensor_digest
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import FeedForward, GatedFeedForward
@@ -44,6 +46,7 @@ def settle(walk: Walk, unit: Unit, grid: Grid) -> None:
         inputs = found[fold.readers]
         if (scale := _best(fold, inputs, grid)) is not None and _applied(walk, unit, fold, scale):
             inputs.squares /= scale[:, None] * scale
+            inputs.some[:] = [rows / scale for rows in inputs.some]
     for group, inputs in found.items():
         squares = inputs.squares.diagonal(dim1=-2, dim2=-1)
         for layer in group.layers:
@@ -108,12 +111,14 @@ def _best(fold: Fold, inputs: Inputs, grid: Grid) -> Tensor | None:
 
 
 def _cost(weights: list[Tensor], scale: Tensor, inputs: Inputs, grid: Grid) -> float:
-    """The mean square of what the products lose by rounding scaled weights."""
-    total = 0.0
+    """The mean square of what the products lose by rounding scaled weights and what they read."""
+    read, total = torch.cat(inputs.some) / scale, 0.0
+    noise = rounded_inputs(read) - read
     for weight in weights:
-        wide = grid.form(weight * scale, grid.group)
-        lost = wide.unpack() / scale - weight
+        wide = weight * scale
+        lost = grid.form(wide, grid.group).unpack() / scale - weight
         total += float((lost @ inputs.squares * lost).sum())
+        total += float((noise @ wide.mT).square().sum()) / len(noise)
     return total
 
 

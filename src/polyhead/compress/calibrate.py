@@ -20,6 +20,7 @@ from polyhead.models.model import TaskModel
 from polyhead.nn.moe import Experts
 from polyhead.nn.norm import LayerNorm, RMSNorm
 
+_SOME, _EACH = 8, 64  # calls of which rows are kept, and how many at most
 Batch = Tensor | Mapping[str, Tensor]
 """A model's first argument, as token ids `[B, T]`, or several by their names."""
 
@@ -28,12 +29,14 @@ Batch = Tensor | Mapping[str, Tensor]
 class Inputs:
     """The mean square `[W, W]` of what a layer reads, and the mean size of each column `[W]`.
 
-    Of experts each has its own: `[N, W, W]` and `[N, W]`.
+    Of experts each has its own: `[N, W, W]` and `[N, W]`. some: rows of it, `[n, W]` each; of
+    experts none.
     """
 
     squares: Tensor
     sizes: Tensor
     count: Tensor  # rows so far, [] or [N]
+    some: list[Tensor] = field(default_factory=list[Tensor])
 
     @classmethod
     def none(cls, width: int, device: torch.device, experts: Sequence[int] = ()) -> "Inputs":
@@ -46,6 +49,8 @@ class Inputs:
         if not x.numel():
             return
         x = x.detach().flatten(0, -2).float()
+        if expert is None and len(self.some) < _SOME:
+            self.some.append(x[:: -(-len(x) // _EACH)].clone())
         at: Any = () if expert is None else expert
         before = self.count[at].clone()
         self.count[at] += len(x)

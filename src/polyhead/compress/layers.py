@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.compress.formats import PackedWeight
+from polyhead.errors import ConfigError
 from polyhead.files.digest import tensor_digest
-from polyhead.models.model import TaskModel
+from polyhead.models.model import BESIDE, TaskModel
 from polyhead.nn.embedding import Table
 from polyhead.nn.head import LanguageHead
 from polyhead.nn.moe import Experts
@@ -241,3 +242,14 @@ def language_heads(model: TaskModel) -> list[LanguageHead]:
     """The heads over a vocabulary."""
     parts = [] if model.head is None else model.head.modules()
     return [part for part in parts if isinstance(part, LanguageHead)]
+
+
+def check_floats(model: nn.Module, what: str = "pruned") -> None:
+    """ConfigError for a model whose matrices are no plain floats, or have adapters beside them.
+
+    what: it is not to be done to these.
+    """
+    if any(isinstance(part, PackedLayer | PackedExperts) for part in model.modules()):
+        raise ConfigError(f"a model in few bits is not {what}: do that first, then quantize")
+    if any(f".{BESIDE}." in name for name, _ in model.named_modules()):
+        raise ConfigError(f"a model with adapters is not {what}: merge or remove them first")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.compress.importance import Batch, each_batch
-from polyhead.compress.prune import check_floats, prunable
+from polyhead.compress.layers import check_floats
+from polyhead.compress.prune import prunable
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel
 from polyhead.nn.low_rank import LowRankLinear

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from polyhead.compress.layers import PackedExperts, PackedLayer
+from polyhead.compress.layers import check_floats
+from polyhead.compress.parts import PARTS, least_parts
 from polyhead.errors import ConfigError
 from polyhead.models.blocks import in_blocks
-from polyhead.models.model import BESIDE, TaskModel
+from polyhead.models.model import TaskModel
 from polyhead.nn.moe import Experts, Router
 
 
@@ -24,18 +25,23 @@ def prune(
 
     by:      "layer": each matrix, each expert too, loses that share; "global": one threshold for
              all of them; "2:4": of every four weights side by side two stay (Mishra et al. 2021),
-             which is a sparsity of 0.5.
+             which is a sparsity of 0.5; "heads", "neurons": of each attention or feed-forward that
+             share of its parts writes nothing any more, so that `shrink` takes just those away.
     targets: parts of names, as "ffn" or "attention.out": the matrices to prune. Unless given, the
              linear layers and experts of the blocks; no embeddings, heads, norms and routers.
     The copy has the old one's shapes and saves as a plain checkpoint. The old model is untouched.
     Errors: ConfigError for a share that cannot be, a name that no matrix has, and a model that has
     adapters or is in few bits.
     """
-    check(sparsity, by)
+    check(sparsity, by, targets)
     found = copy.deepcopy(model)
-    weights = prunable(found, targets)
+    if by in PARTS:
+        weights, going = dict(found.named_parameters()), least_parts(found, sparsity, by)
+    else:
+        weights = prunable(found, targets)
+        going = smallest(weights, sparsity, by)
     with torch.no_grad():
-        for name, goes in smallest(weights, sparsity, by).items():
+        for name, goes in going.items():
             weights[name].masked_fill_(goes, 0.0)
     return found
 
@@ -84,26 +90,17 @@ def prunable(model: nn.Module, targets: Sequence[str] = ()) -> dict[str, nn.Para
     return found
 
 
-def check_floats(model: nn.Module, what: str = "pruned") -> None:
-    """ConfigError for a model whose matrices are no plain floats, or have adapters beside them.
-
-    what: it is not to be done to these.
-    """
-    if any(isinstance(part, PackedLayer | PackedExperts) for part in model.modules()):
-        raise ConfigError(f"a model in few bits is not {what}: do that first, then quantize")
-    if any(f".{BESIDE}." in name for name, _ in model.named_modules()):
-        raise ConfigError(f"a model with adapters is not {what}: merge or remove them first")
-
-
 def _multiplies(parts: Mapping[str, nn.Module], name: str) -> bool:
     part = parts[name.rpartition(".")[0]]
     return isinstance(part, nn.Linear | Experts) and not isinstance(part, Router)
 
 
-def check(sparsity: float, by: str) -> None:
+def check(sparsity: float, by: str, targets: Sequence[str] = ()) -> None:
     """ConfigError for a sparsity and a way of choosing that cannot be."""
-    if by not in WAYS:
-        raise ConfigError(f"pruning is by {by!r}: choose one of {', '.join(WAYS)}")
+    if by not in (*WAYS, *PARTS):
+        raise ConfigError(f"pruning is by {by!r}: choose one of {', '.join((*WAYS, *PARTS))}")
+    if by in PARTS and targets:
+        raise ConfigError(f"by {by} all layers lose as many: leave out targets, {targets[0]!r}")
     if not 0 <= sparsity < 1:
         raise ConfigError(f"sparsity is {sparsity}: a share from 0 to below 1")
     if by == "2:4" and sparsity not in (0.0, 0.5):

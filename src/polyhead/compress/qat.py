@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.compress.formats import FORMATS, PackedWeight
-from polyhead.compress.prune import check_floats
+from polyhead.compress.layers import check_floats
 from polyhead.compress.quantize import finer_form
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.compress.formats import Stepped
+from polyhead.compress.formats import STEPS, Stepped
 
 Rounded = tuple[Tensor, tuple[Tensor, ...]]
 """Weights `[R, W]` that lie on a grid, and its steps."""
@@ -68,3 +69,11 @@ class Grid:
         found = self.form(values, self.group, tuple(torch.cat(part) for part in steps))
         found.dtype = dtype
         return found
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """Activations `[..., W]` as `pack`'s products round them, in float32: the definition."""
+    groups = F.pad(x.float(), (0, -x.shape[-1] % STEPS)).unflatten(-1, (-1, STEPS))
+    most = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
+    return (codes * (most / 127)).flatten(-2)[..., : x.shape[-1]]

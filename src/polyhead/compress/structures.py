@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.compress.importance import Importance, magnitude
-from polyhead.compress.prune import check_floats
+from polyhead.compress.layers import check_floats
 from polyhead.errors import ConfigError
 from polyhead.models.config import Config
 from polyhead.models.model import TaskModel
@@ -65,13 +65,11 @@ def shrink(
     asked.check(model)
     found = importance or magnitude(model)
     config = _smaller(model.config, asked)
-    with torch.device("meta"):
-        wanted = family_of(config.model_type).backbone(config)
-    kept = _kept_heads(model.backbone, wanted, found)
+    wanted = _blank(config)
+    kept = staying_heads(model.backbone, wanted, found)
     if getattr(config, "slopes", None) is not None:
         config = replace(config, slopes=_kept_slopes(model, kept))  # pyright: ignore[reportCallIssue]
-        with torch.device("meta"):
-            wanted = family_of(config.model_type).backbone(config)
+        wanted = _blank(config)
     state = dict(model.backbone.state_dict())
     _cut_attention(model.backbone, state, kept)
     _cut_experts(model.backbone, wanted, state, found)
@@ -84,10 +82,10 @@ def shrink(
 class Shares:
     """What is to go, of each kind of part."""
 
-    heads: float
-    kv_heads: float
-    neurons: float
-    experts: float
+    heads: float = 0.0
+    kv_heads: float = 0.0
+    neurons: float = 0.0
+    experts: float = 0.0
 
     def check(self, model: TaskModel) -> None:
         """ConfigError for a share that cannot be, and for parts that the model does not have."""
@@ -111,6 +109,17 @@ class Shares:
                 )
         if not any(shares.values()):
             raise ConfigError(f"nothing is to go: give a share of {', '.join(shares)}")
+
+
+def smaller(model: TaskModel, asked: Shares) -> nn.Module:
+    """The backbone that would be left, without its weights. Errors: ConfigError as of `shrink`."""
+    asked.check(model)
+    return _blank(_smaller(model.config, asked))
+
+
+def _blank(config: Config) -> nn.Module:
+    with torch.device("meta"):
+        return family_of(config.model_type).backbone(config)
 
 
 def _q_norm(part: nn.Module) -> Any:
@@ -196,19 +205,26 @@ def _width_left(width: int, share: float) -> int:
     return step * _left("neurons", width // step, share)
 
 
-def _kept_heads(old: nn.Module, new: nn.Module, found: Importance) -> dict[str, Tensor]:
+def staying_heads(old: nn.Module, new: nn.Module, found: Importance) -> dict[str, Tensor]:
     """Numbers of the heads that stay, in order, by each attention's name."""
-    together = _together(old)
+    return {
+        name: _chosen_heads(scores, _part(old, name), _part(new, name))
+        for name, scores in scores_of_heads(old, found).items()
+    }
+
+
+def scores_of_heads(backbone: nn.Module, found: Importance) -> dict[str, Tensor]:
+    """What heads count by each attention's name: the same for all layers that choose together."""
+    together = _together(backbone)
     scores: dict[str, Tensor] = {}
-    for name, part in _named(old, MultiHeadAttention):
+    for name, part in _named(backbone, MultiHeadAttention):
         own = _scores(found.heads, name, (part.num_heads,))
         # Layers that choose together have an equal say.
         own = own / own.sum().clamp_min(1e-30) if name in together else own
         table = together.get(name, name)
         scores[table] = scores[table] + own if table in scores else own
     return {
-        name: _chosen_heads(scores[together.get(name, name)], part, _part(new, name))
-        for name, part in _named(old, MultiHeadAttention)
+        name: scores[together.get(name, name)] for name, _ in _named(backbone, MultiHeadAttention)
     }
 
 

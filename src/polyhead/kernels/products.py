@@ -163,11 +163,3 @@ def _blocks(*parts: Tensor) -> Tensor:
     """What blocks hold of each group `[blocks, groups, ...]`, one after the other: its bytes."""
     fours = [part.flatten().view(torch.int32).view(*part.shape[:2], -1) for part in parts]
     return torch.cat(fours, 2).view(torch.uint8)
-
-
-def rounded(x: Tensor) -> Tensor:
-    """Activations `[..., W]` as the kernel reads them, in float32: the definition."""
-    groups = F.pad(x.float(), (0, -x.shape[-1] % STEPS)).unflatten(-1, (-1, STEPS))
-    most = groups.abs().amax(-1, keepdim=True)
-    codes = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
-    return (codes * (most / 127)).flatten(-2)[..., : x.shape[-1]]

@@ -21,7 +21,7 @@ TrainDtype = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "muon", "lion", "schedule-free"]
 Recompute = Literal["none", "blocks", "half"]
 Parallelism = Literal["ddp", "fsdp"]
-PruneBy = Literal["layer", "global", "2:4"]
+PruneBy = Literal["layer", "global", "2:4", "heads", "neurons"]
 Qat = Literal["none", "int8", "int4", "nf6", "nf4"]
 
 # What may differ when a run is taken up again: nothing here touches the numbers. `steps` is judged
@@ -92,7 +92,8 @@ class TrainConfig:
     stay so: those of least magnitude."""
     prune_by: PruneBy = "layer"
     """Magnitudes are compared in each matrix (layer) or in all (global); 2:4 leaves two of every
-    four side by side, with prune = 0.5."""
+    four side by side, with prune = 0.5. heads and neurons go whole, as `shrink` would take them:
+    they write nothing any more, and it takes them away without a change of answers."""
     prune_targets: tuple[str, ...] = ()
     """Matrices to prune, by parts of their names, as ffn; not given: all of the blocks'."""
     prune_begin: float = 0.1

@@ -13,7 +13,7 @@ import torch
 
 from polyhead.adapt.adapters import in_use
 from polyhead.adapt.base import base_digest
-from polyhead.compress.prune import check_floats
+from polyhead.compress.layers import check_floats
 from polyhead.compress.qat import rounded
 from polyhead.errors import ConfigError
 from polyhead.kernels.training import fused
