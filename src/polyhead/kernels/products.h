@@ -92,9 +92,8 @@ inline Ints nearest(Floats x) {
 #ifdef __AVX512F__
     return (Ints)_mm512_cvtps_epi32((__m512)x);
 #else
-    Ints found;
-    for (int i = 0; i < LANES; i++) found[i] = std::lrintf(x[i]);
-    return found;
+    constexpr float high = 12582912.0f;  // 1.5 * 2^23: the whole part stands in the lowest bits
+    return (Ints)(x + high) - (Ints)(Floats{} + high);
 #endif
 }
 
@@ -134,6 +133,13 @@ template <class T> void round_token(const Rounded& to, const T* x, int64_t given
     }
 }
 
+}  // namespace
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(__AVX512VNNI__)
+#include "products_avx2.h"
+#else
+namespace {
+
 // Sixteen outputs of N tokens.
 template <Kind KIND, int N>
 inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out) {
@@ -170,6 +176,11 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out
         }
     }
 }
+
+}  // namespace
+#endif
+
+namespace {
 
 template <Kind KIND, int N, class T>
 void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int64_t rows,
