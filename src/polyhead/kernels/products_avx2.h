@@ -73,7 +73,7 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out
             Eight<KIND> eight(at + head_bytes<KIND>() + half * 4 * HALF);
             __m256 scale = KIND == INT8_ROWS ? _mm256_set1_ps(1.0f) : halves(0);
             __m256 least = KIND == INT4_GROUPS ? halves(2 * ROWS) : scale * -128.0f;
-#pragma GCC unroll 16
+#pragma GCC unroll 1  // more would not stay in sixteen registers
             for (int n = 0; n < N; n++) {
                 __m256 sum = _mm256_cvtepi32_ps(eight.times(fours + n * FOURS));
                 __m256& to = found[half][n];
