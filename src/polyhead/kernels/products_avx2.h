@@ -1,8 +1,6 @@
 // The tile of products.h in vectors of 32 bytes: eight of its sixteen rows at a time.
 
 #pragma once
-#include <immintrin.h>
-
 namespace {
 
 // Codes of eight rows in one group of columns, and what times them.
@@ -56,7 +54,7 @@ template <Kind KIND> struct Eight {
 
 // Sixteen outputs of N tokens.
 template <Kind KIND, int N>
-inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out) {
+inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Found* out) {
     constexpr int HALF = ROWS / 2;
     __m256 found[2][N];
     for (int n = 0; n < N; n++) found[0][n] = found[1][n] = _mm256_setzero_ps();
