@@ -21,7 +21,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path):
 def test_a_compiler_that_does_not_serve_is_said_once(monkeypatch, compiler, said):
     monkeypatch.setenv("CXX", compiler)
     with pytest.warns(UserWarning, match=said):
-        assert native.library.__wrapped__("norm") is None
+        assert native._compiled.__wrapped__("norm", "") is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert native.library.__wrapped__("rotate") is None
+        assert native._compiled.__wrapped__("rotate", "") is None

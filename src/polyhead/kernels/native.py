@@ -23,7 +23,6 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FLAGS = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -fopenmp -shared -fPIC -w"
 
 
-@cache
 def library(name: str, machine: str = "") -> ctypes.CDLL | None:
     """The functions of `name`.cpp; None where nothing can compile it.
 
@@ -31,7 +30,11 @@ def library(name: str, machine: str = "") -> ctypes.CDLL | None:
     those of the machine at hand. What was compiled once is kept in polyhead's cache. Needs Linux
     and g++, or the compiler that $CXX names.
     """
-    machine = machine or os.environ.get("POLYHEAD_MACHINE") or "-march=native"
+    return _compiled(name, machine or os.environ.get("POLYHEAD_MACHINE") or "-march=native")
+
+
+@cache
+def _compiled(name: str, machine: str) -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     if sys.platform != "linux" or compiler is None:
         _tell("no g++ is there (install it, or name one by $CXX)")

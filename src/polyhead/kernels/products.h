@@ -56,6 +56,14 @@ inline Counts dot(Counts sum, Codes codes, int32_t four) {
 inline Found load_halves(const uint8_t* from) {
     return (Found)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
 }
+#elif defined(POLYHEAD_AVX2)
+inline Found load_halves(const uint8_t* from) {
+    Found found;
+    float* to = (float*)&found;
+    for (int i = 0; i < ROWS; i += LANES)
+        store(to + i, (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 2 * i))));
+    return found;
+}
 #else
 inline Found load_halves(const uint8_t* from) {
     _Float16 halves[ROWS];

@@ -34,21 +34,40 @@ struct Pair {
 };
 
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-#ifdef __AVX512BW__  // GCC 12 widens in two halves
+#if defined(__AVX512BW__)  // GCC 12 widens in two halves, or one by one
 inline Words load_bits(const BFloat* from) {
     return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+}
+inline Ints load(const uint8_t* from) {
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+inline Ints load_ints(const int8_t* from) {
+    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+#elif defined(POLYHEAD_AVX2)
+inline Words load_bits(const BFloat* from) {
+    return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+inline Ints load(const uint8_t* from) {
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+}
+inline Ints load_ints(const int8_t* from) {
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
 }
 #else
 inline Words load_bits(const BFloat* from) {
     return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
 }
-#endif
-inline Floats load(const BFloat* from) { return (Floats)(load_bits(from) << 16); }
 inline Ints load(const uint8_t* from) {
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints);
 }
+inline Ints load_ints(const int8_t* from) {
+    return __builtin_convertvector(*reinterpret_cast<const Small*>(from), Ints);
+}
+#endif
+inline Floats load(const BFloat* from) { return (Floats)(load_bits(from) << 16); }
 inline Floats load(const int8_t* from) {
-    return __builtin_convertvector(*reinterpret_cast<const Small*>(from), Floats);
+    return __builtin_convertvector(load_ints(from), Floats);
 }
 
 // The first n numbers; the rest is zero.
