@@ -17,11 +17,6 @@ namespace {
 constexpr int GROUP = 32, ROWS = 16, FOURS = GROUP / 4;
 constexpr int CHUNK = 64;  // tokens whose activations stay in the nearest cache
 
-// Of a block's rows.
-typedef uint8_t Codes __attribute__((vector_size(4 * ROWS), aligned(1)));
-typedef int32_t Counts __attribute__((vector_size(4 * ROWS), aligned(4)));
-typedef float Found __attribute__((vector_size(4 * ROWS), aligned(4)));
-
 enum Kind { INT8_ROWS, INT8_GROUPS, INT4_GROUPS };
 
 template <Kind KIND> constexpr int64_t head_bytes() {
@@ -36,43 +31,30 @@ template <Kind KIND> constexpr int64_t block_bytes() {
 
 typedef int32_t Four __attribute__((may_alias, aligned(1)));  // codes of four columns
 
-inline Codes load_codes(const uint8_t* from) { return *reinterpret_cast<const Codes*>(from); }
-
-#ifdef __AVX512VNNI__
-inline Counts dot(Counts sum, Codes codes, int32_t four) {
-    return (Counts)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(four));
-}
+inline float half(const uint8_t* from) {
+    uint16_t bits;
+    std::memcpy(&bits, from, sizeof(bits));
+#ifdef POLYHEAD_AVX2
+    return _cvtsh_ss(bits);
 #else
-inline Counts dot(Counts sum, Codes codes, int32_t four) {
-    int8_t x[4];
-    std::memcpy(x, &four, 4);
-    for (int row = 0; row < ROWS; row++)
-        for (int i = 0; i < 4; i++) sum[row] += codes[4 * row + i] * x[i];
-    return sum;
-}
+    uint32_t size = (uint32_t)(bits & 0x7fff) << 13;
+    float found;
+    std::memcpy(&found, &size, sizeof(found));
+    found *= 0x1p112f;  // the exponents begin elsewhere
+    if (size >= 0x7c00u << 13) found = INFINITY;
+    return bits >> 15 ? -found : found;
 #endif
+}
 
-#ifdef __AVX512F__
-inline Found load_halves(const uint8_t* from) {
-    return (Found)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+// Of a row of a block.
+template <Kind KIND> inline void read_codes(const uint8_t* at, int64_t row, uint8_t* codes) {
+    at += head_bytes<KIND>() + 4 * row;
+    for (int i = 0; i < GROUP; i++) {
+        int place = KIND == INT4_GROUPS ? i % (GROUP / 2) : i;
+        uint8_t code = at[place / 4 * 64 + place % 4];
+        codes[i] = KIND != INT4_GROUPS ? code : i < GROUP / 2 ? code & 15 : code >> 4;
+    }
 }
-#elif defined(POLYHEAD_AVX2)
-inline Found load_halves(const uint8_t* from) {
-    Found found;
-    float* to = (float*)&found;
-    for (int i = 0; i < ROWS; i += LANES)
-        store(to + i, (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + 2 * i))));
-    return found;
-}
-#else
-inline Found load_halves(const uint8_t* from) {
-    _Float16 halves[ROWS];
-    std::memcpy(halves, from, sizeof(halves));
-    Found found;
-    for (int i = 0; i < ROWS; i++) found[i] = (float)halves[i];
-    return found;
-}
-#endif
 
 // Activations of some tokens, a scale for each 32: of each chunk of tokens its codes [groups,
 // tokens, 32], scales and sums of the numbers that the codes stand for [groups, tokens].
@@ -149,49 +131,13 @@ template <class T> void round_token(const Rounded& to, const T* x, int64_t given
 
 }  // namespace
 
-#if defined(POLYHEAD_AVX2) && !defined(__AVX512VNNI__)
+// Sixteen outputs of each of N tokens, tile<KIND, N>(blocks, x, token, out).
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include "products_avx512.h"
+#elif defined(POLYHEAD_AVX2)
 #include "products_avx2.h"
 #else
-namespace {
-
-// Sixteen outputs of N tokens.
-template <Kind KIND, int N>
-inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Found* out) {
-    for (int n = 0; n < N; n++) out[n] = Found{};
-    int64_t place = x.first(token), apart = x.apart(token);
-    for (int64_t group = 0; group < x.groups; group++, place += apart) {
-        Found scale = Found{} + 1.0f;
-        if (KIND != INT8_ROWS) scale = load_halves(at);
-        Found least = scale * -128.0f;
-        if (KIND == INT4_GROUPS) least = load_halves(at + 2 * ROWS);
-        for (int i = 0; i < block_bytes<KIND>(); i += 64) __builtin_prefetch(at + 4096 + i);
-        at += head_bytes<KIND>();
-        Codes codes[FOURS];
-        for (int i = 0; i < FOURS; i++) {
-            if (KIND != INT4_GROUPS) {
-                codes[i] = load_codes(at + 64 * i);
-            } else {
-                Codes both = load_codes(at + 64 * (i % (FOURS / 2)));
-                codes[i] = i < FOURS / 2 ? both & 15 : both >> 4;
-            }
-        }
-        at += code_bytes<KIND>();
-        const Four* fours = (const Four*)(x.codes + place * GROUP);
-#pragma GCC unroll 16
-        for (int n = 0; n < N; n++) {
-            Counts even = {}, odd = {};  // two chains, as each waits for its last sum
-            for (int i = 0; i < FOURS; i += 2) {
-                even = dot(even, codes[i], fours[n * FOURS + i]);
-                odd = dot(odd, codes[i + 1], fours[n * FOURS + i + 1]);
-            }
-            Found sum = __builtin_convertvector(even + odd, Found);
-            out[n] += sum * (scale * x.scales[place + n]);
-            out[n] += least * x.sums[place + n];
-        }
-    }
-}
-
-}  // namespace
+#include "products_plain.h"
 #endif
 
 namespace {
@@ -199,12 +145,13 @@ namespace {
 template <Kind KIND, int N, class T>
 void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int64_t rows,
             const float* row_scales, T* out) {
-    Found found[N];
+    float found[N * ROWS];
     tile<KIND, N>(at, x, token, found);
-    for (int64_t end = std::min(rows, row + ROWS), lane = 0; row < end; row += LANES, lane += LANES) {
+    int64_t first = row, end = std::min(rows, row + ROWS);
+    for (; row < end; row += LANES) {
         int64_t count = std::min<int64_t>(LANES, end - row);
         for (int n = 0; n < N; n++) {
-            Floats y = load((const float*)(found + n) + lane);
+            Floats y = load(found + n * ROWS + row - first);
             if (row_scales) y *= load_some(row_scales + row, count);
             T* to = out + (token + n) * rows + row;
             count == LANES ? store(to, y) : store_some(to, y, count);

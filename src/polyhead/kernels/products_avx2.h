@@ -52,9 +52,8 @@ template <Kind KIND> struct Eight {
 #endif
 };
 
-// Sixteen outputs of N tokens.
 template <Kind KIND, int N>
-inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Found* out) {
+inline void tile(const uint8_t* at, const Rounded& x, int64_t token, float* out) {
     constexpr int HALF = ROWS / 2;
     __m256 found[2][N];
     for (int n = 0; n < N; n++) found[0][n] = found[1][n] = _mm256_setzero_ps();
@@ -63,18 +62,18 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Found* out)
         const Four* fours = (const Four*)(x.codes + place * GROUP);
         for (int i = 0; i < block_bytes<KIND>(); i += 64) __builtin_prefetch(at + 4096 + i);
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
+        for (int part = 0; part < 2; part++) {
             auto halves = [&](int64_t first) {
-                const uint8_t* from = at + first + half * 2 * HALF;
+                const uint8_t* from = at + first + part * 2 * HALF;
                 return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
             };
-            Eight<KIND> eight(at + head_bytes<KIND>() + half * 4 * HALF);
+            Eight<KIND> eight(at + head_bytes<KIND>() + part * 4 * HALF);
             __m256 scale = KIND == INT8_ROWS ? _mm256_set1_ps(1.0f) : halves(0);
             __m256 least = KIND == INT4_GROUPS ? halves(2 * ROWS) : scale * -128.0f;
 #pragma GCC unroll 1  // more would not stay in sixteen registers
             for (int n = 0; n < N; n++) {
                 __m256 sum = _mm256_cvtepi32_ps(eight.times(fours + n * FOURS));
-                __m256& to = found[half][n];
+                __m256& to = found[part][n];
                 to = _mm256_fmadd_ps(sum, scale * x.scales[place + n], to);
                 if (!Eight<KIND>::IS_SIGNED)
                     to = _mm256_fmadd_ps(least, _mm256_set1_ps(x.sums[place + n]), to);
@@ -83,8 +82,8 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Found* out)
         at += block_bytes<KIND>();
     }
     for (int n = 0; n < N; n++)
-        for (int half = 0; half < 2; half++)
-            _mm256_storeu_ps((float*)(out + n) + half * HALF, found[half][n]);
+        for (int part = 0; part < 2; part++)
+            _mm256_storeu_ps(out + n * ROWS + part * HALF, found[part][n]);
 }
 
 }  // namespace
