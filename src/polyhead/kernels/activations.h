@@ -1,4 +1,4 @@
-// Activations and their slopes, sixteen at a time.
+// Activations and their slopes, some at a time.
 
 #pragma once
 #include "vectors.h"

@@ -1,6 +1,6 @@
 // Attention over not too many keys: softmax(q k^T * scale + bias) v, a head of a row at a time.
 //
-// A head's keys and values are laid out once for products whose 16 lanes are keys (scores) or
+// A head's keys and values are laid out once for products whose lanes are keys (scores) or
 // channels (answers); its scores are fp32 and never leave the cache. What causal queries do not
 // see is left out.
 
@@ -96,7 +96,7 @@ private:
         if (rest) {
             Floats x = load(at + whole) * s.scale;
             if (bias) x += load_some(bias + whole, rest);
-            Ints keep = Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < rest;
+            Ints keep = numbered() < rest;
             if (seen) keep &= load_some(seen + whole, rest) != 0;
             settle(whole, x, keep);
         }

@@ -102,7 +102,7 @@ private:
     // Scores become weights, and the weights' gradients the scores'.
     void differentiate(int row, int there, int lanes, float log, const uint8_t* seen) {
         float *p = scores + row * padded, *ds = slopes + row * padded;
-        const Ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const Ints lane = numbered();
         Floats even = {};
         for (int key = 0; key < lanes; key += LANES) {
             Floats share = {};

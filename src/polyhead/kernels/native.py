@@ -24,13 +24,18 @@ TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _FLAGS = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -fopenmp -shared -fPIC -w"
 
 
-@cache
-def library(name: str, machine: str = "-march=native") -> ctypes.CDLL | None:
+def library(name: str, machine: str = "") -> ctypes.CDLL | None:
     """The functions of `name`.cpp; None where nothing can compile it.
 
-    machine: the compiler's flags for what instructions it may use. What was compiled once is kept
-    in polyhead's cache. Needs Linux and g++, or the compiler that $CXX names.
+    machine: the compiler's flags for what instructions it may use; else $POLYHEAD_MACHINE's, or
+    those of the machine at hand. What was compiled once is kept in polyhead's cache. Needs Linux
+    and g++, or the compiler that $CXX names.
     """
+    return _compiled(name, machine or os.environ.get("POLYHEAD_MACHINE") or "-march=native")
+
+
+@cache
+def _compiled(name: str, machine: str) -> ctypes.CDLL | None:
     named = os.environ.get("CXX") or "g++"
     compiler = shutil.which(named)
     if sys.platform != "linux" or compiler is None:

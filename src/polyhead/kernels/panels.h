@@ -1,4 +1,4 @@
-// Products of small matrices in registers: `left` by rows, `right` in panels whose 16 lanes lie
+// Products of small matrices in registers: `left` by rows, `right` in panels whose lanes lie
 // side by side. Where the machine multiplies pairs of bf16, bf16 does so; elsewhere it is widened.
 
 #pragma once
@@ -10,18 +10,19 @@
 
 namespace {
 
-constexpr int ROWS = 5, BLOCKS = 4;  // of a tile: its 20 sums and 4 blocks stay in registers
+// Of a tile: its sums and a row of blocks stay in registers.
+constexpr int ROWS = 5, BLOCKS = LANES == 16 ? 4 : 2;
 
-inline Floats multiply_add(Floats sum, float one, const float* sixteen) {
-    return sum + load(sixteen) * one;
+inline Floats multiply_add(Floats sum, float one, const float* some) {
+    return sum + load(some) * one;
 }
 
 #ifdef __AVX512BF16__
 template <class T> using Unit = std::conditional_t<std::is_same_v<T, BFloat>, Pair, float>;
 
-inline Floats multiply_add(Floats sum, Pair one, const Pair* sixteen) {
+inline Floats multiply_add(Floats sum, Pair one, const Pair* some) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(one.bits),
-                                    (__m512bh)_mm512_loadu_si512(sixteen));
+                                    (__m512bh)_mm512_loadu_si512(some));
 }
 
 inline void store_pairs(Pair* to, Floats first, Floats second) {
@@ -85,7 +86,7 @@ void product(const U* left, int64_t left_stride, int rows, const U* right, int r
                 case 1: tile<1, ADDS>(from, panel, right_stride, steps, place, to_stride); break;
                 case 2: tile<2, ADDS>(from, panel, right_stride, steps, place, to_stride); break;
                 case 3: tile<3, ADDS>(from, panel, right_stride, steps, place, to_stride); break;
-                default: tile<4, ADDS>(from, panel, right_stride, steps, place, to_stride);
+                default: tile<BLOCKS, ADDS>(from, panel, right_stride, steps, place, to_stride);
             }
         }
     }

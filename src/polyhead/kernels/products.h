@@ -17,8 +17,6 @@ namespace {
 constexpr int GROUP = 32, ROWS = 16, FOURS = GROUP / 4;
 constexpr int CHUNK = 64;  // tokens whose activations stay in the nearest cache
 
-typedef uint8_t Codes __attribute__((vector_size(64), aligned(1)));
-
 enum Kind { INT8_ROWS, INT8_GROUPS, INT4_GROUPS };
 
 template <Kind KIND> constexpr int64_t head_bytes() {
@@ -33,35 +31,30 @@ template <Kind KIND> constexpr int64_t block_bytes() {
 
 typedef int32_t Four __attribute__((may_alias, aligned(1)));  // codes of four columns
 
-inline Codes load_codes(const uint8_t* from) { return *reinterpret_cast<const Codes*>(from); }
-
-#ifdef __AVX512VNNI__
-inline Ints dot(Ints sum, Codes codes, int32_t four) {
-    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(four));
-}
+inline float half(const uint8_t* from) {
+    uint16_t bits;
+    std::memcpy(&bits, from, sizeof(bits));
+#ifdef POLYHEAD_AVX2
+    return _cvtsh_ss(bits);
 #else
-inline Ints dot(Ints sum, Codes codes, int32_t four) {
-    int8_t x[4];
-    std::memcpy(x, &four, 4);
-    for (int row = 0; row < ROWS; row++)
-        for (int i = 0; i < 4; i++) sum[row] += codes[4 * row + i] * x[i];
-    return sum;
-}
+    uint32_t size = (uint32_t)(bits & 0x7fff) << 13;
+    float found;
+    std::memcpy(&found, &size, sizeof(found));
+    found *= 0x1p112f;  // the exponents begin elsewhere
+    if (size >= 0x7c00u << 13) found = INFINITY;
+    return bits >> 15 ? -found : found;
 #endif
+}
 
-#ifdef __AVX512F__
-inline Floats load_halves(const uint8_t* from) {
-    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+// Of a row of a block.
+template <Kind KIND> inline void read_codes(const uint8_t* at, int64_t row, uint8_t* codes) {
+    at += head_bytes<KIND>() + 4 * row;
+    for (int i = 0; i < GROUP; i++) {
+        int place = KIND == INT4_GROUPS ? i % (GROUP / 2) : i;
+        uint8_t code = at[place / 4 * 64 + place % 4];
+        codes[i] = KIND != INT4_GROUPS ? code : i < GROUP / 2 ? code & 15 : code >> 4;
+    }
 }
-#else
-inline Floats load_halves(const uint8_t* from) {
-    _Float16 halves[LANES];
-    std::memcpy(halves, from, sizeof(halves));
-    Floats found;
-    for (int i = 0; i < LANES; i++) found[i] = (float)halves[i];
-    return found;
-}
-#endif
 
 // Activations of some tokens, a scale for each 32: of each chunk of tokens its codes [groups,
 // tokens, 32], scales and sums of the numbers that the codes stand for [groups, tokens].
@@ -89,17 +82,16 @@ struct Rounded {
 };
 
 inline Ints nearest(Floats x) {
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
     return (Ints)_mm512_cvtps_epi32((__m512)x);
 #else
-    Ints found;
-    for (int i = 0; i < LANES; i++) found[i] = std::lrintf(x[i]);
-    return found;
+    constexpr float high = 12582912.0f;  // 1.5 * 2^23: the whole part stands in the lowest bits
+    return (Ints)(x + high) - (Ints)(Floats{} + high);
 #endif
 }
 
 inline int32_t keep_codes(int8_t* to, Ints codes) {  // returns their sum
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
     _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)codes));
     return _mm512_reduce_add_epi32((__m512i)codes);
 #else
@@ -113,75 +105,57 @@ inline int32_t keep_codes(int8_t* to, Ints codes) {  // returns their sum
 template <class T> void round_token(const Rounded& to, const T* x, int64_t given, int64_t token) {
     for (int64_t group = 0; group < to.groups; group++) {
         int64_t first = group * GROUP, count = std::min<int64_t>(GROUP, given - first);
-        Floats low, high;
-        if (count == GROUP) {
-            low = load(x + first), high = load(x + first + LANES);
-        } else {
-            low = load_some(x + first, std::min<int64_t>(count, LANES));
-            high = load_some(x + first + LANES, std::max<int64_t>(count - LANES, 0));
+        Floats some[GROUP / LANES], high = {}, none = {};
+        for (int i = 0; i < GROUP / LANES; i++) {
+            const T* from = x + first + i * LANES;
+            int64_t there = std::clamp<int64_t>(count - i * LANES, 0, LANES);
+            some[i] = there == LANES ? load(from) : load_some(from, there);
+            Floats size = absolute(some[i]);
+            high = size > high ? size : high;
+            none += some[i] - some[i];
         }
-        Floats a = absolute(low), b = absolute(high);
-        float most = largest(a > b ? a : b);
+        float most = largest(high);
         float inverse = most > 0 ? 127.0f / most : 0.0f;
         // What is not a number makes the sums none.
-        float scale = most / 127.0f + total((low - low) + (high - high));
+        float scale = most / 127.0f + total(none);
         int64_t place = to.first(token) + group * to.apart(token);
-        int8_t* codes = to.codes + place * GROUP;
-        int32_t sum = keep_codes(codes, nearest(low * inverse));
-        sum += keep_codes(codes + LANES, nearest(high * inverse));
+        int32_t sum = 0;
+        for (int i = 0; i < GROUP / LANES; i++) {
+            int8_t* codes = to.codes + place * GROUP + i * LANES;
+            sum += keep_codes(codes, nearest(some[i] * inverse));
+        }
         to.scales[place] = scale;
         to.sums[place] = scale * sum;
     }
 }
 
-// Sixteen outputs of N tokens.
-template <Kind KIND, int N>
-inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats* out) {
-    for (int n = 0; n < N; n++) out[n] = Floats{};
-    int64_t place = x.first(token), apart = x.apart(token);
-    for (int64_t group = 0; group < x.groups; group++, place += apart) {
-        Floats scale = Floats{} + 1.0f;
-        if (KIND != INT8_ROWS) scale = load_halves(at);
-        Floats least = scale * -128.0f;
-        if (KIND == INT4_GROUPS) least = load_halves(at + 2 * ROWS);
-        for (int i = 0; i < block_bytes<KIND>(); i += 64) __builtin_prefetch(at + 4096 + i);
-        at += head_bytes<KIND>();
-        Codes codes[FOURS];
-        for (int i = 0; i < FOURS; i++) {
-            if (KIND != INT4_GROUPS) {
-                codes[i] = load_codes(at + 64 * i);
-            } else {
-                Codes both = load_codes(at + 64 * (i % (FOURS / 2)));
-                codes[i] = i < FOURS / 2 ? both & 15 : both >> 4;
-            }
-        }
-        at += code_bytes<KIND>();
-        const Four* fours = (const Four*)(x.codes + place * GROUP);
-#pragma GCC unroll 16
-        for (int n = 0; n < N; n++) {
-            Ints even = {}, odd = {};  // two chains, as each waits for its last sum
-            for (int i = 0; i < FOURS; i += 2) {
-                even = dot(even, codes[i], fours[n * FOURS + i]);
-                odd = dot(odd, codes[i + 1], fours[n * FOURS + i + 1]);
-            }
-            Floats sum = __builtin_convertvector(even + odd, Floats);
-            out[n] += sum * (scale * x.scales[place + n]);
-            out[n] += least * x.sums[place + n];
-        }
-    }
-}
+}  // namespace
+
+// Sixteen outputs of each of N tokens, tile<KIND, N>(blocks, x, token, out).
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#include "products_avx512.h"
+#elif defined(POLYHEAD_AVX2)
+#include "products_avx2.h"
+#else
+#include "products_plain.h"
+#endif
+
+namespace {
 
 template <Kind KIND, int N, class T>
 void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int64_t rows,
             const float* row_scales, T* out) {
-    Floats found[N];
+    float found[N * ROWS];
     tile<KIND, N>(at, x, token, found);
-    int64_t count = std::min<int64_t>(ROWS, rows - row);
-    for (int n = 0; n < N; n++) {
-        Floats y = found[n];
-        if (row_scales) y *= load_some(row_scales + row, count);
-        T* to = out + (token + n) * rows + row;
-        count == ROWS ? store(to, y) : store_some(to, y, count);
+    int64_t first = row, end = std::min(rows, row + ROWS);
+    for (; row < end; row += LANES) {
+        int64_t count = std::min<int64_t>(LANES, end - row);
+        for (int n = 0; n < N; n++) {
+            Floats y = load(found + n * ROWS + row - first);
+            if (row_scales) y *= load_some(row_scales + row, count);
+            T* to = out + (token + n) * rows + row;
+            count == LANES ? store(to, y) : store_some(to, y, count);
+        }
     }
 }
 

@@ -30,7 +30,7 @@ struct Share {
           end(count * (thread.number + 1) / thread.many) {}
 };
 
-// f(place, count) for every sixteen numbers of a row, and for the fewer at its end.
+// f(place, count) for every vector of a row, and for the fewer numbers at its end.
 template <class F> inline void across(int64_t width, F f) {
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) f(i, LANES);

@@ -187,7 +187,7 @@ template <class T, class K> struct Attend {
         }
     }
 
-    // Of up to sixteen keys that stand together.
+    // Of as many keys that stand together as a vector holds, or fewer.
     Floats scores(const float* query, int64_t slot, int count) const {
         Floats sums[LANES] = {};
         const K* key = keys + slot * pages.d;
@@ -345,7 +345,7 @@ template <class T, class K> struct Run {
         return group * many + row % many;
     }
 
-    // Sixteen keys or fewer as the columns of [D, 16].
+    // As many keys as a vector holds, or fewer, as the columns of [D, LANES].
     void turn(const int64_t* slots, int64_t count, float* turned) const {
         int64_t d = all.pages.d;
         across(d, [&](int64_t i, int n) {

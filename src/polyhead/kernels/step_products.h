@@ -140,17 +140,11 @@ template <Kind KIND, class T> struct Unpacked {
     }
 
     static void one(const uint8_t* at, int64_t lane, float scale, float* found) {
-        float least = scale * -128.0f;
-        if (KIND != INT8_ROWS) scale = load_halves(at)[lane], least = scale * -128.0f;
-        if (KIND == INT4_GROUPS) least = load_halves(at + 2 * ROWS)[lane];
-        const uint8_t* codes = at + head_bytes<KIND>() + lane * 4;
-        for (int i = 0; i < GROUP; i++) {
-            bool high = KIND == INT4_GROUPS && i >= GROUP / 2;
-            int place = KIND == INT4_GROUPS ? i % (GROUP / 2) : i;
-            uint8_t code = codes[place / 4 * 64 + place % 4];
-            if (KIND == INT4_GROUPS) code = high ? code >> 4 : code & 15;
-            found[i] = code * scale + least;
-        }
+        if (KIND != INT8_ROWS) scale = half(at + 2 * lane);
+        float least = KIND == INT4_GROUPS ? half(at + 2 * (ROWS + lane)) : scale * -128.0f;
+        uint8_t codes[GROUP];
+        read_codes<KIND>(at, lane, codes);
+        for (int i = 0; i < GROUP; i++) found[i] = codes[i] * scale + least;
     }
 };
 template <class T> using UnpackedInt4 = Unpacked<INT4_GROUPS, T>;

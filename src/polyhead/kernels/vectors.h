@@ -1,22 +1,30 @@
-// Sixteen numbers at once, in the vectors of GCC and Clang: read, written, summed, raised.
+// As many numbers at once as a vector of the machine holds, in the vectors of GCC and Clang: read,
+// written, summed, raised.
 
 #pragma once
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BW__
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define POLYHEAD_AVX2
 #include <immintrin.h>
 #endif
 
 namespace {
 
+#if defined(__AVX512BW__)
 constexpr int LANES = 16;
+#elif defined(POLYHEAD_AVX2)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
 
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1)));
-typedef int8_t Small __attribute__((vector_size(16), aligned(1)));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
+typedef int8_t Small __attribute__((vector_size(LANES), aligned(1)));
 
 struct BFloat {
     uint16_t bits;
@@ -26,21 +34,40 @@ struct Pair {
 };
 
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-#ifdef __AVX512BW__  // GCC 12 widens in two halves
+#if defined(__AVX512BW__)  // GCC 12 widens in two halves, or one by one
 inline Words load_bits(const BFloat* from) {
     return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+}
+inline Ints load(const uint8_t* from) {
+    return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+inline Ints load_ints(const int8_t* from) {
+    return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+#elif defined(POLYHEAD_AVX2)
+inline Words load_bits(const BFloat* from) {
+    return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
+}
+inline Ints load(const uint8_t* from) {
+    return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
+}
+inline Ints load_ints(const int8_t* from) {
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from));
 }
 #else
 inline Words load_bits(const BFloat* from) {
     return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
 }
-#endif
-inline Floats load(const BFloat* from) { return (Floats)(load_bits(from) << 16); }
 inline Ints load(const uint8_t* from) {
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints);
 }
+inline Ints load_ints(const int8_t* from) {
+    return __builtin_convertvector(*reinterpret_cast<const Small*>(from), Ints);
+}
+#endif
+inline Floats load(const BFloat* from) { return (Floats)(load_bits(from) << 16); }
 inline Floats load(const int8_t* from) {
-    return __builtin_convertvector(*reinterpret_cast<const Small*>(from), Floats);
+    return __builtin_convertvector(load_ints(from), Floats);
 }
 
 // The first n numbers; the rest is zero.
@@ -48,6 +75,12 @@ template <class T> inline auto load_some(const T* from, int n) {
     T few[LANES] = {};
     for (int i = 0; i < n; i++) few[i] = from[i];
     return load(few);
+}
+
+// 0, 1, 2 and so on.
+inline Ints numbered() {
+    constexpr int32_t all[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return *reinterpret_cast<const Ints*>(all);
 }
 
 inline Floats absolute(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
@@ -113,6 +146,47 @@ inline void transpose(Floats* x) {
         x[i + 8] = (Floats)_mm512_shuffle_f32x4(a[i], a[i + 8], 0xdd);
     }
 }
+#elif defined(POLYHEAD_AVX2)
+template <class Op> inline float reduce(Floats x, Op op) {
+    __m128 half = op(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    half = op(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(op(half, _mm_movehdup_ps(half)));
+}
+inline float largest(Floats x) {
+    return reduce(x, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
+}
+inline float total(Floats x) {
+    return reduce(x, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
+}
+
+// The totals of eight.
+inline Floats totals(const Floats* x) {
+    __m256 some[2];
+    for (int i = 0; i < 2; i++) {
+        __m256 one = _mm256_hadd_ps((__m256)x[4 * i], (__m256)x[4 * i + 1]);
+        some[i] = _mm256_hadd_ps(one, _mm256_hadd_ps((__m256)x[4 * i + 2], (__m256)x[4 * i + 3]));
+    }
+    return (Floats)_mm256_permute2f128_ps(some[0], some[1], 0x20) +
+           (Floats)_mm256_permute2f128_ps(some[0], some[1], 0x31);
+}
+
+// Rows of eight become columns.
+inline void transpose(Floats* x) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps((__m256)x[i], (__m256)x[i + 1]);
+        a[i + 1] = _mm256_unpackhi_ps((__m256)x[i], (__m256)x[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + j + 2], 0xee);
+        }
+    for (int i = 0; i < 4; i++) {
+        x[i] = (Floats)_mm256_permute2f128_ps(b[i], b[i + 4], 0x20);
+        x[i + 4] = (Floats)_mm256_permute2f128_ps(b[i], b[i + 4], 0x31);
+    }
+}
 #else
 template <class Op> inline float reduce(Floats x, Op op) {
     float all[LANES];
@@ -154,7 +228,7 @@ inline void store(BFloat* to, Floats x) {  // to the nearest, ties to even
 }
 #endif
 
-// The first n of sixteen.
+// The first n.
 template <class T> inline void store_some(T* to, Floats x, int64_t n) {
     T all[LANES];
     store(all, x);
