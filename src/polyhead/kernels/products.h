@@ -131,7 +131,9 @@ template <class T> void round_token(const Rounded& to, const T* x, int64_t given
 
 }  // namespace
 
-// Sixteen outputs of each of N tokens, tile<KIND, N>(blocks, x, token, out).
+constexpr int PARTS = ROWS / LANES;
+
+// Sixteen outputs of each of N tokens, tile<KIND, N>(blocks, x, token, Floats found[N][PARTS]).
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 #include "products_avx512.h"
 #elif defined(POLYHEAD_AVX2)
@@ -145,13 +147,12 @@ namespace {
 template <Kind KIND, int N, class T>
 void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int64_t rows,
             const float* row_scales, T* out) {
-    float found[N * ROWS];
+    Floats found[N][PARTS];
     tile<KIND, N>(at, x, token, found);
-    int64_t first = row, end = std::min(rows, row + ROWS);
-    for (; row < end; row += LANES) {
-        int64_t count = std::min<int64_t>(LANES, end - row);
+    for (int part = 0; part < PARTS && row < rows; part++, row += LANES) {
+        int64_t count = std::min<int64_t>(LANES, rows - row);
         for (int n = 0; n < N; n++) {
-            Floats y = load(found + n * ROWS + row - first);
+            Floats y = found[n][part];
             if (row_scales) y *= load_some(row_scales + row, count);
             T* to = out + (token + n) * rows + row;
             count == LANES ? store(to, y) : store_some(to, y, count);

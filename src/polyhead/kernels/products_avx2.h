@@ -53,37 +53,31 @@ template <Kind KIND> struct Eight {
 };
 
 template <Kind KIND, int N>
-inline void tile(const uint8_t* at, const Rounded& x, int64_t token, float* out) {
-    constexpr int HALF = ROWS / 2;
-    __m256 found[2][N];
-    for (int n = 0; n < N; n++) found[0][n] = found[1][n] = _mm256_setzero_ps();
+inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*found)[PARTS]) {
+    for (int n = 0; n < N; n++) found[n][0] = found[n][1] = Floats{};
     int64_t place = x.first(token), apart = x.apart(token);
     for (int64_t group = 0; group < x.groups; group++, place += apart) {
         const Four* fours = (const Four*)(x.codes + place * GROUP);
         for (int i = 0; i < block_bytes<KIND>(); i += 64) __builtin_prefetch(at + 4096 + i);
 #pragma GCC unroll 2
-        for (int part = 0; part < 2; part++) {
+        for (int part = 0; part < PARTS; part++) {
             auto halves = [&](int64_t first) {
-                const uint8_t* from = at + first + part * 2 * HALF;
+                const uint8_t* from = at + first + part * 2 * LANES;
                 return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
             };
-            Eight<KIND> eight(at + head_bytes<KIND>() + part * 4 * HALF);
+            Eight<KIND> eight(at + head_bytes<KIND>() + part * 4 * LANES);
             __m256 scale = KIND == INT8_ROWS ? _mm256_set1_ps(1.0f) : halves(0);
             __m256 least = KIND == INT4_GROUPS ? halves(2 * ROWS) : scale * -128.0f;
 #pragma GCC unroll 1  // more would not stay in sixteen registers
             for (int n = 0; n < N; n++) {
                 __m256 sum = _mm256_cvtepi32_ps(eight.times(fours + n * FOURS));
-                __m256& to = found[part][n];
-                to = _mm256_fmadd_ps(sum, scale * x.scales[place + n], to);
+                found[n][part] += (Floats)sum * ((Floats)scale * x.scales[place + n]);
                 if (!Eight<KIND>::IS_SIGNED)
-                    to = _mm256_fmadd_ps(least, _mm256_set1_ps(x.sums[place + n]), to);
+                    found[n][part] += (Floats)least * x.sums[place + n];
             }
         }
         at += block_bytes<KIND>();
     }
-    for (int n = 0; n < N; n++)
-        for (int part = 0; part < 2; part++)
-            _mm256_storeu_ps(out + n * ROWS + part * HALF, found[part][n]);
 }
 
 }  // namespace

@@ -17,8 +17,8 @@ inline Floats load_halves(const uint8_t* from) {
 }
 
 template <Kind KIND, int N>
-inline void tile(const uint8_t* at, const Rounded& x, int64_t token, float* out) {
-    Floats found[N] = {};
+inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*found)[PARTS]) {
+    for (int n = 0; n < N; n++) found[n][0] = Floats{};
     int64_t place = x.first(token), apart = x.apart(token);
     for (int64_t group = 0; group < x.groups; group++, place += apart) {
         Floats scale = Floats{} + 1.0f;
@@ -46,11 +46,10 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, float* out)
                 odd = dot(odd, codes[i + 1], fours[n * FOURS + i + 1]);
             }
             Floats sum = __builtin_convertvector(even + odd, Floats);
-            found[n] += sum * (scale * x.scales[place + n]);
-            found[n] += least * x.sums[place + n];
+            found[n][0] += sum * (scale * x.scales[place + n]);
+            found[n][0] += least * x.sums[place + n];
         }
     }
-    for (int n = 0; n < N; n++) store(out + n * ROWS, found[n]);
 }
 
 }  // namespace

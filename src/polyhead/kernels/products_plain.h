@@ -5,7 +5,8 @@
 namespace {
 
 template <Kind KIND, int N>
-inline void tile(const uint8_t* at, const Rounded& x, int64_t token, float* out) {
+inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*found)[PARTS]) {
+    float* out = (float*)found;
     std::fill(out, out + N * ROWS, 0.0f);
     int64_t place = x.first(token), apart = x.apart(token);
     for (int64_t group = 0; group < x.groups; group++, place += apart, at += block_bytes<KIND>())
