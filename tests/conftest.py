@@ -20,6 +20,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What a table of `compress` says of speed is no test's concern.
+    monkeypatch.setattr("polyhead.cli.compress_table._LONG_ENOUGH_S", 0.001)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_a_worker() -> None:
     # Several workers share the machine; more threads each only fight.
