@@ -20,7 +20,8 @@ from polyhead.files.digest import tensor_digest
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import FeedForward, GatedFeedForward
 
-_POWERS = [step / 20 for step in range(1, 20)]
+_POWERS = [step / 10 for step in range(1, 10)]
+_ROWS = 512  # of a matrix, spread over it, that say how much a scale costs
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _shared(
 def _best(fold: Fold, inputs: Inputs, grid: Grid) -> Tensor | None:
     """The scale `[W]`, a power of the columns' sizes, that costs least; None where none gains."""
     layers: Any = fold.readers.layers
-    weights = [layer.weight.detach().float() for layer in layers]
+    weights = [layer.weight.detach() for layer in layers]
+    weights = [weight[:: -(-len(weight) // _ROWS)].float() for weight in weights]
     sizes = inputs.sizes.clamp_min(1e-4 * float(inputs.sizes.mean()) + 1e-20)
     best, found = _cost(weights, torch.ones_like(sizes), inputs, grid), None
     for power in _POWERS:
