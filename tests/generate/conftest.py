@@ -41,7 +41,7 @@ class Scripted(nn.Module):
         self.head = nn.Linear(vocab, vocab, bias=False)
         self.head.weight = nn.Parameter(torch.eye(vocab) * 20)
         self.head_kind = "lm"
-        self.device = torch.device("cpu")
+        self.device, self.dtype = torch.device("cpu"), torch.float32
 
 
 @pytest.fixture(scope="session")
