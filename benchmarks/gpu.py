@@ -3,9 +3,9 @@
     python -m benchmarks.gpu
     python -m benchmarks.gpu --pairs 9 --json gpu.jsonl
 
-Weights are random, in bfloat16: they take as long as real ones. Decoding one text is told as a share
-of the memory's bandwidth, measured in the same minute: each token reads all weights once. Where there
-is no GPU that is said, and nothing is measured; transformers may be absent.
+Weights are random, in bfloat16: they take as long as real ones. Decoding one text is told as a
+share of the memory's bandwidth, measured in the same minute: each token reads all weights once.
+Where there is no GPU that is said, and nothing is measured; transformers may be absent.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ def main() -> int:
         return 0
     device = torch.device("cuda")
     speed = bandwidth(device)
-    records = [{"gpu": torch.cuda.get_device_name(), "bandwidth": speed, "torch": torch.__version__}]
+    records = [
+        {"gpu": torch.cuda.get_device_name(), "bandwidth": speed, "torch": torch.__version__}
+    ]
     print(f"{records[0]['gpu']}, {speed / 1e12:.2f} TB/s read")
     for name, (family, fields) in SIZES.items():
         records += measure(name, family, fields, device, speed, given.pairs)
@@ -76,7 +79,7 @@ def measure(
         times: dict[str, list[float]] = {key: [] for key in runs}
         for pair in range(-1, pairs):  # the first warms up
             for key in sorted(runs, reverse=pair % 2 == 1):
-                seconds = _timed(lambda run=runs[key]: run(rows, prompt, written), device)
+                seconds = _timed(partial(runs[key], rows, prompt, written), device)
                 times[key] += [seconds] if pair >= 0 else []
         tokens = rows * (prompt if task == "prefill" else written)
         middle = statistics.median(times["ours"])

@@ -68,8 +68,10 @@ def test_captured_steps_answer_what_the_model_does(
     captured = written()
     monkeypatch.setattr(graphs, "TRIES", 10**9)
     plain = written()
-    same = sum(a == b for one, other in zip(captured, plain) for a, b in zip(one, other))
-    assert same >= (72 if dtype == torch.float32 else 60)
+    if dtype == torch.float32:
+        assert captured == plain
+    else:  # a last bit may choose another token, and all that follow it
+        assert [one[:4] for one in captured] == [one[:4] for one in plain]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -158,9 +158,7 @@ class _Captured:
         if self.sources is not None:
             lengths = [*sources, *[1] * len(missing)]
             self.lengths.copy_(torch.tensor(lengths)[:, None])
-            self.sources.take(
-                self.caches.fixed_sources(rows, sources, self.batch, self.source)
-            )
+            self.sources.take(self.caches.fixed_sources(rows, sources, self.batch, self.source))
         return self._replay()[: len(ids), 0].clone()
 
 

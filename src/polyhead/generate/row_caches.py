@@ -119,9 +119,7 @@ class RowCaches(Caches):
         self._fixed.take(fresh)
         self.follow(self._fixed)
 
-    def fixed(
-        self, rows: Sequence[int], starts: Sequence[int], batch: int, longest: int
-    ) -> Fixed:
+    def fixed(self, rows: Sequence[int], starts: Sequence[int], batch: int, longest: int) -> Fixed:
         """For these rows, and nobody's up to `batch`, that hold `starts` tokens each, fewer than
         `longest`, and read one more."""
         device, missing = self.memory.device, batch - len(rows)
@@ -168,7 +166,7 @@ class RowCaches(Caches):
     def fixed_sources(
         self, rows: Sequence[int], lengths: Sequence[int], batch: int, longest: int
     ) -> Plan:
-        """Where these rows, and nobody's up to `batch`, read sources of `longest` tokens at most."""
+        """Where these rows, and nobody's up to `batch`, read sources; none is beyond `longest`."""
         sources, missing = self.memory.sources, batch - len(rows)
         assert sources is not None
         blocks = sources.blocks[[*rows, *[self.memory.max_rows] * missing]]
