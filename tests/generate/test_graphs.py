@@ -18,7 +18,8 @@ from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.seq2seq import Seq2Seq
 from polyhead.models.model import TaskModel
 from polyhead.nn import moe
-from polyhead.nn.embedding import TokenEmbedding
+from polyhead.nn.embedding import Table, TokenEmbedding
+from polyhead.nn.position import LearnedPositions
 
 aten: Any = torch.ops.aten
 
@@ -97,8 +98,11 @@ def differences(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(
         runner, "_steps", lambda model, memory: GraphSteps(model, memory, Recorder())
     )
-    # Ids are looked at on a CPU alone.
+    # Ids and positions are looked at on a CPU alone.
     monkeypatch.setattr(TokenEmbedding, "_check", lambda self, ids: None)
+    monkeypatch.setattr(
+        LearnedPositions, "forward", lambda self, at: Table.forward(self, at.clamp(min=0))
+    )
     monkeypatch.setattr(graphs, "TRIES", 0)
     monkeypatch.setattr(graphs, "_SHORT", 8)
     return found
@@ -125,7 +129,8 @@ def test_decoders(
     assert not steps_of(engine).reason
     assert len(steps_of(engine)._steps) > 2  # of more than one size of batch and of text
     assert len(differences) > 10
-    assert max(differences) < 1e-5
+    # In eight bits a last bit may move a key by a step.
+    assert max(differences) < (2e-3 if kv == "int8" else 1e-5)
 
 
 @pytest.mark.parametrize("name", ["t5", "marian"])

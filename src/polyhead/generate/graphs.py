@@ -65,7 +65,8 @@ class GraphSteps:
         self.model, self.memory, self.recorder = model, memory, recorder
         parts = list(model.backbone.modules())
         self.reason = "it has adapters" if any(hasattr(m, "adapters") for m in parts) else ""
-        self._hooks = [hooks for m in parts for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        kinds = "_forward_hooks", "_forward_pre_hooks"
+        self._hooks: list[dict[int, Any]] = [vars(m)[kind] for m in parts for kind in kinds]
         self._probes = [m.probes for m in parts if isinstance(m, MultiHeadAttention)]
         self._steps: dict[tuple[int, int, int], _Captured] = {}
         self._tried: dict[tuple[int, int, int], int] = {}
