@@ -38,6 +38,7 @@ class Memory:
         whole_prompts: bool = False,
     ) -> None:
         self.block_size, self.max_rows, self.max_len = block_size, max_rows, max_len
+        self.source_len = source_tokens
         self.most_at_once = max_len
         self._whole_prompts = whole_prompts
         prototype: Caches = backbone.make_caches(1)

@@ -83,12 +83,12 @@ class Geometry:
         return 0 if self.window is None else max(0, start - self.window + 1) // self.block_size
 
     def plan(
-        self, tables: Numbers, starts: Numbers, counts: Numbers, width: int, fixed: bool = False
+        self, tables: Numbers, starts: Numbers, counts: Numbers, width: int, fixed: int = 0
     ) -> Plan:
         """For rows with `tables` `[B, blocks]` that hold `starts` tokens and read `counts` more.
 
         width: T, of which a row's first `counts` are not padding. fixed: whatever they hold, they
-        read as many keys as a row may ever have.
+        read as many keys as so many tokens need.
         """
         size, batch = self.block_size, len(tables)
         steps = np.arange(width)
@@ -100,7 +100,8 @@ class Geometry:
         longest = int((starts + counts).max())
         keys_at, is_fresh = None, not fixed and not starts.any()
         if self.window is None and fixed:
-            blocks, longest = tables, tables.shape[1] * size
+            blocks = tables[:, : -(-fixed // size)]
+            longest = blocks.shape[1] * size
         elif self.window is None or is_fresh:
             blocks = tables[:, : -(-longest // size)]
         else:

@@ -1,6 +1,7 @@
 """What some rows remember, as the caches that a model takes for one forward."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,23 @@ class States:
         self.k[target], self.v[target] = self.k[row], self.v[row]
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """What steps of the same shapes read where it lies, whatever it holds: of `B` rows."""
+
+    plans: dict[object, Plan]
+    at: Tensor  # [B, 1]
+    index: Tensor  # [B]
+    lengths: Tensor  # [B]
+
+    def take(self, other: "Fixed") -> None:
+        """Be another one of the same shapes, in the same places."""
+        for name in ("at", "index", "lengths"):
+            getattr(self, name).copy_(getattr(other, name))
+        for kind, plan in other.plans.items():
+            self.plans[kind].take(plan)
+
+
 class RowCaches(Caches):
     """The caches of some rows, for one forward: `open`, the model's own begin and end, done."""
 
@@ -46,7 +64,7 @@ class RowCaches(Caches):
         self.cross = list(memory.cross)
         self.is_static = False
         self._sources: tuple[int, ...] | None = None
-        self._fixed: tuple[dict[object, Plan], Tensor, Tensor, Tensor] | None = None
+        self._fixed: Fixed | None = None
 
     def open(self, rows: Sequence[int], starts: Sequence[int], counts: Sequence[int]) -> None:
         """These rows hold `starts` tokens each and read `counts` more."""
@@ -95,25 +113,29 @@ class RowCaches(Caches):
 
         All that changes from step to step changes in place.
         """
-        missing = self.memory.max_rows - len(rows)
+        fresh = self.fixed(rows, starts, self.memory.max_rows, self.memory.max_len)
+        if self._fixed is None:
+            self._fixed = fresh
+        self._fixed.take(fresh)
+        self.follow(self._fixed)
+
+    def fixed(self, rows: Sequence[int], starts: Sequence[int], batch: int, longest: int) -> Fixed:
+        """For these rows, and nobody's up to `batch`, that hold `starts` tokens each, fewer than
+        `longest`, and read one more."""
+        device, missing = self.memory.device, batch - len(rows)
         rows = [*rows, *[self.memory.max_rows] * missing]
         first = np.array([*starts, *[0] * missing])
-        at, index = torch.from_numpy(first)[:, None], torch.tensor(rows)
-        added = np.ones_like(first)
         plans = {
-            kind: tables.place.plan(tables.blocks[rows], first, added, 1, fixed=True)
+            kind: tables.place.plan(tables.blocks[rows], first, np.ones_like(first), 1, longest)
             for kind, tables in self.memory.kinds.items()
         }
-        if self._fixed is None:
-            device = self.memory.device
-            self._fixed = plans, at.to(device), index.to(device), at[:, 0].to(device)
-        held, self._at, self._index, self.lengths = self._fixed
-        self._at.copy_(at)
-        self._index.copy_(index)
-        self.lengths.copy_(at[:, 0])
-        for kind, plan in plans.items():
-            held[kind].take(plan)
-        self._follow(held, None)
+        lengths = torch.from_numpy(first).to(device)
+        return Fixed(plans, lengths[:, None].clone(), torch.tensor(rows, device=device), lengths)
+
+    def follow(self, fixed: Fixed) -> None:
+        """Let the next forward read where `fixed` says."""
+        self._at, self._index, self.lengths = fixed.at, fixed.index, fixed.lengths
+        self._follow(fixed.plans, None)
 
     def _follow(self, plans: Mapping[object, Plan], uniform: int | None) -> None:
         """Let every layer read and write where the plan of its kind says."""
@@ -140,6 +162,23 @@ class RowCaches(Caches):
             cross.plan = plan
             cross.held = None if are_new else cross.read()
         self._sources = which
+
+    def fixed_sources(
+        self, rows: Sequence[int], lengths: Sequence[int], batch: int, longest: int
+    ) -> Plan:
+        """Where these rows, and nobody's up to `batch`, read sources; none is beyond `longest`."""
+        sources, missing = self.memory.sources, batch - len(rows)
+        assert sources is not None
+        blocks = sources.blocks[[*rows, *[self.memory.max_rows] * missing]]
+        held = np.array([*lengths, *[1] * missing])
+        return sources.place.plan(blocks, held, np.zeros_like(held), 1, longest)
+
+    def follow_sources(self, plan: Plan) -> None:
+        """Let the next forward read sources where the plan says."""
+        for cross in self.memory.cross:
+            cross.plan = plan
+            cross.held = cross.read()
+        self.forget_sources()
 
     def forget_sources(self) -> None:
         """A row may stand for another source from now on."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
+from polyhead.generate.graphs import CudaRecorder, GraphSteps
 from polyhead.generate.memory import Memory
 from polyhead.generate.prompts import padded
 from polyhead.generate.request import Text
@@ -58,8 +59,7 @@ class Runner:
         self._attentions = attentions
         self._recorded = None
         if not (self.static or memory.states):
-            longest = memory.max_len
-            self._recorded = DecodeSteps(backbone, *memory.held(), longest)
+            self._recorded = _steps(model, memory)
         self._step = torch.compile(self._next, dynamic=False) if compile else self._next
 
     def read(self, pieces: Sequence[Piece]) -> list[tuple[Piece, Tensor]]:
@@ -182,6 +182,13 @@ class Runner:
             memory = like.new_empty(1, 1, 1).expand(len(texts), width, 1)
         caches.open_sources(rows, lengths, are_new)
         return backbone.decode(ids, memory, mask, keep, caches=caches)
+
+
+def _steps(model: TaskModel, memory: Memory) -> DecodeSteps | GraphSteps:
+    """Steps that are recorded once, as the device can."""
+    if memory.device.type == "cuda":
+        return GraphSteps(model, memory, CudaRecorder())
+    return DecodeSteps(model.backbone, *memory.held(), memory.max_len)
 
 
 def _wanted(
