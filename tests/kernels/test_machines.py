@@ -50,8 +50,8 @@ def test_products(form: Any, dtype: torch.dtype, machine: str) -> None:
         assert laid_out is not None
         found = laid_out.times(x)
         assert found is not None
-        true = rounded_inputs(x).double() @ packed.unpack().double().T
-        size = rounded_inputs(x).double().abs() @ packed.unpack().double().abs().T
+        true = rounded_inputs(x, form).double() @ packed.unpack().double().T
+        size = rounded_inputs(x, form).double().abs() @ packed.unpack().double().abs().T
         step = 1e-6 if dtype == torch.float32 else 2**-8
         assert ((found - true).abs() <= step * size.clamp(min=1e-9) + 1e-12).all()
         alone = laid_out.times(x[:1])

@@ -55,13 +55,42 @@ def test_a_product_is_the_rounded_activations_by_what_unpacks(
     x = (torch.randn(2, tokens, width) * 10 ** torch.randn(2, tokens, 1)).to(dtype)
     found = times(laid_out, x)
     assert (found.shape, found.dtype) == ((2, tokens, rows), dtype)
-    true = rounded_inputs(x).double() @ weight.unpack().double().T
-    size = rounded_inputs(x).double().abs() @ weight.unpack().double().abs().T
+    true = rounded_inputs(x, form).double() @ weight.unpack().double().T
+    size = rounded_inputs(x, form).double().abs() @ weight.unpack().double().abs().T
     step = 1e-6 if dtype == torch.float32 else 2**-8
     assert ((found - true).abs() <= step * size.clamp(min=1e-9) + 1e-12).all()
     # What rounding costs: of 127 steps, half a one at most.
     most = x.float().abs().amax(-1, keepdim=True)
-    assert ((rounded_inputs(x) - x.float()).abs() <= most / 250).all()
+    assert ((rounded_inputs(x, form) - x.float()).abs() <= most / 250).all()
+
+
+@pytest.mark.parametrize("machine", ["-march=native", "-march=haswell", "-mtune=generic"])
+@pytest.mark.parametrize("form", [Int8, Int8Rows])
+def test_activations_rounded_twice_lose_next_to_nothing(
+    form: Any, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "library", lambda name: library(name, machine))
+    for rows, width, tokens in SHAPES:
+        weight, _ = weights(form, rows, width)
+        laid_out = LaidOut.of(weight, rounds_twice=True)
+        assert laid_out is not None
+        x = torch.randn(tokens, width) * 10 ** torch.randn(tokens, 1)
+        true = x.double() @ weight.unpack().double().T
+        size = x.double().abs() @ weight.unpack().double().abs().T
+        assert ((times(laid_out, x) - true).abs() <= 1e-4 * size).all()
+
+
+def test_a_head_in_eight_bits_rounds_twice_unless_others_have_four() -> None:
+    model = ph.build("llama", seed=0, **MODELS["llama"])
+    ids = torch.arange(12)[None]
+    for form, twice in (("int8", True), ("int8-rows", True), ("int4", False)):
+        packed = ph.pack(ph.quantize(model, form))
+        table: Any = packed.backbone.embedding
+        assert table.packed.rounds_twice is twice
+        hidden = packed.backbone(ids)
+        exact = hidden @ table.weight.T
+        lost = (packed.head(hidden) - exact).abs().max() / exact.abs().max()
+        assert (lost.item() < 1e-4) is twice
 
 
 @forms

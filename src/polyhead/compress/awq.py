@@ -115,7 +115,7 @@ def _best(fold: Fold, inputs: Inputs, grid: Grid) -> Tensor | None:
 def _cost(weights: list[Tensor], scale: Tensor, inputs: Inputs, grid: Grid) -> float:
     """The mean square of what the products lose by rounding scaled weights and what they read."""
     read, total = torch.cat(inputs.some) / scale, 0.0
-    noise = rounded_inputs(read) - read
+    noise = rounded_inputs(read, grid.form) - read
     for weight in weights:
         wide = weight * scale
         lost = grid.form(wide, grid.group).unpack() / scale - weight

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.compress.formats import STEPS, Stepped
+from polyhead.compress.formats import STEPS, Int4, PackedWeight, Stepped
 
 Rounded = tuple[Tensor, tuple[Tensor, ...]]
 """Weights `[R, W]` that lie on a grid, and its steps."""
@@ -71,9 +71,13 @@ class Grid:
         return found
 
 
-def rounded_inputs(x: Tensor) -> Tensor:
-    """Activations `[..., W]` as `pack`'s products round them, in float32: the definition."""
-    groups = F.pad(x.float(), (0, -x.shape[-1] % STEPS)).unflatten(-1, (-1, STEPS))
+def rounded_inputs(x: Tensor, form: type[PackedWeight]) -> Tensor:
+    """Activations `[..., W]` as `pack`'s products round them, in float32: the definition.
+
+    form: of the weights that they meet; those in eight bits are worth a scale for each 16.
+    """
+    some = STEPS if form is Int4 else STEPS // 2
+    groups = F.pad(x.float(), (0, -x.shape[-1] % some)).unflatten(-1, (-1, some))
     most = groups.abs().amax(-1, keepdim=True)
     codes = (groups * torch.where(most > 0, 127 / most, 0.0)).round()
     return (codes * (most / 127)).flatten(-2)[..., : x.shape[-1]]

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyhead.compress.formats import PackedWeight
+from polyhead.compress.formats import Int4, PackedWeight
 from polyhead.errors import ConfigError
 from polyhead.kernels.attend import FusedAttention
 from polyhead.kernels.norm import FusedLayerNorm
 from polyhead.kernels.products import LaidOut
 from polyhead.nn.attention import MultiHeadAttention
+from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
+from polyhead.nn.head import LanguageHead
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -32,7 +34,8 @@ def pack(model: M) -> M:
     """A copy of `model` with weights laid out for this CPU's products; for inference alone.
 
     Linear layers become `PackedLinear`s, with the activation that follows in a feed-forward layer;
-    matrices in int4 or int8 (`quantize`) are multiplied as they are, by activations in eight bits;
+    matrices in int4 or int8 (`quantize`) are multiplied as they are, by activations in eight bits
+    (in twice as many by the language head of a model in int8, whose own rounding is next to none);
     attention over up to 2048 keys and LayerNorm take kernels of our own where g++ is there. What
     a machine or a dtype does not support stays as it is. The old model is untouched, and what is
     not packed is shared with it; drop it, and its linear layers' weights are freed. The new one
@@ -42,12 +45,14 @@ def pack(model: M) -> M:
     memo |= {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     packed = copy.deepcopy(model, memo).eval()
+    is_fine = not any(isinstance(part, Int4) for part in packed.modules())
     for part in list(packed.modules()):
         if isinstance(part, FeedForward | GatedFeedForward):
             _fuse(part)
         for name, child in list(part.named_children()):
             if isinstance(child, PackedWeight):
-                setattr(part, name, LaidOut.of(child) or child)
+                rounds_twice = is_fine and isinstance(part, LanguageHead | Table)
+                setattr(part, name, LaidOut.of(child, rounds_twice) or child)
             if type(child) is nn.Linear and PackedLinear.takes(child.weight):
                 setattr(part, name, PackedLinear(child))
             elif type(child) is MultiHeadAttention:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from polyhead.compress.formats import PackedWeight
+from polyhead.compress.formats import STEPS, PackedWeight
 from polyhead.compress.layers import PackedExperts, PackedLinear, PackedTable, TiedHead
 from polyhead.kernels.norm import FusedLayerNorm, FusedRMSNorm
 from polyhead.kernels.products import LaidOut
@@ -58,7 +58,7 @@ def record_parts(model: nn.Module, tape: Tape, at: Tensor, longest: int) -> Iter
 class _Recorder:
     def __init__(self, tape: Tape, at: Tensor, longest: int) -> None:
         self.tape, self.at, self.longest = tape, at, longest
-        self.rounded: dict[tuple[int, ...], Tensor] = {}
+        self.rounded: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.by_position: dict[nn.Module, Any] = {}
         self._computes = False
 
@@ -120,21 +120,24 @@ class _Recorder:
         if experts > 1 and rows % 16:
             raise NotRecordedError(f"experts have {rows} rows each, which is no multiple of 16")
         tokens = x.numel() // given
-        room = self._round(x.contiguous(), tokens, given)
+        room = self._round(x.contiguous(), weight, tokens)
         out = self.tape.new(x, *x.shape[:-1], rows)
         scales = getattr(weight, "scales", None)
         fields = [room, weight.data, scales, bias, out, ends, tokens, given, rows, experts]
         reads = [room, weight.data, scales, bias, ends]
-        self.tape.kernel(f"packed_{weight.kind}", x.dtype, fields, reads, [out], ("rows", rows))
+        name = f"packed_{weight.times_kind}"
+        self.tape.kernel(name, x.dtype, fields, reads, [out], ("rows", rows))
         return out
 
-    def _round(self, x: Tensor, tokens: int, given: int) -> Tensor:
-        """Activations in eight bits, once for all that multiply them."""
-        key = self.tape.state_of(x)
+    def _round(self, x: Tensor, weight: LaidOut, tokens: int) -> Tensor:
+        """Activations in eight bits, once for all that multiply them alike."""
+        given, (kind, size) = weight.shape[1], weight.rounding
+        key = (kind, self.tape.state_of(x))
         if key not in self.rounded:
-            groups = -(-given // 32)
-            room = self.tape.new(x, tokens * groups * 40, dtype=torch.uint8)
-            self.tape.kernel("round", x.dtype, [x, room, tokens, given], [x], [room], tokens)
+            groups = -(-given // STEPS)
+            room = self.tape.new(x, tokens * groups * size, dtype=torch.uint8)
+            fields = [x, room, tokens, given]
+            self.tape.kernel(f"round_{kind}", x.dtype, fields, [x], [room], tokens)
             self.rounded[key] = room
         return self.rounded[key]
 

@@ -29,6 +29,10 @@ template <Kind KIND> constexpr int64_t block_bytes() {
     return head_bytes<KIND>() + code_bytes<KIND>();
 }
 
+// Scales of a group of activations: of those that meet weights in eight bits one for each half, as
+// their own rounding is what such products lose.
+template <Kind KIND> constexpr int SCALES = KIND == INT4_GROUPS ? 1 : 2;
+
 typedef int32_t Four __attribute__((may_alias, aligned(1)));  // codes of four columns
 
 inline float half(const uint8_t* from) {
@@ -56,19 +60,21 @@ template <Kind KIND> inline void read_codes(const uint8_t* at, int64_t row, uint
     }
 }
 
-// Activations of some tokens, a scale for each 32: of each chunk of tokens its codes [groups,
-// tokens, 32], scales and sums of the numbers that the codes stand for [groups, tokens].
+// Activations of some tokens in groups of 32, `each` scales for each: of each chunk of tokens its
+// codes [groups, tokens, 32], scales [groups, tokens, each] and sums of the numbers that the codes
+// stand for [groups, tokens].
 struct Rounded {
     int8_t* codes;
     float *scales, *sums;
     int64_t tokens, groups;
+    int each;
 
     // Where `room` bytes hold those of so many tokens of `given` numbers each.
-    Rounded(void* room, int64_t tokens, int64_t given)
-        : tokens(tokens), groups((given + GROUP - 1) / GROUP) {
+    Rounded(void* room, int64_t tokens, int64_t given, int each)
+        : tokens(tokens), groups((given + GROUP - 1) / GROUP), each(each) {
         codes = (int8_t*)room;
         scales = (float*)(codes + tokens * groups * GROUP);
-        sums = scales + tokens * groups;
+        sums = scales + tokens * groups * each;
     }
 
     // Where a token's first group stands, and how far apart its groups are.
@@ -76,8 +82,8 @@ struct Rounded {
     int64_t apart(int64_t token) const {
         return std::min<int64_t>(CHUNK, tokens - token / CHUNK * CHUNK);
     }
-    static int64_t room(int64_t tokens, int64_t given) {
-        return tokens * ((given + GROUP - 1) / GROUP) * (GROUP + 2 * sizeof(float));
+    static int64_t room(int64_t tokens, int64_t given, int each) {
+        return tokens * ((given + GROUP - 1) / GROUP) * (GROUP + (each + 1) * sizeof(float));
     }
 };
 
@@ -101,15 +107,15 @@ inline int32_t keep_codes(int8_t* to, Ints codes) {  // returns their sum
 #endif
 }
 
-// given: how many numbers of a token there are; the rest are zeros.
-template <class T> void round_token(const Rounded& to, const T* x, int64_t given, int64_t token) {
-    for (int64_t group = 0; group < to.groups; group++) {
-        int64_t first = group * GROUP, count = std::min<int64_t>(GROUP, given - first);
-        Floats some[GROUP / LANES], high = {}, none = {};
-        for (int i = 0; i < GROUP / LANES; i++) {
-            const T* from = x + first + i * LANES;
-            int64_t there = std::clamp<int64_t>(count - i * LANES, 0, LANES);
-            some[i] = there == LANES ? load(from) : load_some(from, there);
+// A group of a token; leaves in `some` what its codes lack.
+inline void round_group(const Rounded& to, int64_t token, int64_t group, Floats* some) {
+    int64_t place = to.first(token) + group * to.apart(token);
+    int8_t* codes = to.codes + place * GROUP;
+    int vectors = GROUP / LANES / to.each;
+    to.sums[place] = 0.0f;
+    for (int part = 0; part < to.each; part++, some += vectors, codes += GROUP / to.each) {
+        Floats high = {}, none = {};
+        for (int i = 0; i < vectors; i++) {
             Floats size = absolute(some[i]);
             high = size > high ? size : high;
             none += some[i] - some[i];
@@ -118,14 +124,30 @@ template <class T> void round_token(const Rounded& to, const T* x, int64_t given
         float inverse = most > 0 ? 127.0f / most : 0.0f;
         // What is not a number makes the sums none.
         float scale = most / 127.0f + total(none);
-        int64_t place = to.first(token) + group * to.apart(token);
         int32_t sum = 0;
-        for (int i = 0; i < GROUP / LANES; i++) {
-            int8_t* codes = to.codes + place * GROUP + i * LANES;
-            sum += keep_codes(codes, nearest(some[i] * inverse));
+        for (int i = 0; i < vectors; i++) {
+            Ints nearest_codes = nearest(some[i] * inverse);
+            sum += keep_codes(codes + i * LANES, nearest_codes);
+            some[i] -= __builtin_convertvector(nearest_codes, Floats) * scale;
         }
-        to.scales[place] = scale;
-        to.sums[place] = scale * sum;
+        to.scales[place * to.each + part] = scale;
+        to.sums[place] += scale * sum;
+    }
+}
+
+// x: the numbers of a token, `given` of them; the rest of its groups are zeros. Of two TIMES what
+// the codes lack is rounded too, as a token of its own that stands next.
+template <int TIMES, class T>
+void round_token(const Rounded& to, const T* x, int64_t given, int64_t token) {
+    for (int64_t group = 0; group < to.groups; group++) {
+        Floats some[GROUP / LANES];
+        for (int i = 0; i < GROUP / LANES; i++) {
+            int64_t first = group * GROUP + i * LANES;
+            int64_t there = std::clamp<int64_t>(given - first, 0, LANES);
+            some[i] = there == LANES ? load(x + first) : load_some(x + first, there);
+        }
+        for (int time = 0; time < TIMES; time++)
+            round_group(to, token * TIMES + time, group, some);
     }
 }
 
@@ -144,44 +166,47 @@ constexpr int PARTS = ROWS / LANES;
 
 namespace {
 
-template <Kind KIND, int N, class T>
+// Of tokens rounded so many TIMES, whose sums belong together.
+template <Kind KIND, int TIMES, int N, class T>
 void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int64_t rows,
             const float* row_scales, T* out) {
     Floats found[N][PARTS];
     tile<KIND, N>(at, x, token, found);
     for (int part = 0; part < PARTS && row < rows; part++, row += LANES) {
         int64_t count = std::min<int64_t>(LANES, rows - row);
-        for (int n = 0; n < N; n++) {
+        for (int n = 0; n < N; n += TIMES) {
             Floats y = found[n][part];
+            if (TIMES == 2) y += found[n + TIMES - 1][part];
             if (row_scales) y *= load_some(row_scales + row, count);
-            T* to = out + (token + n) * rows + row;
+            T* to = out + (token + n) / TIMES * rows + row;
             count == LANES ? store(to, y) : store_some(to, y, count);
         }
     }
 }
 
 // Of as many tokens as can be from here on, N at a time; returns the next.
-template <Kind KIND, int N, class T>
+template <Kind KIND, int TIMES, int N, class T>
 inline int64_t finish_all(const uint8_t* at, const Rounded& x, int64_t token, int64_t last,
                           int64_t row, int64_t rows, const float* row_scales, T* out) {
     for (; token + N <= last; token += N)
-        finish<KIND, N>(at, x, token, row, rows, row_scales, out);
+        finish<KIND, TIMES, N>(at, x, token, row, rows, row_scales, out);
     return token;
 }
 
 // The rows from..to, both of whole blocks, of the tokens first..last; out [tokens, rows].
-template <Kind KIND, class T>
+template <Kind KIND, int TIMES, class T>
 void multiply(const Rounded& x, int64_t first, int64_t last, const uint8_t* blocks,
               const float* row_scales, int64_t from, int64_t to, int64_t rows, T* out) {
     int64_t stretch = x.groups * block_bytes<KIND>();
-    while (first < last) {
+    for (first *= TIMES, last *= TIMES; first < last;) {
         int64_t end = std::min(last, (first / CHUNK + 1) * CHUNK);
         for (int64_t row = from; row < std::min(to, rows); row += ROWS) {
             const uint8_t* at = blocks + row / ROWS * stretch;
-            int64_t token = finish_all<KIND, 16>(at, x, first, end, row, rows, row_scales, out);
-            token = finish_all<KIND, 8>(at, x, token, end, row, rows, row_scales, out);
-            token = finish_all<KIND, 4>(at, x, token, end, row, rows, row_scales, out);
-            finish_all<KIND, 1>(at, x, token, end, row, rows, row_scales, out);
+            int64_t token = first;
+            token = finish_all<KIND, TIMES, 16>(at, x, token, end, row, rows, row_scales, out);
+            token = finish_all<KIND, TIMES, 8>(at, x, token, end, row, rows, row_scales, out);
+            token = finish_all<KIND, TIMES, 4>(at, x, token, end, row, rows, row_scales, out);
+            finish_all<KIND, TIMES, TIMES>(at, x, token, end, row, rows, row_scales, out);
         }
         first = end;
     }

@@ -1,8 +1,8 @@
 """Products with weights in four or eight bits by a kernel of our own, activations in eight.
 
-Activations are rounded to 127 steps of the largest of each 32; sums are whole numbers, as the
-VNNI instructions of x86 make them. `R` rows of a matrix in blocks of 16, `W` columns in groups of
-32.
+Activations are rounded to 127 steps of the largest of each 32, or of each 16 that meet weights in
+eight bits; sums are whole numbers, as the VNNI instructions of x86 make them. `R` rows of a matrix
+in blocks of 16, `W` columns in groups of 32.
 """
 
 import ctypes
@@ -20,9 +20,15 @@ _ALL = slice(None)
 
 
 class LaidOut(PackedWeight):
-    """A packed matrix whose numbers lie as the kernel reads them; see products.cpp."""
+    """A packed matrix whose numbers lie as the kernel reads them; see products.cpp.
+
+    rounds_twice: what the rounding of activations leaves is rounded and multiplied, too. It costs
+    nothing where few tokens wait for the weights to be read, as before a language head.
+    """
 
     kind: str
+    inputs_kind = "int8"
+    rounds_twice = False
     data: Tensor  # [blocks, groups, bytes]
 
     def __init__(self, weight: PackedWeight) -> None:
@@ -31,13 +37,31 @@ class LaidOut(PackedWeight):
         self.num_weights = weight.num_weights
 
     @staticmethod
-    def of(weight: PackedWeight) -> "LaidOut | None":
-        """The same matrix laid out; None where there is no kernel for it here."""
+    def of(weight: PackedWeight, rounds_twice: bool = False) -> "LaidOut | None":
+        """The same matrix laid out; None where there is no kernel for it here.
+
+        rounds_twice: where the kernel can, which is with weights in eight bits.
+        """
         form = _LAID_OUT.get(type(weight))
         device = next(weight.buffers()).device
         if form is None or device.type != "cpu" or library("products") is None:
             return None
-        return form(weight)
+        found = form(weight)
+        found.rounds_twice = rounds_twice and found.inputs_kind == "int8"
+        return found
+
+    @property
+    def times_kind(self) -> str:
+        """The kernels that multiply, by name."""
+        return f"{self.kind}_twice" if self.rounds_twice else self.kind
+
+    @property
+    def rounding(self) -> tuple[str, int]:
+        """The kernel that rounds activations, by name, and its bytes for a token's group of 32."""
+        size = STEPS + 4 * (2 if self.inputs_kind == "int4" else 3)
+        if self.rounds_twice:
+            return f"{self.inputs_kind}_twice", 2 * size
+        return self.inputs_kind, size
 
     def times(self, x: Tensor, rows: slice = _ALL) -> Tensor | None:
         start, stop, _ = rows.indices(self.shape[0])
@@ -49,7 +73,7 @@ class LaidOut(PackedWeight):
         found = x.new_empty(*x.shape[:-1], stop - start)
         if found.numel():
             width = self.shape[1]
-            getattr(kernel, f"product_{self.kind}_{TYPES[x.dtype]}")(
+            getattr(kernel, f"product_{self.times_kind}_{TYPES[x.dtype]}")(
                 address(x), address(self.data[start // _ROWS]), self._row_scales(start),
                 address(found), ctypes.c_int64(x.numel() // width), ctypes.c_int64(width),
                 ctypes.c_int64(stop - start), ctypes.c_int32(torch.get_num_threads()),
@@ -79,7 +103,7 @@ class LaidOut(PackedWeight):
 class LaidOutInt4(LaidOut):
     """`Int4`, its steps beside its codes."""
 
-    kind = "int4"
+    kind = inputs_kind = "int4"
 
     def __init__(self, weight: Int4) -> None:
         super().__init__(weight)

@@ -5,6 +5,7 @@ namespace {
 
 // Codes of eight rows in one group of columns, and what times them.
 template <Kind KIND> struct Eight {
+    static constexpr int COUNT = FOURS / SCALES<KIND>;
     __m256i codes[FOURS];
 
     explicit Eight(const uint8_t* at) {
@@ -21,9 +22,10 @@ template <Kind KIND> struct Eight {
 #ifdef __AVXVNNI__
     static constexpr bool IS_SIGNED = false;
 
-    __m256i times(const Four* fours) const {
+    // Of the columns that share the scale `part` of the activations.
+    __m256i times(const Four* fours, int part) const {
         __m256i even = _mm256_setzero_si256(), odd = even;
-        for (int i = 0; i < FOURS; i += 2) {
+        for (int i = part * COUNT; i < (part + 1) * COUNT; i += 2) {
             even = _mm256_dpbusd_avx_epi32(even, codes[i], _mm256_set1_epi32(fours[i]));
             odd = _mm256_dpbusd_avx_epi32(odd, codes[i + 1], _mm256_set1_epi32(fours[i + 1]));
         }
@@ -34,10 +36,10 @@ template <Kind KIND> struct Eight {
     // of eight bits the codes count from -128 to 127.
     static constexpr bool IS_SIGNED = KIND != INT4_GROUPS;
 
-    __m256i times(const Four* fours) const {
+    __m256i times(const Four* fours, int part) const {
         const __m256i ones = _mm256_set1_epi16(1);
         __m256i sum = _mm256_setzero_si256();
-        for (int i = 0; i < FOURS; i++) {
+        for (int i = part * COUNT; i < (part + 1) * COUNT; i++) {
             __m256i x = _mm256_set1_epi32(fours[i]);
             if (IS_SIGNED) {
                 __m256i sizes = _mm256_abs_epi8(codes[i]), turned = _mm256_sign_epi8(x, codes[i]);
@@ -70,8 +72,11 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*fo
             __m256 least = KIND == INT4_GROUPS ? halves(2 * ROWS) : scale * -128.0f;
 #pragma GCC unroll 1  // more would not stay in sixteen registers
             for (int n = 0; n < N; n++) {
-                __m256 sum = _mm256_cvtepi32_ps(eight.times(fours + n * FOURS));
-                found[n][part] += (Floats)sum * ((Floats)scale * x.scales[place + n]);
+                for (int some = 0; some < SCALES<KIND>; some++) {
+                    __m256 sum = _mm256_cvtepi32_ps(eight.times(fours + n * FOURS, some));
+                    float own = x.scales[(place + n) * SCALES<KIND> + some];
+                    found[n][part] += (Floats)sum * ((Floats)scale * own);
+                }
                 if (!Eight<KIND>::IS_SIGNED)
                     found[n][part] += (Floats)least * x.sums[place + n];
             }

@@ -40,13 +40,18 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*fo
         const Four* fours = (const Four*)(x.codes + place * GROUP);
 #pragma GCC unroll 16
         for (int n = 0; n < N; n++) {
-            Ints even = {}, odd = {};  // two chains, as each waits for its last sum
-            for (int i = 0; i < FOURS; i += 2) {
-                even = dot(even, codes[i], fours[n * FOURS + i]);
-                odd = dot(odd, codes[i + 1], fours[n * FOURS + i + 1]);
+            Ints first = {}, second = {};  // two chains, as each waits for its last sum
+            for (int i = 0; i < FOURS / 2; i++) {
+                first = dot(first, codes[i], fours[n * FOURS + i]);
+                second = dot(second, codes[i + FOURS / 2], fours[n * FOURS + i + FOURS / 2]);
             }
-            Floats sum = __builtin_convertvector(even + odd, Floats);
-            found[n][0] += sum * (scale * x.scales[place + n]);
+            const float* own = x.scales + (place + n) * SCALES<KIND>;
+            if (SCALES<KIND> == 1) {
+                first += second;
+            } else {
+                found[n][0] += __builtin_convertvector(second, Floats) * (scale * own[1]);
+            }
+            found[n][0] += __builtin_convertvector(first, Floats) * (scale * own[0]);
             found[n][0] += least * x.sums[place + n];
         }
     }

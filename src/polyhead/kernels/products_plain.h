@@ -16,10 +16,14 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*fo
             uint8_t codes[GROUP];
             read_codes<KIND>(at, row, codes);
             for (int n = 0; n < N; n++) {
-                int32_t sum = 0;
-                for (int i = 0; i < GROUP; i++) sum += codes[i] * x.codes[(place + n) * GROUP + i];
                 float& to = out[n * ROWS + row];
-                to += sum * (scale * x.scales[place + n]);
+                for (int part = 0; part < SCALES<KIND>; part++) {
+                    constexpr int COUNT = GROUP / SCALES<KIND>;
+                    const int8_t* own = x.codes + (place + n) * GROUP + part * COUNT;
+                    int32_t sum = 0;
+                    for (int i = 0; i < COUNT; i++) sum += codes[part * COUNT + i] * own[i];
+                    to += sum * (scale * x.scales[(place + n) * SCALES<KIND> + part]);
+                }
                 to += least * x.sums[place + n];
             }
         }

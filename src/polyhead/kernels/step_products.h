@@ -8,19 +8,22 @@
 
 namespace {
 
-// Activations in eight bits.
-template <class T> struct Round {
+// Activations in eight bits, as products with weights of such a kind read them.
+template <Kind KIND, int TIMES, class T> struct Round {
     const T* x;
     uint8_t* room;
     int64_t tokens, given;
 
     void operator()(const Thread& thread) const {
-        Rounded to(room, tokens, given);
+        Rounded to(room, tokens * TIMES, given, SCALES<KIND>);
         Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
-            round_token(to, x + token * given, given, token);
+            round_token<TIMES>(to, x + token * given, given, token);
     }
 };
+template <class T> using RoundInt4 = Round<INT4_GROUPS, 1, T>;
+template <class T> using RoundInt8 = Round<INT8_GROUPS, 1, T>;
+template <class T> using RoundTwice = Round<INT8_GROUPS, 2, T>;
 
 template <class T> inline void add_bias(T* out, const T* bias, int64_t first, int64_t end) {
     across(end - first, [&](int64_t i, int n) {
@@ -32,7 +35,7 @@ constexpr int TOKENS = 4;  // whose products take as long as their weights take 
 
 // By a matrix in few bits; `ends`, if any, are those of the tokens of each of so many experts,
 // whose rows stand one after another.
-template <Kind KIND, class T> struct Packed {
+template <Kind KIND, int TIMES, class T> struct Packed {
     uint8_t* room;
     const uint8_t* blocks;
     const float* row_scales;
@@ -42,7 +45,7 @@ template <Kind KIND, class T> struct Packed {
     int64_t tokens, given, rows, experts;
 
     void operator()(const Thread& thread) const {
-        Rounded x(room, tokens, given);
+        Rounded x(room, tokens * TIMES, given, SCALES<KIND>);
         int64_t matrix = rows / ROWS * x.groups * block_bytes<KIND>();
         // Of few tokens the weights take the time, and each thread reads a stretch of them.
         if (tokens <= TOKENS) {
@@ -60,7 +63,8 @@ template <Kind KIND, class T> struct Packed {
         for (int64_t expert = 0, first = 0; expert < experts; expert++) {
             int64_t last = ends ? ends[expert] : tokens;
             const float* scales = row_scales ? row_scales + expert * rows : nullptr;
-            multiply<KIND>(x, first, last, blocks + expert * matrix, scales, from, to, rows, out);
+            multiply<KIND, TIMES>(x, first, last, blocks + expert * matrix, scales, from, to, rows,
+                                  out);
             first = last;
         }
         if (bias && from < to)
@@ -68,9 +72,11 @@ template <Kind KIND, class T> struct Packed {
                 add_bias(out + token * rows, bias, from, to);
     }
 };
-template <class T> using PackedInt4 = Packed<INT4_GROUPS, T>;
-template <class T> using PackedInt8 = Packed<INT8_GROUPS, T>;
-template <class T> using PackedInt8Rows = Packed<INT8_ROWS, T>;
+template <class T> using PackedInt4 = Packed<INT4_GROUPS, 1, T>;
+template <class T> using PackedInt8 = Packed<INT8_GROUPS, 1, T>;
+template <class T> using PackedInt8Rows = Packed<INT8_ROWS, 1, T>;
+template <class T> using PackedInt8Twice = Packed<INT8_GROUPS, 2, T>;
+template <class T> using PackedInt8RowsTwice = Packed<INT8_ROWS, 2, T>;
 
 // By a plain matrix [rows, given]; experts as above.
 template <class T> struct Dense {
