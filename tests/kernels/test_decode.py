@@ -16,6 +16,7 @@ from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.seq2seq import Seq2Seq
 from polyhead.kernels import decode
+from polyhead.kernels.decode import Ends
 from polyhead.kernels.native import library
 from polyhead.models.model import TaskModel
 
@@ -54,9 +55,10 @@ def shaken(model: TaskModel) -> TaskModel:
 
 @pytest.fixture
 def differences(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How far each replayed step is from the forward of the same tokens, of its length."""
+    """How far each replayed step, its states or its logits, is from the forward of the same
+    tokens, of its length; the likeliest tokens are those of its logits."""
     found: list[float] = []
-    replayed = Runner._replayed
+    replayed, followed = Runner._replayed, Runner.ends
 
     def both(self: Runner, batch: list[Piece]) -> list[Tensor] | None:
         ours = replayed(self, batch)
@@ -64,13 +66,26 @@ def differences(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             return None
         plain = [self._forward([piece])[0] for piece in batch]
         for mine, states in zip(ours, plain, strict=True):
-            away = mine.float() - states.float()
-            found.append(float(away.norm() / states.float().norm()))
+            found.append(_away(mine, states))
         return plain
 
+    def both_ends(self: Runner, pieces: list[Piece]) -> Ends | None:
+        ours = followed(self, pieces)
+        if ours is None:
+            return None
+        assert ours.likeliest == ours.logits.argmax(1).tolist()
+        plain = torch.cat([self.logits(self._forward([piece])[0]) for piece in pieces])
+        found.append(_away(ours.logits, plain))
+        return Ends(plain, plain.argmax(1).tolist())
+
     monkeypatch.setattr(Runner, "_replayed", both)
+    monkeypatch.setattr(Runner, "ends", both_ends)
     monkeypatch.setattr(decode, "TRIES", 0)
     return found
+
+
+def _away(ours: Tensor, plain: Tensor) -> float:
+    return float((ours.float() - plain.float()).norm() / plain.float().norm())
 
 
 def write(model: TaskModel, **named: Any) -> Engine:
@@ -91,6 +106,7 @@ def test_of_every_decoder(name: str, form: str, differences: list[float]) -> Non
     engine = write(model)
     assert engine.runner._recorded is not None
     assert engine.runner._recorded.reason == ""
+    assert engine.runner._recorded.head_reason == ""
     assert len(differences) > 10
     # Where activations are rounded, a last bit may move one of them by a whole step.
     assert max(differences) < (2e-2 if form.startswith("int") else 1e-5)

@@ -114,6 +114,10 @@ class GraphSteps:
         return self._steps[size](ids, rows, at, sources)
 
 
+    def ends(self, *given: Sequence[int]) -> None:
+        """The head is left to the model."""
+
+
 class _Captured:
     """Steps of one size, and the buffers that they read."""
 

@@ -44,6 +44,13 @@ class Postprocess:
             if some := [each for each in some if self._way(each[0].text.request) == way]:
                 way(some)
 
+    def draws_all(self, pieces: Sequence[Piece]) -> bool:
+        """Whether something is drawn after every token of these pieces, and nothing else done."""
+        return bool(pieces) and all(
+            piece.wanted == len(piece.ids) and self._way(piece.text.request) == self.drawing
+            for piece in pieces
+        )
+
     def _way(self, request: Request) -> Callable[[Sequence[tuple[Piece, Tensor]]], None]:
         """What becomes of a request's states."""
         if request.given:

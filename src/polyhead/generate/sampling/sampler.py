@@ -147,6 +147,11 @@ class Sampler:
             self._surprise[plan.slots] = surprises
         return ids
 
+    def takes_likeliest(self, slots: Sequence[int]) -> bool:
+        """Whether each of these rows draws the token of its largest logit, as the model gave it."""
+        plan = self._planned(slots)
+        return plan.choice.is_greedy and not plan.edits
+
     def constrain(self, logprobs: Tensor, slots: Sequence[int], written: Sequence[int]) -> Tensor:
         """Scores `[N, V]` after penalties, bans, masks and forced tokens: what a search goes by."""
         return self._planned(slots).edited(logprobs.float(), written, self._history)
