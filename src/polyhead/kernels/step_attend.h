@@ -147,6 +147,10 @@ template <class T, class K> struct Attend {
                 write(queries + j * d + i, x * (float)scale, n);
             });
         stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
+            // Stretches lie here and there, where nobody but us knows what is read next.
+            int64_t next = first + place + length;
+            if (next <= last) fetch(keys + pages.slot(b, group, next) * d, length * d);
+            fetch(values + slot * d, length * d);
             for (int64_t key = 0; key < length; key += LANES)
                 for (int64_t j = 0; j < many; j++) {
                     int some = std::min<int64_t>(LANES, length - key);
@@ -185,6 +189,12 @@ template <class T, class K> struct Attend {
             f(at - first, pages.slot(b, group, at), length);
             at += length;
         }
+    }
+
+    // Bring so many numbers near.
+    static void fetch(const K* from, int64_t count) {
+        const char *begin = (const char*)from, *end = (const char*)(from + count);
+        for (; begin < end; begin += 64) __builtin_prefetch(begin);
     }
 
     // Of as many keys that stand together as a vector holds, or fewer.
