@@ -45,15 +45,20 @@ class Drawing:
 
     def draw(self, read: Sequence[tuple[Text, int]], ends: Ends) -> None:
         """Draw what follows the last so many tokens of each of these texts."""
+        if ends.likeliest and self._takes_likeliest(read):
+            for (text, _), token in zip(read, ends.likeliest, strict=True):
+                if text.request.is_finished:
+                    continue
+                if token < 0:
+                    self.ending.fail(text.request, not_finite(len(text.ids)))
+                self._take(text, (token,), (None,))
+            return
         places = self._places(read)
         texts, slots = places.texts, [cast(int, text.slot) for text in places.texts]
         scores, logits = _guided(ends.logits, places)
-        if ends.likeliest and not places.away and self.sampler.takes_likeliest(slots):
-            ids = [ends.likeliest[row] for row in places.rows]
-        else:
-            ids = self.sampler(scores, slots, places.written).tolist()
-        logprobs = _logprobs(texts, logits, ids)
-        at = 0
+        drawn = self.sampler(scores, slots, places.written)
+        logprobs = _logprobs(texts, logits, drawn)
+        ids, at = drawn.tolist(), 0
         are_numbers = logits.amax(1).isfinite().tolist() if min(ids) < 0 else ()
         while at < len(texts):
             text, until = texts[at], at + 1 + len(texts[at].draft)
@@ -61,6 +66,15 @@ class Drawing:
                 self.ending.fail(text.request, self._no_token(text, are_numbers[at]))
             self._take(text, ids[at:until], logprobs[at:until])
             at = until
+
+    def _takes_likeliest(self, read: Sequence[tuple[Text, int]]) -> bool:
+        """Whether each text goes on by its likeliest token, and nothing else is asked for."""
+        slots: list[int] = []
+        for text, count in read:
+            if count != 1 or text.slot is None or text.companion is not None:
+                return False
+            slots.append(text.slot)
+        return self.sampler.takes_likeliest(slots)
 
     def _places(self, read: Sequence[tuple[Text, int]]) -> "_Places":
         """One after each token that was read, for every text that goes on from there."""
@@ -182,11 +196,10 @@ def _guided(logits: Tensor, places: _Places) -> tuple[Tensor, Tensor]:
 
 
 def _logprobs(
-    texts: Sequence[Text], logits: Tensor, drawn: Sequence[int]
+    texts: Sequence[Text], logits: Tensor, drawn: Tensor
 ) -> Sequence[TokenLogprob | None]:
     """Of what was drawn, if any of the texts asks for it."""
     configs = [text.request.config for text in texts]
     if all(config.logprobs is None and config.best_of is None for config in configs):
         return [None] * len(texts)
-    ids = torch.tensor(drawn, device=logits.device)
-    return token_logprobs(logits, ids, max(config.logprobs or 0 for config in configs))
+    return token_logprobs(logits, drawn, max(config.logprobs or 0 for config in configs))

@@ -46,10 +46,11 @@ class Postprocess:
 
     def draws_all(self, pieces: Sequence[Piece]) -> bool:
         """Whether something is drawn after every token of these pieces, and nothing else done."""
-        return bool(pieces) and all(
-            piece.wanted == len(piece.ids) and self._way(piece.text.request) == self.drawing
-            for piece in pieces
-        )
+        for text, ids, wanted in pieces:
+            request = text.request
+            if wanted != len(ids) or request.search is not None or request.given:
+                return False
+        return bool(pieces)
 
     def _way(self, request: Request) -> Callable[[Sequence[tuple[Piece, Tensor]]], None]:
         """What becomes of a request's states."""
