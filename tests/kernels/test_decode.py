@@ -115,7 +115,7 @@ def test_of_every_decoder(name: str, form: str, differences: list[float]) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("form", ["plain", "packed", "int8"])
-@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("kv", ["model", "fp16", "int8"])
 def test_in_bfloat16(name: str, form: str, kv: str, differences: list[float]) -> None:
     family, sizes = MODELS[name]
     model = FORMS[form](shaken(ph.build(family, seed=0, **sizes)).eval().bfloat16())
@@ -126,7 +126,7 @@ def test_in_bfloat16(name: str, form: str, kv: str, differences: list[float]) ->
     assert (middle if name == "mixtral" else max(differences)) < 4e-2
 
 
-@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("kv", ["model", "fp16", "int8"])
 @pytest.mark.parametrize("name", ["t5", "marian", "transformer"])
 @pytest.mark.parametrize("form", ["plain", "int4"])
 @pytest.mark.parametrize("beams", [1, 3])

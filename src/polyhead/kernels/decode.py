@@ -27,6 +27,8 @@ from polyhead.nn.mode import evaluating
 from polyhead.nn.position import Position
 
 _ATTENTIONS = (MultiHeadAttention, FusedAttention)
+_KINDS = {torch.int8: "_int8", torch.float16: "_fp16"}
+"""Of kernels for numbers that are kept otherwise than they are computed."""
 FEW = 16
 """Tokens up to which a step is recorded for just as many; `FEW` of step_attend.h."""
 SIZES = (512, 256, 128, 64, 32, FEW)
@@ -258,7 +260,7 @@ class _Pages:
     def __init__(self, caches: _Caches, recorded: _Recorded, lies: Held, last: Tensor) -> None:
         self.caches, self.lies = caches, lies
         held = lies
-        self.kind = "" if held.key_scales is None else "_int8"
+        self.kind = _KINDS.get(held.keys.dtype, "")
         self.places = [last, recorded.rows, held.tables]
         self.fields = [
             *self.places, held.tables.shape[1], held.size, held.blocks, held.num_heads,

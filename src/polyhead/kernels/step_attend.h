@@ -17,7 +17,7 @@ struct Pages {
     }
 };
 
-// K: how numbers are kept; in eight bits by a scale a vector.
+// K: how numbers are kept: as they are, as halves, or in eight bits by a scale a vector.
 template <class T, class K> struct Keep {
     Pages pages;
     const T *k, *v;
@@ -49,8 +49,15 @@ template <class T, class K> struct Keep {
             scales[slot] = most / 127.0f;
             for (int64_t i = 0; i < pages.d; i++)
                 to[i] = (int8_t)std::lrintf(number(from[i]) / scales[slot]);
-        } else {
+        } else if constexpr (std::is_same_v<K, T>) {
             std::memcpy(to, from, pages.d * sizeof(K));
+        } else {
+            constexpr float most = 65504.0f;  // a half has no larger one
+            across(pages.d, [&](int64_t i, int n) {
+                Floats x = read(from + i, n);
+                x = x > most ? Floats{} + most : x;
+                write(to + i, x < -most ? Floats{} - most : x, n);
+            });
         }
     }
 };
