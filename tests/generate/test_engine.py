@@ -346,7 +346,8 @@ def test_clients_share_alike() -> None:
 
 @pytest.mark.parametrize(
     # A byte a number has a scale a vector of 8.
-    ("kv", "near", "size"), [("fp16", 2e-3, 1 / 2), ("int8", 0.1, (8 + 4) / (8 * 4))]
+    ("kv", "near", "size"),
+    [("fp16", 2e-3, 1 / 2), ("int8", 0.1, (8 + 4) / (8 * 4))],
 )
 def test_keys_and_values_in_fewer_bits_are_near(kv: str, near: float, size: float) -> None:
     model, prompts = made("llama"), drawn_prompts(6, seed=9)

@@ -372,3 +372,41 @@ def test_as_many_threads_as_one_likes(monkeypatch: pytest.MonkeyPatch) -> None:
             found.append(states)
         for other in found[1:]:
             torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-5)
+
+
+NAN, INF = float("nan"), float("inf")
+LIKELIEST: dict[str, tuple[dict[int, float], int]] = {
+    "the largest": ({7: 50.0, 30: 49.0}, 7),
+    "the last of all": ({-1: 50.0}, 66),
+    "the first of several": ({3: 50.0, 4: 50.0, 40: 50.0, -1: 50.0}, 3),
+    "several in the second half": ({40: 50.0, 61: 50.0}, 40),
+    "below zero": (dict.fromkeys(range(67), -5.0) | {20: -4.0}, 20),
+    "some that are forbidden": (dict.fromkeys(range(30), -INF) | {31: 50.0}, 31),
+    "all that are forbidden": (dict.fromkeys(range(67), -INF), -1),
+    "no number": ({2: NAN, 50: 50.0}, -1),
+    "no number at the end": ({-1: NAN, 5: 50.0}, -1),
+    "one without an end": ({9: INF}, -1),
+}
+"""What stands where among 67 small logits, and which token is the likeliest."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_likeliest_token(threads: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(len(LIKELIEST), 67, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for row, (stands, _) in zip(logits, LIKELIEST.values(), strict=True):
+        for place, x in stands.items():
+            row[place] = x
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for some in (slice(None), slice(2, 3), slice(7, 8)):
+            with decode.Tape() as tape:
+                found = decode._likeliest(tape, logits[some])
+            step = decode.Step(tape, [found])
+            for _ in range(3):
+                step()
+                expected = [token for _, token in LIKELIEST.values()][some]
+                assert step.outputs[0].tolist() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -113,7 +113,6 @@ class GraphSteps:
                 return None
         return self._steps[size](ids, rows, at, sources)
 
-
     def ends(self, *given: Sequence[int]) -> None:
         """The head is left to the model."""
 
