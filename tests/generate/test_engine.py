@@ -203,7 +203,9 @@ def test_pieces_of_all_lengths_are_read_at_once_as_by_themselves(name: str, kv: 
     assert together.keys() == set(PIECES)
     for piece in second:
         for which, expected in states(engines[1], [piece]).items():
-            torch.testing.assert_close(together[which], expected, atol=2e-5, rtol=1e-4)
+            # A last bit may move a number to the next half.
+            near = 1e-3 if kv == "fp16" else 2e-5
+            torch.testing.assert_close(together[which], expected, atol=near, rtol=1e-4)
 
 
 def test_who_looks_at_weights_sees_those_of_all_pieces() -> None:
