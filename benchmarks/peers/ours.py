@@ -42,16 +42,20 @@ def weight_bytes(model: torch.nn.Module) -> int:
     return sum(x.numel() * x.element_size() for x in seen.values())
 
 
-def engine_for(model: Any, rows: int, tokens: int) -> ph.Engine:
+def engine_for(model: Any, rows: int, tokens: int, kv: str = "model") -> ph.Engine:
     """An engine for so many texts of so many tokens each, and no room to remember others."""
-    config = ph.EngineConfig(max_rows=rows, cache_tokens=rows * (tokens + 16), max_len=tokens)
+    config = ph.EngineConfig(
+        max_rows=rows, cache_tokens=rows * (tokens + 16), max_len=tokens, kv=kv
+    )
     return ph.Engine(model, None, config)
 
 
 def decode(model: str, form: str, prompts: list[list[int]], tokens: int) -> Job:
-    """Prompts gone on with greedily, all at once."""
+    """Prompts gone on with greedily, all at once. Where weights are in few bits, keys and values
+    are in fp16, as llama.cpp has them."""
     made = opened(model, form)
-    engine = engine_for(made, len(prompts), len(prompts[0]) + tokens)
+    kv = "model" if form in {*DTYPES, "plain"} else "fp16"
+    engine = engine_for(made, len(prompts), len(prompts[0]) + tokens, kv)
     config = ph.GenerationConfig(temperature=0.0, max_new_tokens=tokens, ignore_eos=True)
 
     def write(prompts: list[list[int]], all_have_one: Callable[[], None]) -> list[list[int]]:

@@ -229,7 +229,7 @@ def test_what_is_read_becomes_even() -> None:
         few = ph.quantize(model, "int8", method=method, calibration=given, embeddings="none")
         for part in few.modules():
             if isinstance(part, PackedLayer):
-                part.register_forward_pre_hook(lambda layer, args: rounded_inputs(args[0]))
+                part.register_forward_pre_hook(lambda layer, args: rounded_inputs(args[0], Int8))
         lost[method] = float((read(few, given) - whole).norm())
     assert lost["awq"] < 0.7 * lost["nearest"]
 

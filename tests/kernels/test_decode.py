@@ -16,6 +16,7 @@ from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.seq2seq import Seq2Seq
 from polyhead.kernels import decode
+from polyhead.kernels.decode import Ends
 from polyhead.kernels.native import library
 from polyhead.models.model import TaskModel
 
@@ -54,9 +55,10 @@ def shaken(model: TaskModel) -> TaskModel:
 
 @pytest.fixture
 def differences(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """How far each replayed step is from the forward of the same tokens, of its length."""
+    """How far each replayed step, its states or its logits, is from the forward of the same
+    tokens, of its length; the likeliest tokens are those of its logits."""
     found: list[float] = []
-    replayed = Runner._replayed
+    replayed, followed = Runner._replayed, Runner.ends
 
     def both(self: Runner, batch: list[Piece]) -> list[Tensor] | None:
         ours = replayed(self, batch)
@@ -64,13 +66,26 @@ def differences(monkeypatch: pytest.MonkeyPatch) -> list[float]:
             return None
         plain = [self._forward([piece])[0] for piece in batch]
         for mine, states in zip(ours, plain, strict=True):
-            away = mine.float() - states.float()
-            found.append(float(away.norm() / states.float().norm()))
+            found.append(_away(mine, states))
         return plain
 
+    def both_ends(self: Runner, pieces: list[Piece]) -> Ends | None:
+        ours = followed(self, pieces)
+        if ours is None:
+            return None
+        assert ours.likeliest == ours.logits.argmax(1).tolist()
+        plain = torch.cat([self.logits(self._forward([piece])[0]) for piece in pieces])
+        found.append(_away(ours.logits, plain))
+        return Ends(plain, plain.argmax(1).tolist())
+
     monkeypatch.setattr(Runner, "_replayed", both)
+    monkeypatch.setattr(Runner, "ends", both_ends)
     monkeypatch.setattr(decode, "TRIES", 0)
     return found
+
+
+def _away(ours: Tensor, plain: Tensor) -> float:
+    return float((ours.float() - plain.float()).norm() / plain.float().norm())
 
 
 def write(model: TaskModel, **named: Any) -> Engine:
@@ -91,6 +106,7 @@ def test_of_every_decoder(name: str, form: str, differences: list[float]) -> Non
     engine = write(model)
     assert engine.runner._recorded is not None
     assert engine.runner._recorded.reason == ""
+    assert engine.runner._recorded.head_reason == ""
     assert len(differences) > 10
     # Where activations are rounded, a last bit may move one of them by a whole step.
     assert max(differences) < (2e-2 if form.startswith("int") else 1e-5)
@@ -99,7 +115,7 @@ def test_of_every_decoder(name: str, form: str, differences: list[float]) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 @pytest.mark.parametrize("form", ["plain", "packed", "int8"])
-@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("kv", ["model", "fp16", "int8"])
 def test_in_bfloat16(name: str, form: str, kv: str, differences: list[float]) -> None:
     family, sizes = MODELS[name]
     model = FORMS[form](shaken(ph.build(family, seed=0, **sizes)).eval().bfloat16())
@@ -110,7 +126,7 @@ def test_in_bfloat16(name: str, form: str, kv: str, differences: list[float]) ->
     assert (middle if name == "mixtral" else max(differences)) < 4e-2
 
 
-@pytest.mark.parametrize("kv", ["model", "int8"])
+@pytest.mark.parametrize("kv", ["model", "fp16", "int8"])
 @pytest.mark.parametrize("name", ["t5", "marian", "transformer"])
 @pytest.mark.parametrize("form", ["plain", "int4"])
 @pytest.mark.parametrize("beams", [1, 3])
@@ -356,3 +372,41 @@ def test_as_many_threads_as_one_likes(monkeypatch: pytest.MonkeyPatch) -> None:
             found.append(states)
         for other in found[1:]:
             torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-5)
+
+
+NAN, INF = float("nan"), float("inf")
+LIKELIEST: dict[str, tuple[dict[int, float], int]] = {
+    "the largest": ({7: 50.0, 30: 49.0}, 7),
+    "the last of all": ({-1: 50.0}, 66),
+    "the first of several": ({3: 50.0, 4: 50.0, 40: 50.0, -1: 50.0}, 3),
+    "several in the second half": ({40: 50.0, 61: 50.0}, 40),
+    "below zero": (dict.fromkeys(range(67), -5.0) | {20: -4.0}, 20),
+    "some that are forbidden": (dict.fromkeys(range(30), -INF) | {31: 50.0}, 31),
+    "all that are forbidden": (dict.fromkeys(range(67), -INF), -1),
+    "no number": ({2: NAN, 50: 50.0}, -1),
+    "no number at the end": ({-1: NAN, 5: 50.0}, -1),
+    "one without an end": ({9: INF}, -1),
+}
+"""What stands where among 67 small logits, and which token is the likeliest."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_likeliest_token(threads: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(len(LIKELIEST), 67, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for row, (stands, _) in zip(logits, LIKELIEST.values(), strict=True):
+        for place, x in stands.items():
+            row[place] = x
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for some in (slice(None), slice(2, 3), slice(7, 8)):
+            with decode.Tape() as tape:
+                found = decode._likeliest(tape, logits[some])
+            step = decode.Step(tape, [found])
+            for _ in range(3):
+                step()
+                expected = [token for _, token in LIKELIEST.values()][some]
+                assert step.outputs[0].tolist() == expected
+    finally:
+        torch.set_num_threads(before)

@@ -21,6 +21,7 @@ from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
 from polyhead.generate.scoring import not_finite
 from polyhead.generate.speculative import Proposer
+from polyhead.kernels.decode import Ends
 
 
 class Drawing:
@@ -40,10 +41,22 @@ class Drawing:
     def __call__(self, found: Sequence[tuple[Piece, Tensor]]) -> None:
         """Draw from the states `[wanted, E]` of these pieces."""
         logits = self.runner.logits(torch.cat([states for _, states in found]))
-        places = self._places(found)
-        texts = places.texts
-        scores, logits = _guided(logits, places)
-        drawn = self.sampler(scores, [cast(int, text.slot) for text in texts], places.written)
+        self.draw([(piece.text, len(states)) for piece, states in found], Ends(logits, []))
+
+    def draw(self, read: Sequence[tuple[Text, int]], ends: Ends) -> None:
+        """Draw what follows the last so many tokens of each of these texts."""
+        if ends.likeliest and self._takes_likeliest(read):
+            for (text, _), token in zip(read, ends.likeliest, strict=True):
+                if text.request.is_finished:
+                    continue
+                if token < 0:
+                    self.ending.fail(text.request, not_finite(len(text.ids)))
+                self._take(text, (token,), (None,))
+            return
+        places = self._places(read)
+        texts, slots = places.texts, [cast(int, text.slot) for text in places.texts]
+        scores, logits = _guided(ends.logits, places)
+        drawn = self.sampler(scores, slots, places.written)
         logprobs = _logprobs(texts, logits, drawn)
         ids, at = drawn.tolist(), 0
         are_numbers = logits.amax(1).isfinite().tolist() if min(ids) < 0 else ()
@@ -54,13 +67,22 @@ class Drawing:
             self._take(text, ids[at:until], logprobs[at:until])
             at = until
 
-    def _places(self, found: Sequence[tuple[Piece, Tensor]]) -> "_Places":
-        """One after each state that was read, for every text that goes on from there."""
+    def _takes_likeliest(self, read: Sequence[tuple[Text, int]]) -> bool:
+        """Whether each text goes on by its likeliest token, and nothing else is asked for."""
+        slots: list[int] = []
+        for text, count in read:
+            if count != 1 or text.slot is None or text.companion is not None:
+                return False
+            slots.append(text.slot)
+        return self.sampler.takes_likeliest(slots)
+
+    def _places(self, read: Sequence[tuple[Text, int]]) -> "_Places":
+        """One after each token that was read, for every text that goes on from there."""
         rows_of: dict[Text, range] = {}
         start = 0
-        for piece, states in found:
-            rows_of[piece.text] = range(start, start + len(states))
-            start += len(states)
+        for text, count in read:
+            rows_of[text] = range(start, start + count)
+            start += count
         places = _Places()
         for own, rows in rows_of.items():
             if own.is_companion:
@@ -161,7 +183,7 @@ class _Places:
 def _guided(logits: Tensor, places: _Places) -> tuple[Tensor, Tensor]:
     """What is drawn from at each place, and the model's own logits there, `[N, V]` both."""
     rows, away = places.rows, places.away
-    own = logits if rows == [*range(len(logits))] else logits[rows]
+    own = logits if rows == [*range(logits.shape[0])] else logits[rows]
     if not away:
         return own, own
     scales = [places.texts[place].request.config.guidance_scale for place in away]

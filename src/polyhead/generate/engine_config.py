@@ -36,7 +36,7 @@ class EngineConfig:
     compile: bool = False
     """Run such steps compiled; worth its start-up for long work. Implies `static`."""
     kv: str = "model"
-    """Keys and values as the model computes them, or in "int8"."""
+    """Keys and values as the model computes them, in "fp16", or in "int8"."""
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "block_size", "chunk", "idle_chunk"):
@@ -47,8 +47,8 @@ class EngineConfig:
             raise ConfigError(f"stretch={self.stretch} must be above 1")
         if self.cache_tokens is not None and self.cache_tokens < 2:
             raise ConfigError(f"cache_tokens={self.cache_tokens} must be 2 or more")
-        if self.kv not in ("model", "int8"):
-            raise ConfigError(f'kv={self.kv!r} must be "model" or "int8"')
+        if self.kv not in ("model", "fp16", "int8"):
+            raise ConfigError(f'kv={self.kv!r} must be "model", "fp16" or "int8"')
 
     def tokens(self, longest: int | None) -> int:
         """What `cache_tokens` is for a model that takes `longest` tokens."""

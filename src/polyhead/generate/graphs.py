@@ -113,6 +113,9 @@ class GraphSteps:
                 return None
         return self._steps[size](ids, rows, at, sources)
 
+    def ends(self, *given: Sequence[int]) -> None:
+        """The head is left to the model."""
+
 
 class _Captured:
     """Steps of one size, and the buffers that they read."""

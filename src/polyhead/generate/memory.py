@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polyhead.generate.paged import Geometry, Int8Pages, PagedCache, PagedCross, PagedLayer, Pages
+from polyhead.generate.paged import KINDS, Geometry, PagedCache, PagedCross, PagedLayer
 from polyhead.generate.pages import OutOfBlocksError
 from polyhead.generate.row_caches import RowCaches, States
 from polyhead.generate.tables import Tables
@@ -21,7 +21,7 @@ from polyhead.nn.state import StateCache
 class Memory:
     """`max_rows` rows of up to `max_len` tokens, over blocks for `num_tokens` tokens in all.
 
-    kv: "model" holds keys and values as the model computes them, "int8" in eight bits.
+    kv: how keys and values are held, one of `KINDS`.
     whole_prompts: a row may read all of its prompt at once; otherwise, where layers have a window,
     `most_at_once` tokens.
     """
@@ -43,7 +43,7 @@ class Memory:
         self._whole_prompts = whole_prompts
         prototype: Caches = backbone.make_caches(1)
         self.device = prototype.lengths.device
-        pages = Int8Pages if kv == "int8" else Pages
+        pages = KINDS[kv]
         self.kinds: dict[object, Tables] = {}
         self.states: list[States] = []
         layers: list[Cache] = []

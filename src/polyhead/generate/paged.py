@@ -157,6 +157,23 @@ class Pages:
         return x.view(self.place.num_heads * self.place.num_blocks, -1)
 
 
+class HalfPages(Pages):
+    """Sixteen bits a number, as IEEE has them; what is too large for them is the largest."""
+
+    is_exact = False
+
+    def __init__(self, place: Geometry, head_dim: int, like: Tensor) -> None:
+        super().__init__(place, head_dim, torch.empty(0, dtype=torch.half, device=like.device))
+        self.dtype = like.dtype
+
+    def write(self, slots: Tensor, x: Tensor) -> None:
+        most = torch.finfo(torch.half).max
+        super().write(slots, x.clamp(-most, most).half())
+
+    def read(self, plan: Plan) -> Tensor:
+        return super().read(plan).to(self.dtype)
+
+
 class Int8Pages(Pages):
     """Eight bits a number and a scale a vector: the largest of each is 127."""
 
@@ -186,6 +203,10 @@ class Int8Pages(Pages):
         super().copy(source, target)
         scales = self._blocks(self.scales).unflatten(0, (self.place.num_heads, -1))
         scales[:, target] = scales[:, source]
+
+
+KINDS = {"model": Pages, "fp16": HalfPages, "int8": Int8Pages}
+"""How keys and values are held, by the name of `EngineConfig.kv`."""
 
 
 class PagedLayer:

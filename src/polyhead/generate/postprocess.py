@@ -44,6 +44,14 @@ class Postprocess:
             if some := [each for each in some if self._way(each[0].text.request) == way]:
                 way(some)
 
+    def draws_all(self, pieces: Sequence[Piece]) -> bool:
+        """Whether something is drawn after every token of these pieces, and nothing else done."""
+        for text, ids, wanted in pieces:
+            request = text.request
+            if wanted != len(ids) or request.search is not None or request.given:
+                return False
+        return bool(pieces)
+
     def _way(self, request: Request) -> Callable[[Sequence[tuple[Piece, Tensor]]], None]:
         """What becomes of a request's states."""
         if request.given:

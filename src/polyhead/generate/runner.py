@@ -12,7 +12,7 @@ from polyhead.generate.graphs import CudaRecorder, GraphSteps
 from polyhead.generate.memory import Memory
 from polyhead.generate.prompts import padded
 from polyhead.generate.request import Text
-from polyhead.kernels.decode import DecodeSteps
+from polyhead.kernels.decode import DecodeSteps, Ends
 from polyhead.models.encoder_decoder import EncoderDecoder
 from polyhead.models.model import TaskModel
 from polyhead.nn.attention import MultiHeadAttention
@@ -74,6 +74,13 @@ class Runner:
                 found += self._plain(pieces)
         return found
 
+    def ends(self, pieces: Sequence[Piece]) -> Ends | None:
+        """What may follow every token of these pieces, by a recorded step that ends with the head;
+        None: ask for their states."""
+        if self._recorded is None or not all(map(self._may_replay, pieces)):
+            return None
+        return self._recorded.ends(*self._tokens(pieces))
+
     def _plain(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Tensor]]:
         """The same by the model's own forwards."""
         batches = list(_alike(pieces))
@@ -93,21 +100,28 @@ class Runner:
     def _replayed(self, batch: Sequence[Piece]) -> list[Tensor] | None:
         """Hidden states `[len(ids), E]` of each, by recorded steps where there are some."""
         assert self._recorded is not None
-        if any(piece.text.held < len(piece.text.request.prompt) for piece in batch):
-            self._recorded.check()  # as often as a text begins
+        hidden = self._recorded.read(*self._tokens(batch))
+        return None if hidden is None else list(hidden.split([len(piece.ids) for piece in batch]))
+
+    def _tokens(self, batch: Sequence[Piece]) -> tuple[list[int], list[int], list[int], list[int]]:
+        """What a recorded step reads: ids, rows, positions and the lengths of sources."""
+        assert self._recorded is not None
         ids: list[int] = []
         rows: list[int] = []
         at: list[int] = []
         sources: list[int] = []
+        begins = False
         for piece in batch:
             text, count = piece.text, len(piece.ids)
+            begins = begins or text.held < len(text.request.prompt)
             ids += piece.ids
             rows += [cast(int, text.row)] * count
             at += range(text.held, text.held + count)
             if self.has_source:
                 sources += [len(text.request.source)] * count
-        hidden = self._recorded.read(ids, rows, at, sources)
-        return None if hidden is None else list(hidden.split([len(piece.ids) for piece in batch]))
+        if begins:
+            self._recorded.check()  # as often as a text begins
+        return ids, rows, at, sources
 
     def _may_mix(self, batch: Sequence[Piece]) -> bool:
         """Whether these may be read beside others, token by token."""
@@ -188,7 +202,7 @@ def _steps(model: TaskModel, memory: Memory) -> DecodeSteps | GraphSteps:
     """Steps that are recorded once, as the device can."""
     if memory.device.type == "cuda":
         return GraphSteps(model, memory, CudaRecorder())
-    return DecodeSteps(model.backbone, *memory.held(), memory.max_len)
+    return DecodeSteps(model.backbone, model.head, *memory.held(), memory.max_len)
 
 
 def _wanted(

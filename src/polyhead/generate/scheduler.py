@@ -28,6 +28,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.waiting: list[Request] = []
         self.had: Counter[str] = Counter()
+        self._going: list[Text] = []
 
     def add(self, request: Request) -> None:
         """Let a request wait. A client that comes back is owed nothing for its absence."""
@@ -58,9 +59,12 @@ class Scheduler:
 
     def hold(self, text: Text, count: int) -> None:
         """Count tokens of a text that were read."""
+        if not count:
+            return
         assert text.row is not None
-        before, text.held = text.held, text.held + count
-        if self.memory.finds_prefixes:
+        size, before = self.memory.block_size, text.held
+        text.held += count
+        if text.held // size > before // size and self.memory.finds_prefixes:
             self.memory.remember(text.row, self.keys(text), text.held, before)
         self.memory.leave_behind(text.row, text.held)
 
@@ -76,6 +80,8 @@ class Scheduler:
     def schedule(self, chunk: int) -> list[tuple[Text, int]]:
         """Texts to read now, and how many tokens of each beside its draft; where some go on, up
         to `chunk` tokens of prompts."""
+        if self._go_on():
+            return [(text, 1) for text in self._going]
         self._make_way()
         plan: list[tuple[Text, int]] = []
         budget = chunk if self.is_busy else self.idle_chunk
@@ -90,7 +96,30 @@ class Scheduler:
                 break  # it was sent back at once: there is less room than it seemed
             plan += some
             budget -= num_read(some)
+        goes_on = all(count == 1 and text.written and not text.draft for text, count in plan)
+        self._going = [text for text, _ in plan] if goes_on else []
         return plan
+
+    def _go_on(self) -> bool:
+        """Whether the texts of the last plan, each of which has written, are all there is to read:
+        a token each, for which there is room now."""
+        going, memory = self._going, self.memory
+        if not going or self.waiting:
+            return False
+        if going != [text for request in self.running for text in request.texts]:
+            return False
+        for text in going:
+            held, row = text.held, text.row
+            if row is None or len(text.ids) - held != 1 or text.draft:
+                return False
+            # Beams share what they write to.
+            if text.request.search is not None:
+                return False
+            if held % memory.block_size == 0:
+                if not memory.can_extend([(row, held, held + 1)]):
+                    return False
+                memory.extend(row, held, held + 1)
+        return True
 
     def _pieces(
         self, request: Request, budget: int, is_new: bool = False

@@ -1,15 +1,17 @@
 """Decode steps recorded from a model as it is: one token a row, over keys and values in pages.
 
 B rows, H query heads, G key/value heads, D head width, E model width, L positions of the longest
-text.
+text, V vocabulary.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as every
+from torch.utils.hooks import RemovableHandle
 
 from polyhead.kernels.attend import FusedAttention
 from polyhead.kernels.held import Held
@@ -25,39 +27,63 @@ from polyhead.nn.mode import evaluating
 from polyhead.nn.position import Position
 
 _ATTENTIONS = (MultiHeadAttention, FusedAttention)
+_KINDS = {torch.int8: "_int8", torch.float16: "_fp16"}
+"""Of kernels for numbers that are kept otherwise than they are computed."""
 FEW = 16
 """Tokens up to which a step is recorded for just as many; `FEW` of step_attend.h."""
 SIZES = (512, 256, 128, 64, 32, FEW)
 """More are read in steps of these sizes."""
 TRIES = 2
 """So many steps of few tokens run as they are before one is recorded."""
+_Size = tuple[int, bool]  # how many tokens, and whether the head reads them too
 _OF_ALL = (every._global_forward_hooks, every._global_forward_pre_hooks)
 
 
-class DecodeSteps:
-    """The next hidden states of some rows, by a step recorded for as many.
+class Ends(NamedTuple):
+    """What may follow each of N tokens.
 
-    layers, cross: of the decoder, and of its attention to a memory.
+    logits: `[N, V]`, which the next step writes over. likeliest: the token of the largest, -1
+    where logits are no numbers.
+    """
+
+    logits: Tensor
+    likeliest: list[int]
+
+
+class DecodeSteps:
+    """The next hidden states of some rows, or what follows them, by a step recorded for as many.
+
+    head: makes logits of hidden states; None: there is none. layers, cross: of the decoder, and of
+    its attention to a memory.
     """
 
     def __init__(
-        self, backbone: nn.Module, layers: Sequence[Held], cross: Sequence[Held], longest: int
+        self,
+        backbone: nn.Module,
+        head: nn.Module | None,
+        layers: Sequence[Held],
+        cross: Sequence[Held],
+        longest: int,
     ) -> None:
-        self.backbone, self.layers, self.cross, self.longest = backbone, layers, cross, longest
-        self._tried: dict[int, int] = {}
+        self.backbone, self.head = backbone, head
+        self.layers, self.cross, self.longest = layers, cross, longest
+        self._tried: Counter[_Size] = Counter()
         self._seen: Seen | None = None
         self.check()
 
     def check(self) -> None:
         """Forget what was recorded of a model that is another one now, or for other threads."""
-        seen = Seen(self.backbone)
+        models = [self.backbone] if self.head is None else [self.backbone, self.head]
+        seen = Seen(*models)
         if seen.is_where(self._seen):
             return
-        self._seen, parts = seen, list(self.backbone.modules())
-        self._steps: dict[int, _Recorded] = {}
+        self._seen, parts = seen, [part for model in models for part in model.modules()]
+        self._steps: dict[_Size, _Recorded] = {}
         self.reason = _reason(self.backbone, self.layers)
+        self.head_reason = "there is no head" if self.head is None else ""
         self._hooks = [*_OF_ALL, *(part._forward_hooks for part in parts)]
         self._hooks += [part._forward_pre_hooks for part in parts]
+        self._hooks_until = -1
         self._probes = [part.probes for part in parts if isinstance(part, MultiHeadAttention)]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -77,7 +103,7 @@ class DecodeSteps:
         rows: of the tables, whose last is nobody's. sources: how long the memories of the rows
         are, of a decoder that has any. None: let the model read them by itself.
         """
-        if self.reason or any(self._hooks) or any(self._probes):
+        if self.reason or self._is_watched():
             return None
         count = len(ids)
         sizes = [count] if count <= FEW else _sizes(count)
@@ -94,20 +120,47 @@ class DecodeSteps:
             if step is None:
                 return None
             part = slice(begin, begin := begin + size)
-            found.append(step(ids[part], rows[part], at[part], sources[part]))
+            found.append(step.states(ids[part], rows[part], at[part], sources[part]))
         return found[0][:count] if len(found) == 1 else torch.cat(found)[:count]
 
-    def _step(self, size: int) -> "_Recorded | None":
+    def ends(
+        self,
+        ids: Sequence[int],
+        rows: Sequence[int],
+        at: Sequence[int],
+        sources: Sequence[int] = (),
+    ) -> Ends | None:
+        """What may follow each of a few tokens, given as to `read`. None: ask for their states."""
+        if self.reason or self.head_reason or len(ids) > FEW or self._is_watched():
+            return None
+        step = self._step(len(ids), with_head=True)
+        return None if step is None else step.ends(ids, rows, at, sources)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody looks at, or changes, what parts answer."""
+        newest = RemovableHandle.next_id  # as many hooks there were, of any module
+        if self._hooks_until != newest:
+            if any(self._hooks):
+                return True
+            self._hooks_until = newest
+        return any(self._probes)
+
+    def _step(self, count: int, with_head: bool = False) -> "_Recorded | None":
         """The step for so many tokens, if it can be and is worth it."""
-        if size not in self._steps and (size > FEW or self._is_usual(size)):
+        size = count, with_head
+        if size not in self._steps and (count > FEW or self._is_usual(size)):
             try:
-                self._steps[size] = _Recorded(self, size)
+                self._steps[size] = _Recorded(self, *size)
             except Exception as error:  # whatever it is, the model's own forward is right
-                self.reason = str(error) or type(error).__name__
+                reason = str(error) or type(error).__name__
+                if with_head:
+                    self.head_reason = reason
+                else:
+                    self.reason = reason
         return self._steps.get(size)
 
-    def _is_usual(self, size: int) -> bool:
-        self._tried[size] = self._tried.get(size, 0) + 1
+    def _is_usual(self, size: "_Size") -> bool:
+        self._tried[size] += 1
         return self._tried[size] > TRIES
 
 
@@ -123,17 +176,18 @@ def _sizes(count: int) -> list[int]:
 class _Recorded:
     """One step for so many rows, and the buffers that it reads."""
 
-    def __init__(self, steps: DecodeSteps, count: int) -> None:
+    def __init__(self, steps: DecodeSteps, count: int, with_head: bool) -> None:
         self.inputs = torch.zeros(4, count, dtype=torch.long)
-        self.ids, self.rows, self.at, self.ends = self.inputs
+        self.ids, self.rows, self.at, self.ends_at = self.inputs
         self._numbers = self.inputs.numpy()
         backbone: Any = steps.backbone
+        models = [backbone, steps.head] if with_head and steps.head is not None else [backbone]
         # What is recorded looks at shapes alone, and at whether ids and positions can be.
         caches = _Caches(self, steps)
         with (
-            evaluating(backbone),
+            evaluating(nn.ModuleList(models)),
             Tape() as tape,
-            record_parts(backbone, tape, self.at, steps.longest),
+            record_parts(models, tape, self.at, steps.longest),
         ):
             caches.tape = tape
             ids = self.ids[:, None]
@@ -143,17 +197,41 @@ class _Recorded:
                 hidden = backbone.decode(ids, memory, Mask(), None, caches=caches)
             else:
                 hidden = backbone(ids, caches=caches)
-        self._step = Step(tape, [hidden])
+            found = [hidden[:, 0]]
+            for head in models[1:]:
+                logits = head(found[0])
+                found = [logits, _likeliest(tape, logits)]
+        self._step = Step(tape, found)
+        self._found = self._step.outputs
 
-    def __call__(
+    def states(self, *given: Sequence[int]) -> Tensor:
+        self._run(*given)
+        return self._found[0].clone()
+
+    def ends(self, *given: Sequence[int]) -> Ends:
+        self._run(*given)
+        logits, likeliest = self._found
+        return Ends(logits, likeliest.tolist())
+
+    def _run(
         self, ids: Sequence[int], rows: Sequence[int], at: Sequence[int], sources: Sequence[int]
-    ) -> Tensor:
-        self._numbers[0], self._numbers[1], self._numbers[2] = ids, rows, at
+    ) -> None:
+        self._numbers[:3] = ids, rows, at
         if len(sources):
             self._numbers[3] = sources
             self._numbers[3] -= 1
         self._step()
-        return self._step.outputs[0][:, 0].clone()
+
+
+def _likeliest(tape: Tape, logits: Tensor) -> Tensor:
+    """The tokens `[B]` of the largest of logits `[B, V]`; -1 where these are no numbers."""
+    logits = logits.contiguous()
+    count, vocab = logits.shape
+    out = tape.new(logits, count, dtype=torch.long)
+    room = tape.new(logits, torch.get_num_threads(), count, 2, dtype=torch.long)
+    fields = [logits, out, room, count, vocab]
+    tape.kernel("likeliest", logits.dtype, fields, [logits], [out, room], "vocabulary")
+    return out
 
 
 class _Caches(Caches):
@@ -182,7 +260,7 @@ class _Pages:
     def __init__(self, caches: _Caches, recorded: _Recorded, lies: Held, last: Tensor) -> None:
         self.caches, self.lies = caches, lies
         held = lies
-        self.kind = "" if held.key_scales is None else "_int8"
+        self.kind = _KINDS.get(held.keys.dtype, "")
         self.places = [last, recorded.rows, held.tables]
         self.fields = [
             *self.places, held.tables.shape[1], held.size, held.blocks, held.num_heads,
@@ -266,9 +344,9 @@ class _Layer(_Pages, Cache):
 
 class _Cross(_Pages, CrossCache):
     def __init__(self, caches: _Caches, recorded: _Recorded, lies: Held) -> None:
-        super().__init__(caches, recorded, lies, recorded.ends)
+        super().__init__(caches, recorded, lies, recorded.ends_at)
         # Only their shapes are looked at.
-        nothing = lies.keys.new_empty(len(recorded.ends), lies.num_heads, 1, lies.keys.shape[1])
+        nothing = lies.keys.new_empty(len(recorded.ends_at), lies.num_heads, 1, lies.keys.shape[1])
         self.held = nothing, nothing
 
     def attend(

@@ -7,7 +7,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Held:
-    """Where one layer keeps its keys and values `[G * blocks * size, D]`, in bytes with `scales`.
+    """Where one layer keeps its keys and values `[G * blocks * size, D]`, in bytes with `scales`,
+    as halves, or as the model computes them.
 
     tables: `[rows, columns]` int64, the block of each `size` positions of a row's text; a block
     stands in the stretch of each head. window: how far back the layer looks, or None.

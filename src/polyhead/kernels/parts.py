@@ -1,7 +1,8 @@
 """What the parts of a model are on a tape: each by the kernels that do what it does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from threading import Lock, get_ident
 from typing import Any
 
@@ -16,6 +17,7 @@ from polyhead.kernels.products import LaidOut
 from polyhead.kernels.rotate import FusedRotary
 from polyhead.kernels.tape import NotRecordedError, Tape
 from polyhead.nn.embedding import Table, TokenEmbedding
+from polyhead.nn.head import LanguageHead
 from polyhead.nn.moe import MixtureOfExperts
 from polyhead.nn.norm import LayerNorm, RMSNorm
 from polyhead.nn.position import (
@@ -34,8 +36,10 @@ KNOWN_POSITIONS = (Rotary, FusedRotary, T5Bias, Alibi)
 
 
 @contextmanager
-def record_parts(model: nn.Module, tape: Tape, at: Tensor, longest: int) -> Iterator[None]:
-    """Let the parts of a model note their kernels on a tape instead of computing.
+def record_parts(
+    models: Sequence[nn.Module], tape: Tape, at: Tensor, longest: int
+) -> Iterator[None]:
+    """Let the parts of models note their kernels on a tape instead of computing.
 
     at: positions `[B]` of the one token of each row, all below `longest`.
     """
@@ -43,7 +47,7 @@ def record_parts(model: nn.Module, tape: Tape, at: Tensor, longest: int) -> Iter
     changed: list[tuple[nn.Module, str]] = []
     with _ONE_AT_A_TIME:
         try:
-            for part in model.modules():
+            for part in chain.from_iterable(model.modules() for model in models):
                 for name, does in _DOES.items():
                     own: Any = getattr(type(part), name, None)
                     if own in does and name not in vars(part):
@@ -95,6 +99,12 @@ class _Recorder:
 
     def tied_head(self, head: Any, x: Tensor) -> Tensor:
         found = self._packed(x, head.embedding.packed, head.bias)
+        return found if head.scale == 1.0 else found * head.scale
+
+    def language_head(self, head: Any, x: Tensor) -> Tensor:
+        by = super(LanguageHead, head).forward
+        does = _DOES["forward"].get(by.__func__)
+        found = by(x) if does is None else does(self, head, x)
         return found if head.scale == 1.0 else found * head.scale
 
     def _dense(
@@ -277,6 +287,7 @@ _DOES: dict[str, dict[Any, Any]] = {
         nn.Linear.forward: _Recorder.linear,
         PackedLinear.forward: _Recorder.packed_linear,
         TiedHead.forward: _Recorder.tied_head,
+        LanguageHead.forward: _Recorder.language_head,
         RMSNorm.forward: _Recorder.norm,
         FusedRMSNorm.forward: _Recorder.norm,
         LayerNorm.forward: _Recorder.norm,

@@ -15,11 +15,11 @@ class Seen:
     Not seen: what changes within an attribute that is no tensor, and writes through `.data`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *models: nn.Module) -> None:
         self._things: list[Any] = []
         self._places: list[Any] = [torch.get_num_threads()]
         self._writes: list[int] = []
-        parts: list[nn.Module] = [model]
+        parts = [*models]
         for part in parts:
             parts += [each for each in part._modules.values() if each is not None]
             # Whether it learns changes nothing that is relied on.

@@ -17,7 +17,7 @@ struct Pages {
     }
 };
 
-// K: how numbers are kept; in eight bits by a scale a vector.
+// K: how numbers are kept: as they are, as halves, or in eight bits by a scale a vector.
 template <class T, class K> struct Keep {
     Pages pages;
     const T *k, *v;
@@ -49,8 +49,15 @@ template <class T, class K> struct Keep {
             scales[slot] = most / 127.0f;
             for (int64_t i = 0; i < pages.d; i++)
                 to[i] = (int8_t)std::lrintf(number(from[i]) / scales[slot]);
-        } else {
+        } else if constexpr (std::is_same_v<K, T>) {
             std::memcpy(to, from, pages.d * sizeof(K));
+        } else {
+            constexpr float most = 65504.0f;  // a half has no larger one
+            across(pages.d, [&](int64_t i, int n) {
+                Floats x = read(from + i, n);
+                x = x > most ? Floats{} + most : x;
+                write(to + i, x < -most ? Floats{} - most : x, n);
+            });
         }
     }
 };
@@ -147,6 +154,10 @@ template <class T, class K> struct Attend {
                 write(queries + j * d + i, x * (float)scale, n);
             });
         stretches(b, group, first, last, [&](int64_t place, int64_t slot, int64_t length) {
+            // Stretches lie here and there, where nobody but us knows what is read next.
+            int64_t next = first + place + length;
+            if (next <= last) fetch(keys + pages.slot(b, group, next) * d, length * d);
+            fetch(values + slot * d, length * d);
             for (int64_t key = 0; key < length; key += LANES)
                 for (int64_t j = 0; j < many; j++) {
                     int some = std::min<int64_t>(LANES, length - key);
@@ -185,6 +196,12 @@ template <class T, class K> struct Attend {
             f(at - first, pages.slot(b, group, at), length);
             at += length;
         }
+    }
+
+    // Bring so many numbers near.
+    static void fetch(const K* from, int64_t count) {
+        const char *begin = (const char*)from, *end = (const char*)(from + count);
+        for (; begin < end; begin += 64) __builtin_prefetch(begin);
     }
 
     // Of as many keys that stand together as a vector holds, or fewer.

@@ -154,4 +154,53 @@ template <class T> struct Copy {
     }
 };
 
+// The index of the largest number of each row, the first of several; -1 where that, or any number
+// of the row, is none. Each thread looks at a stretch of every row, and the last one compares.
+template <class T> struct Likeliest {
+    struct Found {
+        double best;
+        int64_t at;
+    };
+    const T* x;
+    int64_t* out;
+    Found* found;  // [threads, tokens]
+    int64_t tokens, width;
+
+    void operator()(const Thread& thread) const {
+        Share share(width, thread);
+        for (int64_t token = 0; token < tokens; token++)
+            found[thread.number * tokens + token] = one(x + token * width, share);
+        if (thread.taken->fetch_add(1, std::memory_order_acq_rel) < thread.many - 1) return;
+        for (int64_t token = 0; token < tokens; token++) {
+            Found first = found[token];
+            for (int64_t i = 1; i < thread.many; i++) {
+                Found next = found[i * tokens + token];
+                if (next.best != next.best || next.best > first.best) first = next;
+                if (first.best != first.best) break;
+            }
+            out[token] = std::isfinite(first.best) ? first.at : -1;
+        }
+    }
+
+    static Found one(const T* row, const Share& share) {
+        Floats best = Floats{} - INFINITY;
+        Ints at = {}, none = {};
+        across(share.end - share.first, [&](int64_t i, int n) {
+            Floats y = read(row + share.first + i, n);
+            for (int lane = n; lane < LANES; lane++) y[lane] = -INFINITY;
+            Ints better = y > best;
+            best = better ? y : best;
+            at = better ? (int32_t)i + numbered() : at;
+            none |= y != y;
+        });
+        Found first = {best[0], at[0]};
+        for (int lane = 0; lane < LANES; lane++) {
+            if (none[lane]) return {NAN, 0};
+            bool is_first = best[lane] == first.best && at[lane] < first.at;
+            if (best[lane] > first.best || is_first) first = {best[lane], at[lane]};
+        }
+        return {first.best, share.first + first.at};
+    }
+};
+
 }  // namespace

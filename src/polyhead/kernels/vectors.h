@@ -29,6 +29,9 @@ typedef int8_t Small __attribute__((vector_size(LANES), aligned(1)));
 struct BFloat {
     uint16_t bits;
 };
+struct Half {
+    uint16_t bits;
+};
 struct Pair {
     uint32_t bits;
 };
@@ -37,6 +40,12 @@ inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(
 #if defined(__AVX512BW__)  // GCC 12 widens in two halves, or one by one
 inline Words load_bits(const BFloat* from) {
     return (Words)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from));
+}
+inline Floats load(const Half* from) {
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+}
+inline void store(Half* to, Floats x) {
+    _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
 inline Ints load(const uint8_t* from) {
     return (Ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)from));
@@ -48,6 +57,12 @@ inline Ints load_ints(const int8_t* from) {
 inline Words load_bits(const BFloat* from) {
     return (Words)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from));
 }
+inline Floats load(const Half* from) {
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from));
+}
+inline void store(Half* to, Floats x) {
+    _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+}
 inline Ints load(const uint8_t* from) {
     return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)from));
 }
@@ -57,6 +72,14 @@ inline Ints load_ints(const int8_t* from) {
 #else
 inline Words load_bits(const BFloat* from) {
     return __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
+}
+inline Floats load(const Half* from) {
+    Floats found;
+    for (int i = 0; i < LANES; i++) found[i] = ((const _Float16*)from)[i];
+    return found;
+}
+inline void store(Half* to, Floats x) {
+    for (int i = 0; i < LANES; i++) ((_Float16*)to)[i] = (_Float16)x[i];
 }
 inline Ints load(const uint8_t* from) {
     return __builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints);

@@ -147,6 +147,11 @@ class Sampler:
             self._surprise[plan.slots] = surprises
         return ids
 
+    def takes_likeliest(self, slots: Sequence[int]) -> bool:
+        """Whether each of these rows draws the token of its largest logit, and asks for nothing
+        but that."""
+        return self._planned(slots).takes_likeliest
+
     def constrain(self, logprobs: Tensor, slots: Sequence[int], written: Sequence[int]) -> Tensor:
         """Scores `[N, V]` after penalties, bans, masks and forced tokens: what a search goes by."""
         return self._planned(slots).edited(logprobs.float(), written, self._history)
@@ -249,7 +254,11 @@ class _Plan:
         self.key, self.rows = key, rows
         self.slots = torch.tensor(key, device=device)
         self.edits: list[Edit] = edits(rows, device, breakers)
-        self.choice = Choice([row.config for row in rows], device)
+        configs = [row.config for row in rows]
+        self.choice = Choice(configs, device)
+        self.takes_likeliest = self.choice.is_greedy and not self.edits
+        if any(config.logprobs is not None or config.best_of is not None for config in configs):
+            self.takes_likeliest = False
 
     def edited(self, logits: Tensor, written: Sequence[int], history: History) -> Tensor:
         step = Step(self.rows, self.slots, written, history)
