@@ -145,7 +145,7 @@ class PackedTensors(Mapping[str, Tensor]):
         return len(self._plain) + len(self._outlines)
 
     def check_read(self, read: Set[str]) -> None:
-        """FileError for a matrix of the manifest that the model has not; heads are chosen freely."""
+        """FileError for a matrix of the manifest that the model has not, but a head's."""
         unread = sorted(name for name in self.matrices.keys() - read if name.startswith(_OWN))
         if unread:
             raise FileError(
