@@ -226,3 +226,12 @@ def test_what_gguf_cannot_hold(cli: Any, tmp_path: Path) -> None:
     assert "GGUF" in ran.err.splitlines()[-1]
     assert "Traceback" not in ran.err
     assert not (tmp_path / "m.gguf").exists()
+
+
+def test_a_width_that_gguf_cannot_block_is_refused_before_the_work(
+    cli: Any, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyhead.compress.quantize.quantize", None)
+    ran = cli("compress", plain, "--out", tmp_path / "m.gguf", "--to", "int4", "--unmeasured")
+    assert ran.code == 2
+    assert "16 wide, which GGUF's blocks of 32 do not divide" in ran.err

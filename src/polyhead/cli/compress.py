@@ -190,11 +190,14 @@ def _shrunk(args: Args, words: "Tokenizer | None", model: "TaskModel") -> "TaskM
 
 def _rounding(args: Args, form: str, model: "TaskModel", words: "Tokenizer | None") -> "Step":
     """Weights in few bits."""
+    from polyhead.compress.export import check_widths
     from polyhead.compress.quantize import quantize
 
     batches = [] if args.method == "nearest" else _batches(args, model, words)
 
     def step(model: "TaskModel") -> "TaskModel":
+        if args.out.suffix == ".gguf":
+            check_widths(model, form)
         with progress(f"{form} by {args.method}") as told:
             return quantize(
                 model,
