@@ -106,8 +106,16 @@ def test_encoders_have_cosines(cli: Any, tmp_path: Path, kind: str) -> None:
 def test_encoder_decoders_are_asked_of_targets(cli: Any, tmp_path: Path, kind: str) -> None:
     """The table's perplexity is that of each target alone, by hand."""
     source, out, file = tmp_path / "pairs", tmp_path / "small", tmp_path / "pairs.tsv"
-    model, words = make(source, "lm", kind)
-    pairs = [("Ada wrote", "the first program in London"), ("a moth", "Harvard")]
+    save_model(source, None)
+    words = ph.tokenizer(source)
+    fields: Any = dict(d_model=32, d_ff=40, num_layers=2, num_heads=4)
+    model = ph.build(kind, vocab_size=words.vocab_size, seed=0, **fields).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.2 * torch.randn_like(weight))
+    model.save(source, force=True)
+    model = ph.load(source)
+    pairs = [("Ada wrote", "the quick brown fox"), ("a moth", "lazy")]
     file.write_text("".join(f"{source}\t{target}\n" for source, target in pairs))
     ran = cli("compress", source, "--out", out, "--to", "fp16", "--text", file, "--json")
     assert ran.code == 0, ran.err
@@ -217,6 +225,10 @@ def test_nothing_is_overwritten(cli: Any, plain: Path, tmp_path: Path) -> None:
     ran = cli("compress", tmp_path / "a", "--out", tmp_path / "b", *words)
     assert ran.code == 2
     assert "few bits already" in ran.err
+    assert "what `polyhead convert` makes of it" in ran.err
+    ran = cli("export", tmp_path / "a", "--to", "onnx", "--out", tmp_path / "onnx")
+    assert ran.code == 2
+    assert "load what `polyhead convert` makes of it" in ran.err
 
 
 def test_what_gguf_cannot_hold(cli: Any, tmp_path: Path) -> None:
