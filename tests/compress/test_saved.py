@@ -200,6 +200,9 @@ TAMPERED: dict[str, tuple[Any, Any, str]] = {
     "lost": (_tensors, lambda t: t.pop("model.norm.weight"), "lacks 1 tensor"),
     "cut": (_tensors, lambda t: t.update({f"{Q}.codes": t[f"{Q}.codes"][:9]}), "needs torch.uint8"),
     "twice": (_tensors, lambda t: t.update({THEIRS: torch.ones(64, 64)}), "twice"),
+    "is true": (_config, lambda m: m.update(version=True), "has 'version': True"),
+    "nowhere": (_config, lambda m: m["matrices"].update({f"{Q}er": m["matrices"][Q]}), "no place"),
+    "huge": (_config, lambda m: m["tensors"].update({THEIRS: [2**39] * 2}), "of no form known"),
     "surplus": (_tensors, lambda t: t.update({"x": torch.ones(1)}), "holds 1 tensor"),
 }  # fmt: skip
 
@@ -213,6 +216,16 @@ def test_what_was_tampered_with_is_refused(
     with pytest.raises(FileError, match=said) as caught:
         ph.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_few_bits_without_their_manifest_are_refused(tmp_path: Path) -> None:
+    ph.quantize(made("llama"), "int4").save(tmp_path)
+    path = tmp_path / "config.json"
+    data = json.loads(path.read_text())
+    del data["quantization_config"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(FileError, match="has no quantization_config to read it by"):
+        ph.load(tmp_path)
 
 
 def test_a_file_that_was_cut_is_refused(tmp_path: Path) -> None:

@@ -61,10 +61,10 @@ class Args:
     """The same of the feed-forwards' inner width."""
     experts: float = 0.0
     """The same of each mixture's experts."""
-    prune: float = 0.0
+    prune: float | None = None
     """First set this share of the blocks' weights to zero, those of least magnitude."""
     prune_by: Literal["layer", "global", "2:4"] = "layer"
-    """Of each matrix its share, of all together, or two of every four."""
+    """Of each matrix its share, of all together, or two of every four, half of all."""
     method: Literal["nearest", "gptq", "awq"] = "nearest"
     """How int8 and int4 are rounded; the latter two by what layers read of --calibration."""
     group: Literal[32, 64, 128] = 32
@@ -96,24 +96,26 @@ class Args:
 def run(args: Args) -> int:
     """Compress, write, measure, report."""
     from polyhead.adapt.load import load
+    from polyhead.cli.compress_table import check_text
     from polyhead.compress.export import check
     from polyhead.compress.quantize import finer_form
     from polyhead.files.hub import resolve
 
     source, is_gguf = model_path(resolve(args.model)), args.out.suffix == ".gguf"
     check_places(source, args.out, is_gguf=is_gguf, force=args.force)
-    if args.to is None and not args.prune and not any(_shares(args).values()):
-        raise ConfigError("there is nothing to do: name a form with --to, a share with --prune")
+    _check(args)
     if args.calibration_tokens < 1 or args.text_length < 2:
         raise ConfigError("--calibration-tokens and --text-length must be above 1")
     with working(f"loading {args.model}"):
         dtype = None if args.dtype == "auto" else args.dtype
         model = load(source, dtype=dtype, device=device_named(args.device))
+    forms = () if args.to is None else (args.to, args.embeddings or finer_form(args.to))
     if is_gguf:
-        forms = () if args.to is None else (args.to, args.embeddings or finer_form(args.to))
         check(model.hf_config(), *forms)
     words = _tokenizer(source)
     text = _text(args.text, held_out=True)[: args.text_length]
+    if not args.unmeasured:
+        check_text(model, words, text)
     made = model
     for step in _steps(args, model, words):
         made = step(made)
@@ -134,6 +136,27 @@ def run(args: Args) -> int:
     return 0
 
 
+def _check(args: Args) -> None:
+    """ConfigError where there is nothing to do, or where a word would be read by nobody."""
+    if args.to is None and not _zeros(args) and not any(_shares(args).values()):
+        raise ConfigError("there is nothing to do: name a form with --to, a share with --prune")
+    if args.prune_by == "global" and not args.prune:
+        raise ConfigError(
+            "--prune-by global says what goes, not how much: name a share with --prune"
+        )
+    given = (args.method != "nearest", args.group != 32, args.embeddings is not None)
+    for name, is_given in zip(("method", "group", "embeddings"), given, strict=True):
+        if is_given and args.to is None:
+            raise ConfigError(f"--{name} {getattr(args, name)} is of a form: name one with --to")
+
+
+def _zeros(args: Args) -> float:
+    """The share of weights that is to be zero."""
+    if args.prune is None:
+        return 0.5 if args.prune_by == "2:4" else 0.0
+    return args.prune
+
+
 def _steps(args: Args, model: "TaskModel", words: "Tokenizer | None") -> "list[Step]":
     """What becomes of the model, one thing after another."""
     from polyhead.compress.prune import prune
@@ -141,8 +164,8 @@ def _steps(args: Args, model: "TaskModel", words: "Tokenizer | None") -> "list[S
     steps: list[Step] = []
     if any(_shares(args).values()):
         steps.append(partial(_shrunk, args, words))
-    if args.prune:
-        steps.append(partial(prune, sparsity=args.prune, by=args.prune_by))
+    if zeros := _zeros(args):
+        steps.append(partial(prune, sparsity=zeros, by=args.prune_by))
     if args.to is not None:
         steps.append(_rounding(args, args.to, model, words))
     return steps
@@ -167,11 +190,14 @@ def _shrunk(args: Args, words: "Tokenizer | None", model: "TaskModel") -> "TaskM
 
 def _rounding(args: Args, form: str, model: "TaskModel", words: "Tokenizer | None") -> "Step":
     """Weights in few bits."""
+    from polyhead.compress.export import check_widths
     from polyhead.compress.quantize import quantize
 
     batches = [] if args.method == "nearest" else _batches(args, model, words)
 
     def step(model: "TaskModel") -> "TaskModel":
+        if args.out.suffix == ".gguf":
+            check_widths(model, form)
         with progress(f"{form} by {args.method}") as told:
             return quantize(
                 model,

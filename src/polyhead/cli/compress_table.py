@@ -11,15 +11,18 @@ from torch import Tensor
 
 from polyhead.cli.placing import random_inputs
 from polyhead.compress.quantize import weight_bytes
+from polyhead.errors import DataError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.generator import TextGenerator
+from polyhead.generate.seq2seq import Seq2Seq, start_id
 from polyhead.kernels.packing import pack
 from polyhead.models.model import TaskModel
 from polyhead.nn.head import Heads
-from polyhead.tasks.perplexity import perplexity
+from polyhead.tasks.perplexity import perplexity, scorable, target_perplexity
 from polyhead.text.tokenizer import Tokenizer
 
 _ROWS, _TOKENS, _PROMPT, _WRITTEN = 4, 128, 32, 32
+_SOURCE_WORDS = 32
 _LONG_ENOUGH_S = 1.0
 
 
@@ -53,8 +56,7 @@ class Cost:
 def inputs_of(model: TaskModel, words: Tokenizer | None, text: str) -> dict[str, Tensor]:
     """Arguments to compare answers to: of the text where the model reads that alone."""
     given = random_inputs(model.config)
-    kind = getattr(model.config, "kind", "decoder")
-    if words is not None and kind in ("decoder", "encoder", "encoder-decoder"):
+    if words is not None and _kind(model) in ("decoder", "encoder", "encoder-decoder"):
         ids = words.encode(text, add_special_tokens=False)
         length = min(_TOKENS, model.config.max_tokens or _TOKENS, max(1, len(ids) // _ROWS))
         if len(ids) >= length * _ROWS:
@@ -72,18 +74,62 @@ def measure(
     """A model as it runs here, and its answers `[..., C]` in float32."""
     memory = weight_bytes(model)
     ready = pack(model) if model.device.type == "cpu" else model
-    writes = words is not None and getattr(model.config, "kind", "decoder") == "decoder"
-    writes = writes and model.head_kind == "lm"
     with torch.inference_mode():
         answers = _answers(ready, given)
-    found = Measure(
-        disk_bytes,
-        memory,
-        _reading(ready, given),
-        _writing(ready, words, given) if writes and words is not None else None,
-        float(perplexity(ready, words, text)) if writes and words is not None else None,
-    )
-    return found, answers
+    written, surprise = None, None
+    if words is not None and writes(model, words):
+        written = _writing(ready, words, given)
+        pairs = sources_and_targets(text)
+        is_pair = _kind(model) == "encoder-decoder"
+        surprise = (
+            target_perplexity(ready, words, pairs) if is_pair else perplexity(ready, words, text)
+        )
+    said = None if surprise is None else float(surprise)
+    return Measure(disk_bytes, memory, _reading(ready, given), written, said), answers
+
+
+def writes(model: TaskModel, words: Tokenizer) -> bool:
+    """Whether a model writes texts of its own: one whose perplexity is measured."""
+    if model.head_kind != "lm" or _kind(model) not in ("decoder", "encoder-decoder"):
+        return False
+    is_pair = _kind(model) == "encoder-decoder"
+    return not is_pair or (words.eos_id is not None and start_id(model, words) is not None)
+
+
+def check_text(model: TaskModel, words: Tokenizer | None, text: str) -> None:
+    """DataError for a text that says nothing of a model's perplexity, before it is measured."""
+    if words is None or not writes(model, words):
+        return
+    if _kind(model) == "decoder":
+        scorable(words, text)
+    else:
+        sources_and_targets(text)
+
+
+def sources_and_targets(text: str) -> list[tuple[str, str]]:
+    """A text's lines of `source<TAB>target`; of one that has no such, of each 64 words the first 32
+    as source and what follows as target.
+
+    Errors: DataError for a text of fewer than two words.
+    """
+    rows = [line.split("\t") for line in text.splitlines() if line.strip()]
+    # The last may be cut.
+    if all(len(row) == 2 for row in rows[:-1]) and any(len(row) == 2 for row in rows):
+        return [(row[0], row[1]) for row in rows if len(row) == 2]
+    words = text.split()
+    half = min(_SOURCE_WORDS, len(words) // 2)
+    if half < 1:
+        raise DataError(
+            f"a text of {len(text)} characters has no target to score; give a longer one"
+        )
+    return [
+        (" ".join(words[at : at + half]), " ".join(words[at + half : at + 2 * half]))
+        for at in range(0, len(words) - half, 2 * half)
+    ]
+
+
+def _kind(model: TaskModel) -> str:
+    return getattr(model.config, "kind", "decoder")
 
 
 def cost(before: Tensor, after: Tensor) -> Cost:
@@ -117,7 +163,7 @@ def _writing(model: TaskModel, words: Tokenizer, given: Mapping[str, Tensor]) ->
     count = max(1, min(_WRITTEN, room))
     config = GenerationConfig(max_new_tokens=count, min_new_tokens=count, temperature=0)
     prompt = given["input_ids"][0, :length].tolist()
-    generator = TextGenerator(model, words)
+    generator = (Seq2Seq if _kind(model) == "encoder-decoder" else TextGenerator)(model, words)
     return count / _seconds(lambda: generator.generate([prompt], config))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polyhead.compress.formats import FORMATS, Half, Int4, Int8, PackedWeight
 from polyhead.compress.saved import PackedModel, packed_matrices
@@ -15,7 +15,10 @@ from polyhead.files.gguf_types import RawTensor
 from polyhead.models import gguf
 from polyhead.models.gguf_config import family_of_config
 from polyhead.models.gguf_tensors import BlockTensors
+from polyhead.models.model import TaskModel
+from polyhead.nn.moe import Experts
 
+BLOCK = 32  # weights
 _KINDS: Mapping[type[PackedWeight], str] = {Int4: "Q4_1", Int8: "Q8_0"}
 
 
@@ -45,6 +48,23 @@ def check(config: Mapping[str, Any], *forms: str) -> None:
                 f"GGUF has no kind for {form}: choose int4, int8, fp16 or bf16, or write a "
                 "directory"
             )
+
+
+def check_widths(model: TaskModel, form: str) -> None:
+    """ConfigError for a layer whose rows GGUF's blocks do not divide, before it is packed."""
+    if not issubclass(FORMATS[form], tuple(_KINDS)):
+        return
+    for name, part in model.backbone.named_modules(prefix="backbone"):
+        packed = part.parameters(recurse=False) if type(part) in (nn.Linear, Experts) else ()
+        for weight in packed:
+            if weight.ndim > 1 and weight[..., 0].numel() > 1 and weight.shape[-1] % BLOCK:
+                raise _undivided(name, weight.shape[-1])
+
+
+def _undivided(name: str, width: int) -> ConfigError:
+    return ConfigError(
+        f"{name} is {width} wide, which GGUF's blocks of {BLOCK} do not divide: write a directory"
+    )
 
 
 class _Blocks(BlockTensors):
@@ -97,10 +117,7 @@ class _Blocks(BlockTensors):
 def _bytes(name: str, weight: PackedWeight) -> Tensor:
     """The blocks of a matrix `[R, bytes]`: of each 32 weights the steps, then the codes."""
     assert isinstance(weight, Int4 | Int8)
-    if weight.shape[1] % 32:
-        raise ConfigError(
-            f"{name} is {weight.shape[1]} wide, which GGUF's blocks of 32 do not divide: write a "
-            "directory"
-        )
+    if weight.shape[1] % BLOCK:
+        raise _undivided(name, weight.shape[1])
     steps = [part.contiguous().view(torch.uint8).unflatten(1, (-1, 2)) for part in weight.steps()]
     return torch.cat([*steps, weight.codes.view(torch.uint8)], 2).flatten(1)

@@ -68,7 +68,10 @@ def quantize(
     packing_finer = None if finer == "none" else _named(finer)
     names = dict(model.named_modules())
     if any(f".{BESIDE}." in name or hasattr(part, "packed") for name, part in names.items()):
-        raise ConfigError("the model has adapters or few bits already; start from a plain one")
+        raise ConfigError(
+            "the model has adapters or few bits already; start from a plain one, or from what "
+            "`polyhead convert` makes of it"
+        )
     _check_widths(model, group)
     found, layers, tables = _copied(model, packing_finer is not None)
     if packing_finer is not None:

@@ -5,8 +5,9 @@ model, and the tensors of Hugging Face's names that they take the place of. The 
 holds their parts (`NAME.codes`, `NAME.scales`) and everything else as ever.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from polyhead.nn.moe import Experts
 
 KEY, METHOD, VERSION = "quantization_config", "polyhead", 1
 JSON = Mapping[str, Any]
+_OWN = "backbone."
+_CODES = (".weight.codes", ".weight.halves")
 
 
 class PackedModel(TaskModel):
@@ -141,6 +144,15 @@ class PackedTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._plain) + len(self._outlines)
 
+    def check_read(self, read: Set[str]) -> None:
+        """FileError for a matrix of the manifest that the model has not, but a head's."""
+        unread = sorted(name for name in self.matrices.keys() - read if name.startswith(_OWN))
+        if unread:
+            raise FileError(
+                f"{self.path}: {KEY} has {unread[0]}, a matrix that this model has no place for; "
+                "fetch it again"
+            )
+
     def packed(self, name: str, like: Tensor) -> PackedWeight:
         """A matrix `[R, W]`, or a stack of them one below the other, of the dtype of `like`."""
         form = form_named(self.matrices[name]["form"])
@@ -166,9 +178,14 @@ def read(path: Path) -> Checkpoint:
     data, tensors = read_checkpoint(path)
     manifest = data.get(KEY)
     if not isinstance(manifest, Mapping) or manifest.get("quant_method") != METHOD:
+        if manifest is None and (lost := next((n for n in tensors if n.endswith(_CODES)), None)):
+            raise FileError(
+                f"{path} holds {lost}, a matrix in few bits, and its config.json has no {KEY} to "
+                "read it by; fetch config.json again"
+            )
         return data, tensors
     version = manifest.get("version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise _faulty(path, "version", version)
     if version > VERSION:
         raise FileError(
@@ -183,11 +200,13 @@ def fill(model: TaskModel, tensors: Mapping[str, Tensor]) -> None:
     """Put what `read` found in few bits in its places in a model."""
     if not isinstance(tensors, PackedTensors):
         return
+    read: set[str] = set()
     for name, layer in list(model.named_modules()):
         waiting = {own: w for own, w in layer.named_parameters(recurse=False) if w.is_meta}
         named = {own: f"{name}.{own}" for own in waiting if f"{name}.{own}" in tensors.matrices}
         found = {own: tensors.packed(whole, waiting[own]) for own, whole in named.items()}
         digests = {own: tensors.matrices[whole]["source"] for own, whole in named.items()}
+        read |= set(named.values())
         if isinstance(layer, Experts) and found.keys() == set(EXPERT_WEIGHTS):
             put_in_experts(layer, found, digests)
         elif found.keys() == {"weight"}:
@@ -195,6 +214,7 @@ def fill(model: TaskModel, tensors: Mapping[str, Tensor]) -> None:
     tie_vocabulary(model)
     if lacking := [name for name, weight in model.named_parameters() if weight.is_meta]:
         raise FileError(f"{tensors.path} lacks {lacking[0]} in few bits; fetch or write it again")
+    tensors.check_read(read)
     model.__class__ = PackedModel
 
 
@@ -219,7 +239,8 @@ def _outlines(path: Path, given: Any) -> Mapping[str, Sequence[int]]:
         raise _faulty(path, "tensors", given)
     for name, shape in given.items():
         is_list = isinstance(shape, list) and 1 <= len(shape) <= 8
-        if not is_list or not all(type(size) is int and 0 <= size < 2**40 for size in shape):
+        are_sizes = is_list and all(type(size) is int and size >= 0 for size in shape)
+        if not are_sizes or prod(shape) >= 2**48:
             raise _faulty(path, name, shape)
     return given
 

@@ -107,6 +107,8 @@ def metadata_from_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], Ten
                 f"{name} = {config[name]!r}: GGUF's {family.arch} always has {value!r}; "
                 "save it as safetensors"
             )
+    if family.are_queries_whole:
+        _check_queries(family, config)
     settings = dict(config)
     for name, other in (("num_experts", "num_local_experts"), ("num_local_experts", "num_experts")):
         settings.setdefault(name, config.get(other))  # transformers has both names for one thing
@@ -213,6 +215,18 @@ def _check_read(family: Family, given: Mapping[str, Any], config: Mapping[str, A
     for key, name in family.keys.items():
         if name not in config and key not in family.optional:
             raise ConfigError(f"the GGUF file lacks {family.arch}.{key}; convert the model again")
+
+
+def _check_queries(family: Family, config: Mapping[str, Any]) -> None:
+    """ConfigError for heads that are together narrower or wider than the model."""
+    keys = ("n_head", "n_embd") if "n_head" in config else ("num_attention_heads", "hidden_size")
+    heads, width = (config[key] for key in keys)
+    each = config.get("head_dim") or width // heads
+    if heads * each != width:
+        raise ConfigError(
+            f"{heads} heads of {each} are {heads * each} wide, and those of GGUF's {family.arch} "
+            f"are as wide as the model, {width}; save it as safetensors"
+        )
 
 
 def _experts(metadata: Mapping[str, Any]) -> bool:

@@ -57,6 +57,8 @@ class Family:
     names: tuple[Name, ...]
     fixed: Mapping[str, Any] = field(default_factory=dict)
     optional: frozenset[str] = frozenset()
+    are_queries_whole: bool = False
+    """Whether llama.cpp wants all heads of queries together as wide as the model."""
 
 
 FAMILIES = (
@@ -81,7 +83,15 @@ FAMILIES = (
         {"hidden_act": "silu"},
         frozenset(WINDOW),
     ),
-    Family("qwen2", "qwen2", "Qwen2ForCausalLM", DECODER_KEYS, QWEN2_NAMES, QWEN_FIXED),
+    Family(
+        "qwen2",
+        "qwen2",
+        "Qwen2ForCausalLM",
+        DECODER_KEYS,
+        QWEN2_NAMES,
+        QWEN_FIXED,
+        are_queries_whole=True,
+    ),
     Family("qwen3", "qwen3", "Qwen3ForCausalLM", DECODER_KEYS, QWEN3_NAMES, QWEN_FIXED),
     Family(
         "qwen2moe",
@@ -90,6 +100,7 @@ FAMILIES = (
         DECODER_KEYS | EXPERT_KEYS | MOE_WIDTH | SHARED_WIDTH,
         QWEN2_MOE_NAMES,
         QWEN_MOE_FIXED | {"norm_topk_prob": False},
+        are_queries_whole=True,
     ),
     Family(
         "qwen3moe",
@@ -107,6 +118,7 @@ FAMILIES = (
         QWEN3_MOE_NAMES,
         {"hidden_act": "silu", "norm_topk_prob": False},
         frozenset({"attention.clamp_kqv"}),
+        are_queries_whole=True,
     ),
     Family(
         "gpt2",
@@ -118,9 +130,9 @@ FAMILIES = (
             "activation_function": "gelu_new",
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
-            "head_dim": None,
             "add_cross_attention": False,
         },
         frozenset({"feed_forward_length"}),
+        are_queries_whole=True,
     ),
 )

@@ -33,6 +33,8 @@ DTYPES = {
 Checkpoint = tuple[dict[str, Any], Mapping[str, Tensor]]
 """A `config.json` and tensors by Hugging Face's names, read when asked."""
 
+_ELSE = "the original checkpoint or a GGUF file"
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint of a directory, a .safetensors or a GGUF file."""
@@ -124,7 +126,8 @@ def _model_type(data: Mapping[str, Any], path: Path) -> str:
     if how := data.get("quantization_config"):
         method = how.get("quant_method", "unknown") if isinstance(how, dict) else how
         raise ConfigError(
-            f"{path} is quantised ({method}); load the original checkpoint or a GGUF file"
+            f"{path} is quantised ({method}); load "
+            + ("what `polyhead convert` makes of it" if method == "polyhead" else _ELSE)
         )
     return data["model_type"]
 

@@ -1,17 +1,23 @@
-"""How well a causal language model predicts a text."""
+"""How well a causal language model predicts a text, and an encoder-decoder its targets."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.generate.prompts import check_ids
 from polyhead.generate.score import summed_nats
+from polyhead.generate.seq2seq import Seq2Seq
 from polyhead.models.model import TaskModel, require_causal
+from polyhead.nn.mode import evaluating
 from polyhead.text.tokenizer import Tokenizer
 
 _MOST_CONTEXT = 2048
+_UNSCORED = -100
+_MOST_TARGET = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +108,42 @@ def scorable(tokenizer: Tokenizer, text: str) -> tuple[list[int], int]:
             f"a text of {len(text)} characters has no token to score; give a longer one"
         )
     return ids, num_bytes
+
+
+def target_perplexity(
+    model: TaskModel, tokenizer: Tokenizer, pairs: Sequence[tuple[str, str]], batch_size: int = 8
+) -> float:
+    """Of an encoder-decoder: each target's tokens and its end, scored by its source and what comes
+    before them in it. What is longer than the model, or than 512 tokens, loses its end.
+
+    pairs: sources and targets. Errors: DataError without any, ConfigError for a model that is no
+    encoder-decoder with a language head, or a tokenizer that does not say how targets begin or end.
+    """
+    if not pairs:
+        raise DataError("there are no sources and targets to score; give some")
+    start, end = Seq2Seq(model, tokenizer).start, tokenizer.eos_id
+    if start is None or end is None:
+        what = "ends" if end is None else "starts"
+        raise ConfigError(f"the tokenizer has no token that {what} a target: give it bos and eos")
+    most = min(model.config.max_tokens or _MOST_TARGET, _MOST_TARGET)
+    nats, tokens = 0.0, 0
+    with evaluating(model), torch.inference_mode():
+        for at in range(0, len(pairs), batch_size):
+            some = pairs[at : at + batch_size]
+            read = tokenizer([source for source, _ in some], max_len=most, truncate=True)
+            targets = tokenizer.encode_targets([target for _, target in some])
+            targets = [[*ids[: most - 1], end] for ids in targets]
+            wanted = torch.full((len(some), max(map(len, targets))), _UNSCORED)
+            for row, ids in zip(wanted, targets, strict=True):
+                row[: len(ids)] = torch.tensor(ids)
+            given = wanted.roll(1, 1).clamp_min(0)
+            given[:, 0] = start
+            wanted = wanted.to(model.device)
+            logits = model(
+                read.input_ids.to(model.device),
+                given.to(model.device),
+                attention_mask=read.attention_mask.to(model.device),
+            )
+            losses = F.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="sum")
+            nats, tokens = nats + float(losses), tokens + int((wanted != _UNSCORED).sum())
+    return math.exp(nats / tokens) if nats / tokens < 700 else math.inf
