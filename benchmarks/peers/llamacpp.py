@@ -12,7 +12,9 @@ import numpy as np
 from benchmarks.peers.job import Job, timed, varied, writing
 from benchmarks.peers.process import command
 
-_FILE_TYPES = {"Q4_0": api.LLAMA_FTYPE_MOSTLY_Q4_0, "Q8_0": api.LLAMA_FTYPE_MOSTLY_Q8_0}
+_FILE_TYPES = {
+    kind: getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind}") for kind in ("Q4_0", "Q4_1", "Q8_0")
+}
 _THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
 _QUIET = api.llama_log_callback(lambda level, text, data: None)
 api.llama_log_set(_QUIET, ctypes.c_void_p())
