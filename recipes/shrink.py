@@ -7,6 +7,7 @@ reads. Speed is of the packed model in bfloat16, by rounds in which each has its
 measures those alone, of the models that a run has left, so that nothing else need run beside it.
 """
 
+import argparse
 import copy
 import os
 import statistics
@@ -76,7 +77,13 @@ def main() -> None:
     )
     out, began = Path(given.out), time.perf_counter()
     if given.speeds:
-        return _tell_speeds(out, given.only.split(","), began)
+        _tell_speeds(out, given.only.split(","), began)
+    else:
+        _mend(given, out, began)
+
+
+def _mend(given: argparse.Namespace, out: Path, began: float) -> None:
+    """Each way at once and mended, on the disk what comes of it."""
     model, words = ph.load(BASE, dtype=torch.float32), ph.tokenizer(BASE)
     train, scored = _texts()
     ids = torch.tensor(words.encode(train[: 20 * CONTEXT])[: 4 * CONTEXT]).view(-1, CONTEXT)
