@@ -43,6 +43,13 @@ class Inputs:
             return self._made("marian", _marian)
         return self._made(f"llama-{name}", lambda path: _small(name, path))
 
+    def in_few_bits(self, name: str, form: str) -> str:
+        """The path of the same weights as Polyhead keeps them in few bits, a tokenizer beside."""
+        if (name, form) == ("smollm2.gguf", "int4"):
+            return self.model(name)  # its blocks are such
+        command = ["compress", self.model(name), "--to", form, "--unmeasured", "--out"]
+        return self._made(f"{name}-{form}", lambda path: _run(*command, str(path)))
+
     def _made(self, name: str, make: Any) -> str:
         path = self.folder / name
         if not (path / "config.json").exists():
@@ -74,8 +81,12 @@ class Inputs:
 
 
 def _convert(path: Path) -> None:
-    code = polyhead(["convert", "smollm2-135m", str(path), "--to", "hf", "--dtype", "bfloat16"])
-    assert not code, "smollm2-135m could not be converted"
+    _run("convert", "smollm2-135m", str(path), "--to", "hf", "--dtype", "bfloat16")
+
+
+def _run(*words: str) -> None:
+    code = polyhead(list(words))
+    assert not code, f"polyhead {' '.join(words)} failed"
 
 
 def _marian(path: Path) -> None:

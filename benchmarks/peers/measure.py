@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -69,7 +69,7 @@ def measure(row: Row, settings: Settings, say: Callable[[str], object]) -> dict[
     if not row.is_timed:
         for each in others:
             say(f"{row.name}: {each.name}")
-            with _taking_part(seen[each.name]), _opened(row, each, settings, seen[each.name]):
+            with _taking_part(seen[each.name], say), _opened(row, each, settings, seen[each.name]):
                 pass
     _judge(row, settings, seen)
     ceilings = pairs.ceilings
@@ -114,7 +114,10 @@ class _Pairs:
             for each in others:
                 self._reached.append(machine.ask("answer")["answer"])
                 theirs = seen[each.name]
-                with _taking_part(theirs), _opened(self.row, each, self.settings, theirs) as second:
+                with (
+                    _taking_part(theirs, self.say),
+                    _opened(self.row, each, self.settings, theirs) as second,
+                ):
                     self._run(ours, second, mine, theirs, each.name)
             self._reached.append(machine.ask("answer")["answer"])
         if self.row.goals:
@@ -155,12 +158,13 @@ def _notes(slices: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 @contextmanager
-def _taking_part(seen: Seen) -> Iterator[None]:
-    """Who cannot take part is noted, and the others go on."""
+def _taking_part(seen: Seen, say: Callable[[str], object]) -> Iterator[None]:
+    """Who cannot take part is noted, why is said, and the others go on."""
     try:
         yield
-    except AbsentError:
+    except AbsentError as error:
         seen.missing = "absent"
+        say(f"absent: {error}")
     except FailedError as error:
         seen.missing = f"failed: {error}"
 
@@ -189,11 +193,9 @@ def _judge(row: Row, settings: Settings, seen: dict[str, Seen]) -> None:
             judge.ask("open", job=job, options=options)
             return judge.ask("answer")["answer"]
 
-        given = {
-            key: value
-            for key, value in row.options(row.ours, settings.inputs).items()
-            if key != "form"
-        }
+        # The floats, of which what is in few bits was made.
+        floats = replace(row.ours, options={})
+        given = row.options(floats, settings.inputs)
         for name, gate in GATES[row.judge](row, given, answers, ask).items():
             seen[name].gate, seen[name].passed = str(gate), gate.passed
 

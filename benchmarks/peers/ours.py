@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from benchmarks.peers.job import Job, timed, varied, writing
 from benchmarks.peers.process import command
+from benchmarks.peers.rows import FEW_BITS
 
 import polyhead as ph
 from polyhead.generate.seq2seq import Seq2Seq
@@ -24,15 +25,15 @@ def versions() -> dict[str, str]:
 
 
 def opened(model: str, form: str) -> Any:
-    """A model packed for this machine. form: fp32, bf16, int8, int4, or "plain": as loaded."""
-    return packed(ph.load(model, dtype=DTYPES.get(form, torch.float32)), form)
+    """A model packed for this machine.
 
-
-def packed(model: Any, form: str) -> Any:
-    """`opened`, of a model that is built already in its type."""
-    if form == "plain":
-        return model
-    return ph.pack(model if form in DTYPES else ph.quantize(model, form))
+    form: fp32, bf16, or "plain": as loaded; int8, int4: `model` is in so few bits already, and
+    never is anything else in memory.
+    """
+    if form in FEW_BITS:
+        return ph.pack(ph.load(model, packed=model.endswith(".gguf")))
+    made = ph.load(model, dtype=DTYPES.get(form, torch.float32))
+    return made if form == "plain" else ph.pack(made)
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 TAKE_FOLDER = ("llama.cpp", "onnxruntime", "ctranslate2", "litgpt")
 """Peers that read what they make of a model, which is kept."""
+FEW_BITS = ("int4", "int8")
+"""Forms that ours reads from the disk as they are, made once and kept."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,10 @@ class Row:
     def options(self, contender: Contender, inputs: "Inputs") -> dict[str, Any]:
         """What a contender's job is opened with."""
         name = contender.model or self.model.get(contender.peer) or self.model[""]
-        found = {"model": inputs.model(name), **contender.options, **self.given(inputs)}
+        form = contender.options.get("form")
+        is_ours_small = contender.peer == "polyhead" and form in FEW_BITS
+        path = inputs.in_few_bits(name, form) if is_ours_small else inputs.model(name)
+        found = {"model": path, **contender.options, **self.given(inputs)}
         if contender.peer in TAKE_FOLDER and self.job != "cold_start":
             found["folder"] = str(inputs.folder)
         return found
