@@ -82,9 +82,13 @@ class Engine:
         seen = Seen(self.model.backbone)
         if seen.is_what(self._seen):
             return
-        if (self.model.dtype, self.model.device) != self._kind:
+        if not self.is_of(self.model):
             raise ConfigError("the model was cast or moved since: make another engine of it")
         self._seen, self._looks = seen, self._looks + 1
+
+    def is_of(self, model: TaskModel) -> bool:
+        """Whether it is this model's, as that is now."""
+        return model is self.model and (model.dtype, model.device) == self._kind
 
     @property
     def has_work(self) -> bool:

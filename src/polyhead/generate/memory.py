@@ -121,10 +121,11 @@ class Memory:
 
     def extend(self, row: int, held: int, length: int) -> None:
         """Make room for the tokens from `held` to `length`. Errors: OutOfBlocksError."""
-        if not self.can_extend([(row, held, length)]):
+        growing = [kind for kind in self.kinds.values() if not kind.holds(row, held, length)]
+        if any(kind.missing([(row, held, length)]) > kind.pool.num_free for kind in growing):
             raise OutOfBlocksError(f"no room for {length} tokens")
-        for tables in self.kinds.values():
-            tables.extend(row, held, length)
+        for kind in growing:
+            kind.extend(row, held, length)
 
     def has_room(self, keys: Sequence[bytes], length: int, rows: int, source: int = 0) -> bool:
         """Whether a text of `length` tokens, going on in `rows` rows, fits what is free now.

@@ -16,7 +16,7 @@ from polyhead.generate.runner import Piece, Runner
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
 from polyhead.generate.scoring import Scoring, not_finite
-from polyhead.generate.searching import Searching
+from polyhead.generate.searching import Read, Searching
 from polyhead.generate.speculative import Proposer
 
 
@@ -73,15 +73,14 @@ class Postprocess:
             states.setdefault(text.request, []).append((text, some))
             if text.unread == 0:
                 ready.append((text, some[-1]))
-        logits: dict[Text, Tensor] = {}
+        read = Read({text: row for row, (text, _) in enumerate(ready)})
         if ready:
-            rows = self.runner.logits(torch.stack([last for _, last in ready]))
-            logits = {text: row for (text, _), row in zip(ready, rows, strict=True)}
-            are_numbers = rows.amax(1).isfinite().tolist()
-            for text, good in zip(logits, are_numbers, strict=True):
+            read.logits = self.runner.logits(torch.stack([last for _, last in ready]))
+            are_numbers = read.logits.amax(1).isfinite().tolist()
+            for text, good in zip(read.rows, are_numbers, strict=True):
                 if not good and states.pop(text.request, None):
                     self.ending.fail(text.request, not_finite(len(text.ids)))
-        for request in self.searching.advance(states, logits):
+        for request in self.searching.advance(states, read):
             if request.search is not None and request.search.results():
                 self.ending.end(request)
             else:

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
@@ -33,32 +34,42 @@ def search_of(config: GenerationConfig) -> MakeSearch | None:
     return partial(BeamSearch, config) if config.num_beams > 1 else None
 
 
+@dataclass
+class Read:
+    """Logits `[N, V]` after the texts that were read to their ends, and which row is whose."""
+
+    rows: dict[Text, int]
+    logits: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+
+    def of(self, texts: Sequence[Text]) -> Tensor:
+        """Logits `[n, V]` after these."""
+        rows = [self.rows[text] for text in texts]
+        return self.logits if rows == [*range(len(self.logits))] else self.logits[rows]
+
+
 class Searching:
     """Moves searches on. Their texts fork by reference: what two of them hold is held once."""
 
     def __init__(self, scheduler: Scheduler, sampler: Sampler, ending: Ending) -> None:
         self.scheduler, self.sampler, self.ending = scheduler, sampler, ending
 
-    def advance(
-        self, found: dict[Request, list[tuple[Text, Tensor]]], logits: dict[Text, Tensor]
-    ) -> list[Request]:
+    def advance(self, found: dict[Request, list[tuple[Text, Tensor]]], read: Read) -> list[Request]:
         """One token for every text of these requests; the requests whose search is done.
 
-        found: the states `[T, E]` that were read of each text; logits `[V]` after each that was
-        read to its end.
+        found: the states `[T, E]` that were read of each text.
         """
         beams: dict[int, list[Request]] = {}
         for request, states in found.items():
             search = request.search
             if isinstance(search, ContrastiveSearch):
-                self._contrast(request, search, states, logits)
+                self._contrast(request, search, states, read)
             elif isinstance(search, DiverseBeams | ForcedBeams):
-                scores = self._scores([request], len(search.answers), logits)
+                scores = self._scores([request], len(search.answers), read)
                 self._go_on(request, search.advance(scores))
             elif search is not None:
                 beams.setdefault(len(search.answers), []).append(request)
         for num_beams, requests in beams.items():
-            scores = self._scores(requests, num_beams, logits)
+            scores = self._scores(requests, num_beams, read)
             searches = [cast(BeamSearch, request.search) for request in requests]
             for request, parents in zip(requests, advance(searches, scores), strict=True):
                 self._go_on(request, parents)
@@ -69,22 +80,20 @@ class Searching:
         request: Request,
         search: ContrastiveSearch,
         states: Sequence[tuple[Text, Tensor]],
-        logits: dict[Text, Tensor],
+        read: Read,
     ) -> None:
         if len(request.texts) == 1 and not search.answers[0]:
             search.read(states[0][1])
-            if request.texts[0] not in logits:
+            if request.texts[0] not in read.rows:
                 return
             seen = None
         else:
             by_text = dict(states)
             seen = torch.cat([by_text[text] for text in request.texts])
-        scores = self._scores([request], len(request.texts), logits)
+        scores = self._scores([request], len(request.texts), read)
         self._go_on(request, search.advance(seen, scores))
 
-    def _scores(
-        self, requests: Sequence[Request], num_rows: int, logits: dict[Text, Tensor]
-    ) -> Tensor:
+    def _scores(self, requests: Sequence[Request], num_rows: int, read: Read) -> Tensor:
         """Log-probabilities `[R * n, V]` after constraints; of a first text, as often as asked."""
         texts: list[Text] = []
         for request in requests:
@@ -96,7 +105,7 @@ class Searching:
                 text.slot = self.sampler.open(
                     request.config, request.prompt, request.seeds[0], request.ends
                 )
-        logprobs = torch.stack([logits[text] for text in texts]).float().log_softmax(1)
+        logprobs = read.of(texts).float().log_softmax(1)
         slots = [cast(int, text.slot) for text in texts]
         return self.sampler.constrain(logprobs, slots, [text.written for text in texts])
 

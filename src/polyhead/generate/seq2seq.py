@@ -20,7 +20,7 @@ TOKENS_AT_ONCE = 4096
 
 
 class Seq2Seq:
-    """Writes answers to sources; keeps nothing between calls.
+    """Writes answers to sources; of a call, only its engine is kept, for another of its size.
 
     A row gives what it gives alone, whatever else is in its batch.
     Errors: ConfigError for a model that is no encoder-decoder with a language head.
@@ -34,6 +34,7 @@ class Seq2Seq:
                 "that writes; use a t5, marian or transformer with head='lm'"
             )
         self.model, self.tokenizer = model, tokenizer
+        self._idle: Engine | None = None
         self.start, self.ends = start_id(model, tokenizer), end_ids(model, tokenizer)
 
     def settings(self, **changes: Any) -> GenerationConfig:
@@ -71,7 +72,7 @@ class Seq2Seq:
         ends = frozenset(() if config.ignore_eos else {*self.ends, *config.stop_token_ids})
         if not rows:
             return []
-        engine = Engine(self.model, self.tokenizer, _size(rows, config, tokens_at_once))
+        engine = self._take_engine(_size(rows, config, tokens_at_once))
         copies = copies_of(config)
         each = [row for row in rows for _ in range(copies)]
         seeds = row_seeds([config] * len(each), each, True)
@@ -88,7 +89,16 @@ class Seq2Seq:
             done = engine.step()
             if progress is not None and done:
                 progress(sum(request.is_finished for request in requests.values()), len(rows))
+        self._idle = engine
         return [_hypotheses(requests[i]) for i in range(len(rows))]
+
+    def _take_engine(self, size: EngineConfig) -> Engine:
+        """The engine of the last call, where it was of this size: its steps are recorded already.
+        Whoever has it has it alone, and where a call fails nobody gets it back."""
+        engine, self._idle = self._idle, None
+        if engine is None or engine.config != size or not engine.is_of(self.model):
+            engine = Engine(self.model, self.tokenizer, size)
+        return engine
 
 
 def _size(

@@ -29,6 +29,13 @@ class Tables:
         )  # the last row is nobody's
         self.first, self.end = [0] * max_rows, [0] * max_rows  # the blocks that a row holds
 
+    def holds(self, row: int, held: int, length: int) -> bool:
+        """Whether a row that holds `held` tokens can hold `length` in the blocks that it has."""
+        size = self.place.block_size
+        if length > self.end[row] * size:
+            return False
+        return held % size == 0 or self.pool.holders[self.blocks[row, held // size]] == 1
+
     def missing(self, wanted: Sequence[tuple[int, int, int]]) -> int:
         """Blocks to be taken before rows that hold `held` tokens can hold `length`, each."""
         size, needed = self.place.block_size, 0

@@ -84,6 +84,7 @@ class Sampler:
         # A tokenizer may know of ends that the head cannot write.
         drawable = tuple(sorted(end for end in ends if end < self.vocab_size))
         slot = Slot(config, tuple(prompt_ids), seed, drawable, compiled=compiled)
+        slot.is_plain = not compiled and not edits([slot], self.device, self._break_table)
         number = self._place(slot)
         if slot.needs_history:
             self._history.write(number, 0, slot.prompt)
@@ -154,6 +155,8 @@ class Sampler:
 
     def constrain(self, logprobs: Tensor, slots: Sequence[int], written: Sequence[int]) -> Tensor:
         """Scores `[N, V]` after penalties, bans, masks and forced tokens: what a search goes by."""
+        if all(self._row(slot).is_plain for slot in slots):
+            return logprobs.float()
         return self._planned(slots).edited(logprobs.float(), written, self._history)
 
     def is_complete(self, slot: int) -> bool:
@@ -174,7 +177,8 @@ class Sampler:
         other = self._place(row.fork(row.seed if seed is None else seed))
         if row.needs_history:
             self._history.copy(slot, other)
-        self._mu[other], self._surprise[other] = self._mu[slot], self._surprise[slot]
+        if row.config.mirostat:
+            self._mu[other], self._surprise[other] = self._mu[slot], self._surprise[slot]
         return other
 
     def close(self, slot: int) -> None:

@@ -24,6 +24,8 @@ class Slot:
     compiled: Future[Walk] | None = None
     walk: Walk | None = None
     problem: str = ""
+    is_plain: bool = False
+    """Whether nothing edits its scores, as is known of its config."""
 
     @cached_property
     def needs_history(self) -> bool:
