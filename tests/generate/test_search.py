@@ -1,5 +1,6 @@
 """Answers of tiny random models are those of transformers' `generate`, to the score."""
 
+import copy
 import random
 from collections.abc import Sequence
 from functools import cache
@@ -288,3 +289,19 @@ def test_what_cannot_be_written_is_one_line(models: Any) -> None:
         Seq2Seq(model).generate([[99]])
     with pytest.raises(ph.ConfigError, match="no encoder-decoder that writes"):
         Seq2Seq(models("gpt2", 0)[1])
+
+
+def test_a_later_call_sees_the_model_as_it_is_then(models: Any) -> None:
+    model = copy.deepcopy(models("marian", 0)[1])
+    writer, sources = Seq2Seq(model), [[5, 6, 7], [8, 9, 10]]
+    config = ph.GenerationConfig(num_beams=3, max_new_tokens=6, temperature=0.0)
+    before = writer.generate(sources, config)
+    check(writer.generate(sources, config), before)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(-1.5)
+    changed = Seq2Seq(model).generate(sources, config)
+    assert [best.ids for best, *_ in changed] != [best.ids for best, *_ in before]
+    check(writer.generate(sources, config), changed)
+    model.double()
+    check(writer.generate(sources, config), Seq2Seq(model).generate(sources, config))

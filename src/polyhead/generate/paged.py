@@ -146,7 +146,7 @@ class Pages:
 
     def copy(self, source: int, target: int) -> None:
         """Let one block hold what another holds."""
-        blocks = self._blocks(self.held).unflatten(0, (self.place.num_heads, -1))
+        blocks = self.held.view(self.place.num_heads, self.place.num_blocks, -1)
         blocks[:, target] = blocks[:, source]
 
     def num_bytes(self) -> int:
