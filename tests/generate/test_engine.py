@@ -182,7 +182,7 @@ def begun(engine: Engine, held: int, length: int) -> Piece:
     ids = [(7 * i + length) % V for i in range(held + length)]
     (text,) = engine.request(ids, greedy()).texts
     text.row = engine.memory.open()
-    engine.memory.extend(text.row, 0, held + length)
+    engine.memory.make_room([(text.row, 0, held + length)])
     if held:
         states(engine, [Piece(text, ids[:held], 0)])
     text.held = held

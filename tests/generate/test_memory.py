@@ -72,12 +72,9 @@ class Rows(RuleBasedStateMachine):
         more = more[: LONGEST - len(ids)]
         length = len(ids) + len(more)
         free = {kind: tables.pool.num_free for kind, tables in self.memory.kinds.items()}
-        if not self.memory.can_extend([(row, len(ids), length)]):
-            with pytest.raises(OutOfBlocksError):
-                self.memory.extend(row, len(ids), length)
+        if not self.memory.make_room([(row, len(ids), length)]):
             assert free == {k: tables.pool.num_free for k, tables in self.memory.kinds.items()}
             return
-        self.memory.extend(row, len(ids), length)
         for kind, tables in self.memory.kinds.items():
             for place, token in enumerate(more, len(ids)):
                 block = int(tables.blocks[row, place // SIZE])
@@ -102,8 +99,7 @@ class Rows(RuleBasedStateMachine):
         row = self.pick(data)
         length = len(self.texts[row])
         until = min(LONGEST, length + guesses)
-        if self.memory.can_extend([(row, length, until)]):
-            self.memory.extend(row, length, until)
+        if self.memory.make_room([(row, length, until)]):
             self.memory.cut(row, length)
 
     @precondition(lambda self: self.texts)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from polyhead.generate.paged import KINDS, Geometry, PagedCache, PagedCross, PagedLayer
-from polyhead.generate.pages import OutOfBlocksError
 from polyhead.generate.row_caches import RowCaches, States
 from polyhead.generate.tables import Tables
 from polyhead.kernels.held import Held
@@ -115,17 +114,23 @@ class Memory:
             state.share(row, target)
         return target
 
-    def can_extend(self, wanted: Sequence[tuple[int, int, int]]) -> bool:
-        """Whether rows `(row, held, length)` can all grow to their lengths."""
-        return all(tables.missing(wanted) <= tables.pool.num_free for tables in self.kinds.values())
+    def make_room(self, wanted: Sequence[tuple[int, int, int]]) -> bool:
+        """Let rows that hold `held` tokens have room for `length`, `(row, held, length)` each.
 
-    def extend(self, row: int, held: int, length: int) -> None:
-        """Make room for the tokens from `held` to `length`. Errors: OutOfBlocksError."""
-        growing = [kind for kind in self.kinds.values() if not kind.holds(row, held, length)]
-        if any(kind.missing([(row, held, length)]) > kind.pool.num_free for kind in growing):
-            raise OutOfBlocksError(f"no room for {length} tokens")
-        for kind in growing:
-            kind.extend(row, held, length)
+        False where there is too little for all of them; then none has more than before.
+        """
+        growing = [
+            (tables, [one for one in wanted if not tables.holds(*one)])
+            for tables in self.kinds.values()
+        ]
+        if any(tables.missing(some) > tables.pool.num_free for tables, some in growing):
+            return False
+        for tables, some in growing:
+            for one in some:
+                # Of those that shared a block, the last has it alone by now.
+                if not tables.holds(*one):
+                    tables.extend(*one)
+        return True
 
     def has_room(self, keys: Sequence[bytes], length: int, rows: int, source: int = 0) -> bool:
         """Whether a text of `length` tokens, going on in `rows` rows, fits what is free now.

@@ -115,10 +115,8 @@ class Scheduler:
             # Beams share what they write to.
             if text.request.search is not None:
                 return False
-            if held % memory.block_size == 0:
-                if not memory.can_extend([(row, held, held + 1)]):
-                    return False
-                memory.extend(row, held, held + 1)
+            if held % memory.block_size == 0 and not memory.make_room([(row, held, held + 1)]):
+                return False
         return True
 
     def _pieces(
@@ -130,7 +128,7 @@ class Scheduler:
         """
         self._open_texts(request)
         pieces = _wanted(request, budget, self.memory.most_at_once)
-        while pieces and not self.memory.can_extend(_growth(pieces)):
+        while not self.memory.make_room(_growth(pieces)):
             drafting = [text for text, _ in pieces if text.draft]
             if drafting:
                 for text in drafting:
@@ -140,8 +138,6 @@ class Scheduler:
             self._send_back(victim)
             if victim is request:
                 return []
-        for row, held, length in _growth(pieces):
-            self.memory.extend(row, held, length)
         self.had[request.client] += num_read(pieces)
         return pieces
 
@@ -261,11 +257,12 @@ def _wanted(request: Request, budget: int, most: int) -> list[tuple[Text, int]]:
 
     The texts of a search go on together, and those that are guided with their companions.
     """
+    pieces = [(text, 1) for text in request.texts if text.decodes]
+    if len(pieces) == len(request.texts):
+        return pieces
+    if request.moves_together:
+        pieces = []
     reading = [text for text in request.texts if not text.decodes]
-    decoding = [text for text in request.texts if text.decodes]
-    if request.moves_together and reading:
-        decoding = []
-    pieces = [(text, 1) for text in decoding]
     for text in reading:
         if text.row is None:
             break

@@ -126,9 +126,10 @@ class Searching:
                 text = self._forked(text, number)
             texts.append(text)
         for number, (text, answer) in enumerate(zip(texts, request.search.answers, strict=True)):
-            text.number, text.ids = number, [*request.prompt, *answer]
+            text.number = number
+            text.ids.append(answer[-1])
             del text.keys[text.held // self.scheduler.memory.block_size :]
-            self.sampler.write(cast(int, text.slot), 0, answer)
+            self.sampler.write(cast(int, text.slot), len(answer) - 1, answer[-1:])
             self.sampler.accept(cast(int, text.slot), answer[-1:])
         request.texts = texts
         self.scheduler.written(request, len(texts))

@@ -178,10 +178,7 @@ class DraftModel(Proposer):
     def _has_room(self, text: Text) -> bool:
         own = self._own[text]
         row, length = cast(int, own.row), len(own.ids)
-        if length > self.max_len or not self.memory.can_extend([(row, own.held, length)]):
-            return False
-        self.memory.extend(row, own.held, length)
-        return True
+        return length <= self.max_len and self.memory.make_room([(row, own.held, length)])
 
 
 def first_layers(model: TaskModel, num_layers: int) -> TaskModel:
