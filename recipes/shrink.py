@@ -27,8 +27,8 @@ from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
 
 BASE = "smollm2-135m"
-CONTEXT, BATCH = 256, 4
-HELD, SCORED = slice(20_000, 20_600), 12_000  # verses; characters of each text that are scored
+CONTEXT, BATCH = 256, 2
+HELD, SCORED = slice(20_000, 20_600), 8_000  # verses; characters of each text that are scored
 PROMPT, WRITTEN, ROUNDS = 512, 64, 9
 GRADUAL: dict[str, Any] = {"prune_begin": 0.1, "prune_end": 0.5, "prune_every": 2}
 
@@ -73,7 +73,7 @@ def ways(rows: torch.Tensor) -> dict[str, Way]:
 
 def main() -> None:
     given = arguments(
-        __doc__, "shrink", steps=48, lr=1e-4, only="whole,half,heads,2:4", speeds=False
+        __doc__, "shrink", steps=32, lr=1e-4, only="whole,half,heads,2:4", speeds=False
     )
     out, began = Path(given.out), time.perf_counter()
     if given.speeds:
@@ -86,8 +86,8 @@ def _mend(given: argparse.Namespace, out: Path, began: float) -> None:
     """Each way at once and mended, on the disk what comes of it."""
     model, words = ph.load(BASE, dtype=torch.float32), ph.tokenizer(BASE)
     train, scored = _texts()
-    ids = torch.tensor(words.encode(train[: 20 * CONTEXT])[: 4 * CONTEXT]).view(-1, CONTEXT)
-    ways_by_name = ways(ids)
+    rows = words.encode(train[: 20 * CONTEXT])[: 4 * CONTEXT]
+    ways_by_name = ways(torch.tensor(rows).view(-1, CONTEXT))
     for name in given.only.split(","):
         way = ways_by_name[name]
         small = way.make(copy.deepcopy(model))

@@ -12,8 +12,16 @@ from torch.testing import assert_close
 import polyhead as ph
 from polyhead.errors import ConfigError
 from polyhead.kernels import PackedLinear, pack
+from polyhead.kernels.attend import FusedAttention
+from polyhead.kernels.norm import FusedRMSNorm
+from polyhead.kernels.packing import MANY, ManyTokensHead
+from polyhead.kernels.rotate import FusedRotary
 from polyhead.models.model import TaskModel
+from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
+from polyhead.nn.head import LanguageHead
+from polyhead.nn.norm import RMSNorm
+from polyhead.nn.rotary import Rotary
 
 TEXT: dict[str, Any] = dict(
     vocab_size=50, d_model=32, d_ff=48, num_layers=2, num_heads=2, init_std=0.3
@@ -176,3 +184,19 @@ def test_maps_are_captured_as_ever() -> None:
 def test_a_tied_head_stays_tied() -> None:
     packed = pack(made("gpt2"))
     assert packed.head.weight is packed.backbone.embedding.weight
+
+
+def test_parts_without_products_take_their_kernels() -> None:
+    kinds = {type(part) for part in pack(made("llama")).modules()}
+    assert {FusedAttention, FusedRMSNorm, FusedRotary, ManyTokensHead} <= kinds
+    assert not {MultiHeadAttention, RMSNorm, Rotary, LanguageHead} & kinds
+
+
+@pytest.mark.parametrize("tokens", [MANY - 1, MANY])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_head_of_many_tokens(tokens: int, scale: float) -> None:
+    head = LanguageHead(24, 50, bias=True, scale=scale)
+    x = torch.randn(1, tokens, 24)
+    found = pack(nn.Sequential(head))
+    assert type(found[0]) is ManyTokensHead
+    assert_close(found(x), head(x).detach(), atol=1e-5, rtol=1e-5)

@@ -26,13 +26,6 @@ _Strides = ctypes.c_int64 * 3
 class FusedAttention(MultiHeadAttention):
     """`MultiHeadAttention` by the faster `attend`; probes are served as ever."""
 
-    @classmethod
-    def of(cls, layer: MultiHeadAttention) -> "FusedAttention":
-        """The same layer, its parts included."""
-        fused = cls.__new__(cls)
-        fused.__dict__ = layer.__dict__
-        return fused
-
     def weigh(
         self,
         q: Tensor,

@@ -18,13 +18,6 @@ from polyhead.nn.norm import LayerNorm, RMSNorm
 class FusedLayerNorm(LayerNorm):
     """`LayerNorm` by the kernel; what that does not take is left to torch."""
 
-    @classmethod
-    def of(cls, layer: LayerNorm) -> "FusedLayerNorm":
-        """The same layer, its weights included."""
-        fused = cls.__new__(cls)
-        fused.__dict__ = layer.__dict__
-        return fused
-
     def forward(self, input: Tensor) -> Tensor:
         if not _takes(input, self.weight, self.bias, self.normalized_shape):
             return super().forward(input)

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from polyhead.compress.formats import Int4, PackedWeight
 from polyhead.errors import ConfigError
-from polyhead.kernels.attend import FusedAttention
-from polyhead.kernels.norm import FusedLayerNorm
+from polyhead.kernels import attend, norm, rotate
 from polyhead.kernels.products import LaidOut
-from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
 from polyhead.nn.head import LanguageHead
@@ -28,6 +26,8 @@ FUSED: dict[Callable[[Tensor], Tensor], tuple[str, str]] = {
     F.silu: ("swish", ""),
     F.tanh: ("tanh", ""),
 }
+MANY = 64  # tokens, for which it pays to lay a weight out on the way
+_DOUBLES = {**attend.DOUBLES, **norm.DOUBLES, **rotate.DOUBLES}
 
 
 def pack(model: M) -> M:
@@ -36,8 +36,9 @@ def pack(model: M) -> M:
     Linear layers become `PackedLinear`s, with the activation that follows in a feed-forward layer;
     matrices in int4 or int8 (`quantize`) are multiplied as they are, by activations in eight bits
     (in twice as many by the language head of a model in int8, whose own rounding is next to none);
-    attention over up to 2048 keys and LayerNorm take kernels of our own where g++ is there. What
-    a machine or a dtype does not support stays as it is. The old model is untouched, and what is
+    attention over up to 2048 keys, norms and rotations take kernels of our own where g++ is there;
+    language heads, whose table is shared, are multiplied by oneDNN as they lie. What a machine or a
+    dtype does not support stays as it is. The old model is untouched, and what is
     not packed is shared with it; drop it, and its linear layers' weights are freed. The new one
     saves and loads weights like the old, but is not trained, moved or cast: do that before.
     """
@@ -55,11 +56,18 @@ def pack(model: M) -> M:
                 setattr(part, name, LaidOut.of(child, rounds_twice) or child)
             if type(child) is nn.Linear and PackedLinear.takes(child.weight):
                 setattr(part, name, PackedLinear(child))
-            elif type(child) is MultiHeadAttention:
-                setattr(part, name, FusedAttention.of(child))
-            elif type(child) is nn.LayerNorm and child.elementwise_affine:
-                setattr(part, name, FusedLayerNorm.of(child))
+            elif type(child) is LanguageHead and PackedLinear.takes(child.weight):
+                setattr(part, name, _as(ManyTokensHead, child))
+            elif double := _DOUBLES.get(type(child)):
+                setattr(part, name, _as(double, child))
     return packed
+
+
+def _as(double: type[nn.Module], part: nn.Module) -> nn.Module:
+    """The same part, all that it holds included, of its faster class."""
+    found = double.__new__(double)
+    found.__dict__ = part.__dict__
+    return found
 
 
 def _fuse(part: FeedForward | GatedFeedForward) -> None:
@@ -126,6 +134,17 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, activation={self.activation}"
+
+
+class ManyTokensHead(LanguageHead):
+    """`LanguageHead`, by oneDNN where tokens are many: on AMD's CPUs torch's own products of
+    float32 take up to three times as long."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.numel() < MANY * input.shape[-1]:
+            return super().forward(input)
+        logits = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        return logits if self.scale == 1.0 else logits * self.scale
 
 
 def _laid_out(weight: Tensor) -> nn.Parameter:
