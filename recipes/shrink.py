@@ -3,7 +3,7 @@
 Half of the weights zero, two of every four, a third of the heads gone; a model left whole learns
 from the same tokens, so that what pruning costs is told from what the texts teach. All are scored
 before and after on verses held out of what is learned, and on Python's documentation, which none
-reads. Speed is of the packed model in bfloat16, by rounds in which each has its turn; --speeds
+reads. Speed is of the packed model in bfloat16, by rounds in which each has its turn; --speeds 1
 measures those alone, of the models that a run has left, so that nothing else need run beside it.
 """
 
@@ -72,9 +72,7 @@ def ways(rows: torch.Tensor) -> dict[str, Way]:
 
 
 def main() -> None:
-    given = arguments(
-        __doc__, "shrink", steps=48, lr=1e-4, only="whole,half,heads,2:4", speeds=False
-    )
+    given = arguments(__doc__, "shrink", steps=48, lr=1e-4, only="whole,half,heads,2:4", speeds=0)
     out, began = Path(given.out), time.perf_counter()
     if given.speeds:
         _tell_speeds(out, given.only.split(","), began)
