@@ -115,8 +115,8 @@ def test_chat_wants_a_template(cli, plain):
 
 @pytest.mark.weights
 def test_smollm2_knows_a_capital(cli, smollm2, stdin):
-    question = "What is the capital of France?"
+    question = "What is the capital of Japan?"  # no token of the answer has a near rival
     words = ("--temperature", 0, "--max-new-tokens", 12)
-    assert "Paris" in cli("generate", smollm2, question, *words).out
+    assert "Tokyo" in cli("generate", smollm2, question, *words).out
     stdin(f"{question}\n")
-    assert "Paris" in cli("chat", smollm2, *words).out
+    assert "Tokyo" in cli("chat", smollm2, *words).out
