@@ -4,6 +4,7 @@ What stands around a session, sentence-transformers' users write themselves: sen
 length in batches of 32, the mean over the tokens, and length 1.
 """
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -78,6 +79,8 @@ def embed(model: str, form: str, folder: str, texts: list[str]) -> Job:
     )
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
     tokenizer.no_padding()
+    said = json.loads((Path(model) / "sentence_bert_config.json").read_text(encoding="utf-8"))
+    tokenizer.enable_truncation(said["max_seq_length"])
 
     def vectors() -> np.ndarray:
         rows = [row.ids for row in tokenizer.encode_batch_fast(texts)]

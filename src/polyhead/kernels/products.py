@@ -91,12 +91,12 @@ class LaidOut(PackedWeight):
             found = self._unpack(blocks).transpose(1, 2).flatten(0, 1)
             found = found[start - first * _ROWS : stop - first * _ROWS]
         else:
-            blocks, lanes = rows // _ROWS, rows % _ROWS
-            found = self._unpack(blocks)[torch.arange(len(rows)), :, lanes]
+            found = self._unpack(rows // _ROWS, rows % _ROWS)[:, :, 0]
         return found.flatten(1)[:, : self.shape[1]].to(self.dtype)
 
-    def _unpack(self, blocks: Rows) -> Tensor:
-        """The weights of blocks `[n, groups, 16, 32]`, float32."""
+    def _unpack(self, blocks: Rows, lanes: Tensor | None = None) -> Tensor:
+        """The weights of blocks `[n, groups, 16, 32]`, float32; lanes `[n]`: of each but that row,
+        `[n, groups, 1, 32]`."""
         raise NotImplementedError
 
 
@@ -109,11 +109,11 @@ class LaidOutInt4(LaidOut):
         super().__init__(weight)
         self._hold("data", _blocks(*map(_lanes, weight.steps()), _fours(weight.codes)))
 
-    def _unpack(self, blocks: Rows) -> Tensor:
-        scales, least, codes = self.data[blocks].split([2 * _ROWS, 2 * _ROWS, 16 * _ROWS], 2)
-        scales, least = (x.contiguous().view(torch.float16).float() for x in (scales, least))
-        both = codes.unflatten(2, (-1, _ROWS, 4))
-        found = torch.cat([both & 15, both >> 4], 2).transpose(2, 3).flatten(3)
+    def _unpack(self, blocks: Rows, lanes: Tensor | None = None) -> Tensor:
+        scales, least, codes = self.data.split([2 * _ROWS, 2 * _ROWS, 16 * _ROWS], 2)
+        scales, least = (_halves(x, blocks, lanes) for x in (scales, least))
+        both = _columns(codes, blocks, lanes)
+        found = torch.cat([both & 15, both >> 4], 3).flatten(3)
         return torch.addcmul(least[..., None], found, scales[..., None])
 
 
@@ -127,10 +127,10 @@ class LaidOutInt8(LaidOut):
         codes = _fours(_from_zero(weight.codes))
         self._hold("data", _blocks(*map(_lanes, weight.steps()), codes))
 
-    def _unpack(self, blocks: Rows) -> Tensor:
-        scales, codes = self.data[blocks].split([2 * _ROWS, STEPS * _ROWS], 2)
-        scales = scales.contiguous().view(torch.float16).float()
-        return _to_rows(codes) * scales[..., None]
+    def _unpack(self, blocks: Rows, lanes: Tensor | None = None) -> Tensor:
+        scales, codes = self.data.split([2 * _ROWS, STEPS * _ROWS], 2)
+        found = _columns(codes, blocks, lanes).flatten(3).float() - 128
+        return found * _halves(scales, blocks, lanes)[..., None]
 
 
 class LaidOutInt8Rows(LaidOut):
@@ -148,9 +148,11 @@ class LaidOutInt8Rows(LaidOut):
     def _row_scales(self, start: int) -> ctypes.c_void_p:
         return address(self.scales[start:])
 
-    def _unpack(self, blocks: Rows) -> Tensor:
-        rows = F.pad(self.scales, (0, -len(self.scales) % _ROWS)).view(-1, _ROWS)[blocks]
-        return _to_rows(self.data[blocks]) * rows[:, None, :, None]
+    def _unpack(self, blocks: Rows, lanes: Tensor | None = None) -> Tensor:
+        scales = F.pad(self.scales, (0, -len(self.scales) % _ROWS)).view(-1, _ROWS)[blocks]
+        scales = scales if lanes is None else scales.gather(1, lanes[:, None])
+        found = _columns(self.data, blocks, lanes).flatten(3).float() - 128
+        return found * scales[:, None, :, None]
 
 
 _LAID_OUT: dict[type[PackedWeight], Any] = {
@@ -165,9 +167,17 @@ def _from_zero(codes: Tensor) -> Tensor:
     return codes.contiguous().view(torch.uint8) ^ 128
 
 
-def _to_rows(codes: Tensor) -> Tensor:
-    """Codes as `_fours` lays them, less 128: `[blocks, groups, 16, 32]` float32."""
-    return codes.unflatten(2, (-1, _ROWS, 4)).transpose(2, 3).flatten(3).float() - 128
+def _halves(x: Tensor, blocks: Rows, lanes: Tensor | None) -> Tensor:
+    """Of bytes of a float16 for each row of a block `[blocks, groups, 32]`: `[n, groups, 16 or 1]`
+    float32."""
+    x = x.view(torch.float16)
+    return (x[blocks] if lanes is None else x[blocks, :, lanes][..., None]).float()
+
+
+def _columns(codes: Tensor, blocks: Rows, lanes: Tensor | None) -> Tensor:
+    """Bytes as `_fours` lays them by their rows `[n, groups, 16 or 1, fours, 4]`."""
+    codes = codes.unflatten(2, (-1, _ROWS, 4)).transpose(2, 3)
+    return codes[blocks] if lanes is None else codes[blocks, :, lanes][:, :, None]
 
 
 def _lanes(x: Tensor) -> Tensor:
