@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polyhead.compress.formats import STEPS, Int4, PackedWeight, Stepped
+from polyhead.compress.formats import STEPS, Int8, PackedWeight, Stepped
 
 Rounded = tuple[Tensor, tuple[Tensor, ...]]
 """Weights `[R, W]` that lie on a grid, and its steps."""
@@ -74,9 +74,9 @@ class Grid:
 def rounded_inputs(x: Tensor, form: type[PackedWeight]) -> Tensor:
     """Activations `[..., W]` as `pack`'s products round them, in float32: the definition.
 
-    form: of the weights that they meet; those in eight bits are worth a scale for each 16.
+    form: of the weights that they meet; `Int8` is worth a scale for each 16.
     """
-    some = STEPS if form is Int4 else STEPS // 2
+    some = STEPS // 2 if form is Int8 else STEPS
     groups = F.pad(x.float(), (0, -x.shape[-1] % some)).unflatten(-1, (-1, some))
     most = groups.abs().amax(-1, keepdim=True)
     codes = (groups * torch.where(most > 0, 127 / most, 0.0)).round()

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from polyhead.compress import layers
 from polyhead.compress.formats import Int4, PackedWeight
 from polyhead.errors import ConfigError
 from polyhead.kernels import attend, norm, rotate
-from polyhead.kernels.products import LaidOut
+from polyhead.kernels.products import ENDINGS, LaidOut
 from polyhead.nn.embedding import Table
-from polyhead.nn.feedforward import ACTIVATIONS, FeedForward, GatedFeedForward
+from polyhead.nn.feedforward import ACTIVATIONS, Activation, FeedForward, GatedFeedForward
 from polyhead.nn.head import LanguageHead
 
 M = TypeVar("M", bound=nn.Module)
@@ -54,6 +55,8 @@ def pack(model: M) -> M:
             if isinstance(child, PackedWeight):
                 rounds_twice = is_fine and isinstance(part, LanguageHead | Table)
                 setattr(part, name, LaidOut.of(child, rounds_twice) or child)
+            if type(child) is layers.PackedLinear:
+                setattr(part, name, _as(LaidOutLinear, child))
             if type(child) is nn.Linear and PackedLinear.takes(child.weight):
                 setattr(part, name, PackedLinear(child))
             elif type(child) is LanguageHead and PackedLinear.takes(child.weight):
@@ -63,7 +66,7 @@ def pack(model: M) -> M:
     return packed
 
 
-def _as(double: type[nn.Module], part: nn.Module) -> nn.Module:
+def _as(double: type[M], part: nn.Module) -> M:
     """The same part, all that it holds included, of its faster class."""
     found = double.__new__(double)
     found.__dict__ = part.__dict__
@@ -74,6 +77,10 @@ def _fuse(part: FeedForward | GatedFeedForward) -> None:
     """The activation becomes part of the product that it follows."""
     name = "up" if isinstance(part, FeedForward) else "gate"
     before = getattr(part, name)
+    if part.activation in ENDINGS and type(before) is layers.PackedLinear:
+        after = _as(LaidOutLinear, before)
+        after.activation, part.activation = part.activation, _same
+        setattr(part, name, after)
     if part.activation in FUSED and type(before) is nn.Linear and PackedLinear.takes(before.weight):
         setattr(part, name, PackedLinear(before, *FUSED[part.activation]))
         part.activation = _same
@@ -81,6 +88,20 @@ def _fuse(part: FeedForward | GatedFeedForward) -> None:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+class LaidOutLinear(layers.PackedLinear):
+    """`nn.Linear` from few bits whose kernel adds the bias and applies an activation, too."""
+
+    activation: Activation | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.packed, LaidOut) and not input.requires_grad:
+            found = self.packed.times(input, bias=self.bias, activation=self.activation)
+            if found is not None:
+                return found
+        y = super().forward(input)
+        return y if self.activation is None else self.activation(y)
 
 
 class PackedLinear(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from polyhead.compress.formats import STEPS, PackedWeight
 from polyhead.compress.layers import PackedExperts, PackedLinear, PackedTable, TiedHead
 from polyhead.kernels.norm import FusedLayerNorm, FusedRMSNorm
+from polyhead.kernels.packing import LaidOutLinear
 from polyhead.kernels.products import LaidOut
 from polyhead.kernels.rotate import FusedRotary
 from polyhead.kernels.tape import NotRecordedError, Tape
@@ -96,6 +97,10 @@ class _Recorder:
 
     def packed_linear(self, layer: Any, x: Tensor) -> Tensor:
         return self._packed(x, layer.packed, layer.bias)
+
+    def laid_out_linear(self, layer: Any, x: Tensor) -> Tensor:
+        found = self.packed_linear(layer, x)
+        return found if layer.activation is None else layer.activation(found)
 
     def tied_head(self, head: Any, x: Tensor) -> Tensor:
         found = self._packed(x, head.embedding.packed, head.bias)
@@ -286,6 +291,7 @@ _DOES: dict[str, dict[Any, Any]] = {
     "forward": {
         nn.Linear.forward: _Recorder.linear,
         PackedLinear.forward: _Recorder.packed_linear,
+        LaidOutLinear.forward: _Recorder.laid_out_linear,
         TiedHead.forward: _Recorder.tied_head,
         LanguageHead.forward: _Recorder.language_head,
         RMSNorm.forward: _Recorder.norm,

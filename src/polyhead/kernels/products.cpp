@@ -3,35 +3,36 @@
 #include "products.h"
 
 #include <omp.h>
-#include <vector>
+#include <memory>
 
 namespace {
 
 template <Kind KIND, int TIMES, class T>
-void product(const T* in, const uint8_t* blocks, const float* row_scales, T* out, int64_t tokens,
-             int64_t given, int64_t rows, int threads) {
-    std::vector<uint8_t> room(Rounded::room(tokens * TIMES, given, SCALES<KIND>));
-    Rounded x(room.data(), tokens * TIMES, given, SCALES<KIND>);
+void product(const T* in, const uint8_t* blocks, const Ending<T>& ending, int64_t tokens,
+             int64_t given, int threads) {
+    std::unique_ptr<uint8_t[]> room(new uint8_t[Rounded::room(tokens * TIMES, given, SCALES<KIND>)]);
+    Rounded x(room.get(), tokens * TIMES, given, SCALES<KIND>);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (int64_t token = 0; token < tokens; token++)
-            round_token<TIMES>(x, in + token * given, given, token);
-        int64_t count = (rows + ROWS - 1) / ROWS, many = omp_get_num_threads();
+            round_token<KIND, TIMES>(x, in + token * given, given, token);
+        int64_t count = (ending.rows + ROWS - 1) / ROWS, many = omp_get_num_threads();
         int64_t thread = omp_get_thread_num();
-        multiply<KIND, TIMES>(x, 0, tokens, blocks, row_scales, count * thread / many * ROWS,
-                       count * (thread + 1) / many * ROWS, rows, out);
+        multiply<KIND, TIMES>(x, 0, tokens, blocks, count * thread / many * ROWS,
+                              count * (thread + 1) / many * ROWS, ending);
     }
 }
 
 }  // namespace
 
-// in [tokens, given], out [tokens, rows]; row_scales [rows], or none.
+// in [tokens, given], out [tokens, rows]; row_scales and bias [rows], or none.
 #define PRODUCT(NAME, KIND, TIMES, T)                                                              \
     extern "C" void product_##NAME(const T* in, const uint8_t* blocks, const float* row_scales,    \
-                                   T* out, int64_t tokens, int64_t given, int64_t rows,            \
-                                   int32_t threads) {                                              \
-        product<KIND, TIMES>(in, blocks, row_scales, out, tokens, given, rows, threads);           \
+                                   const T* bias, int32_t activation, T* out, int64_t tokens,      \
+                                   int64_t given, int64_t rows, int32_t threads) {                 \
+        Ending<T> ending{row_scales, bias, (Then)activation, out, rows};                     \
+        product<KIND, TIMES>(in, blocks, ending, tokens, given, threads);                          \
     }
 #define PRODUCTS(NAME, KIND, TIMES)                                                                \
     PRODUCT(NAME##_float32, KIND, TIMES, float)                                                    \

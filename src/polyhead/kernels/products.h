@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "vectors.h"
+#include "activations.h"
 
 namespace {
 
@@ -29,9 +29,12 @@ template <Kind KIND> constexpr int64_t block_bytes() {
     return head_bytes<KIND>() + code_bytes<KIND>();
 }
 
-// Scales of a group of activations: of those that meet weights in eight bits one for each half, as
-// their own rounding is what such products lose.
-template <Kind KIND> constexpr int SCALES = KIND == INT4_GROUPS ? 1 : 2;
+// Scales of a group of activations: of those that meet weights in groups of eight bits one for each
+// half, as their own rounding is what such products lose.
+template <Kind KIND> constexpr int SCALES = KIND == INT8_GROUPS ? 2 : 1;
+
+// Where the weights' codes begin, by their scale; of four bits that is said with each group.
+template <Kind KIND> constexpr float BEGIN = KIND == INT4_GROUPS ? 1.0f : -128.0f;
 
 typedef int32_t Four __attribute__((may_alias, aligned(1)));  // codes of four columns
 
@@ -62,7 +65,7 @@ template <Kind KIND> inline void read_codes(const uint8_t* at, int64_t row, uint
 
 // Activations of some tokens in groups of 32, `each` scales for each: of each chunk of tokens its
 // codes [groups, tokens, 32], scales [groups, tokens, each] and sums of the numbers that the codes
-// stand for [groups, tokens].
+// stand for, times BEGIN [groups, tokens].
 struct Rounded {
     int8_t* codes;
     float *scales, *sums;
@@ -96,58 +99,68 @@ inline Ints nearest(Floats x) {
 #endif
 }
 
-inline int32_t keep_codes(int8_t* to, Ints codes) {  // returns their sum
+inline void keep_codes(int8_t* to, Ints codes) {
 #ifdef __AVX512BW__
     _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)codes));
-    return _mm512_reduce_add_epi32((__m512i)codes);
 #else
-    int32_t sum = 0;
-    for (int i = 0; i < LANES; i++) to[i] = codes[i], sum += codes[i];
-    return sum;
+    for (int i = 0; i < LANES; i++) to[i] = codes[i];
 #endif
 }
 
-// A group of a token; leaves in `some` what its codes lack.
-inline void round_group(const Rounded& to, int64_t token, int64_t group, Floats* some) {
-    int64_t place = to.first(token) + group * to.apart(token);
-    int8_t* codes = to.codes + place * GROUP;
-    int vectors = GROUP / LANES / to.each;
-    to.sums[place] = 0.0f;
-    for (int part = 0; part < to.each; part++, some += vectors, codes += GROUP / to.each) {
-        Floats high = {}, none = {};
-        for (int i = 0; i < vectors; i++) {
-            Floats size = absolute(some[i]);
-            high = size > high ? size : high;
-            none += some[i] - some[i];
+// As many parts, each with a scale of its own, as a vector has numbers; `many` of them are there,
+// from the part `first` of the token on. Of each `SIZE` vectors; leaves there what the codes lack.
+template <Kind KIND, int SIZE>
+void round_parts(const Rounded& to, int64_t token, int64_t first, int many, Floats (*parts)[SIZE]) {
+    Floats sizes[LANES] = {}, sums[LANES] = {};
+    for (int part = 0; part < many; part++)
+        for (int i = 0; i < SIZE; i++) {
+            Ints size = (Ints)absolute(parts[part][i]);
+            sizes[part] = (Floats)(size > (Ints)sizes[part] ? size : (Ints)sizes[part]);
         }
-        float most = largest(high);
-        float inverse = most > 0 ? 127.0f / most : 0.0f;
-        // What is not a number makes the sums none.
-        float scale = most / 127.0f + total(none);
-        int32_t sum = 0;
-        for (int i = 0; i < vectors; i++) {
-            Ints nearest_codes = nearest(some[i] * inverse);
-            sum += keep_codes(codes + i * LANES, nearest_codes);
-            some[i] -= __builtin_convertvector(nearest_codes, Floats) * scale;
+    Floats most = tops(sizes);
+    // What is not a number makes the sums none.
+    Floats scales = most / 127.0f + (most - most);
+    Floats inverses = (Floats)((Ints)(127.0f / most) & (most > 0.0f));
+    float scale[LANES], inverse[LANES], sum[LANES];
+    store(scale, scales), store(inverse, inverses);
+    constexpr int EACH = SCALES<KIND>;
+    int64_t start = to.first(token), apart = to.apart(token);
+    for (int part = 0; part < many; part++) {
+        int64_t place = start + (first + part) / EACH * apart;
+        int8_t* codes = to.codes + place * GROUP + (first + part) % EACH * (GROUP / EACH);
+        for (int i = 0; i < SIZE; i++) {
+            Ints near = nearest(parts[part][i] * inverse[part]);
+            keep_codes(codes + i * LANES, near);
+            Floats whole = __builtin_convertvector(near, Floats);
+            parts[part][i] -= whole * scale[part];
+            sums[part] += whole;
         }
-        to.scales[place * to.each + part] = scale;
-        to.sums[place] += scale * sum;
+        to.scales[place * EACH + (first + part) % EACH] = scale[part];
+    }
+    store(sum, totals(sums) * scales * BEGIN<KIND>);
+    for (int part = 0; part < many; part += EACH) {
+        float all = sum[part];
+        for (int i = 1; i < EACH; i++) all += sum[part + i];
+        to.sums[start + (first + part) / EACH * apart] = all;
     }
 }
 
 // x: the numbers of a token, `given` of them; the rest of its groups are zeros. Of two TIMES what
 // the codes lack is rounded too, as a token of its own that stands next.
-template <int TIMES, class T>
+template <Kind KIND, int TIMES, class T>
 void round_token(const Rounded& to, const T* x, int64_t given, int64_t token) {
-    for (int64_t group = 0; group < to.groups; group++) {
-        Floats some[GROUP / LANES];
-        for (int i = 0; i < GROUP / LANES; i++) {
-            int64_t first = group * GROUP + i * LANES;
-            int64_t there = std::clamp<int64_t>(given - first, 0, LANES);
-            some[i] = there == LANES ? load(x + first) : load_some(x + first, there);
+    constexpr int SIZE = GROUP / LANES / SCALES<KIND>;
+    int64_t count = to.groups * SCALES<KIND>;
+    for (int64_t first = 0; first < count; first += LANES) {
+        Floats parts[LANES][SIZE];
+        int many = std::min<int64_t>(LANES, count - first);
+        for (int i = 0; i < many * SIZE; i++) {
+            int64_t at = (first * SIZE + i) * LANES;
+            int64_t there = std::clamp<int64_t>(given - at, 0, LANES);
+            parts[i / SIZE][i % SIZE] = there == LANES ? load(x + at) : load_some(x + at, there);
         }
         for (int time = 0; time < TIMES; time++)
-            round_group(to, token * TIMES + time, group, some);
+            round_parts<KIND>(to, token * TIMES + time, first, many, parts);
     }
 }
 
@@ -166,47 +179,71 @@ constexpr int PARTS = ROWS / LANES;
 
 namespace {
 
+enum Then { NONE, RELU, GELU, GELU_TANH, SILU };
+
+// What a sum becomes before it is written, and where that is: out [tokens, rows].
+template <class T> struct Ending {
+    const float* row_scales;  // [rows], or none
+    const T* bias;            // [rows], or none
+    Then then;
+    T* out;
+    int64_t rows;
+
+    void write(Floats y, int64_t token, int64_t row) const {
+        int64_t count = std::min<int64_t>(LANES, rows - row);
+        if (row_scales) y *= load_some(row_scales + row, count);
+        if (bias) y += load_some(bias + row, count);
+        if (then) y = activated(y);
+        T* to = out + token * rows + row;
+        count == LANES ? store(to, y) : store_some(to, y, count);
+    }
+
+    [[gnu::noinline]] Floats activated(Floats y) const {
+        switch (then) {
+            case RELU: return Relu::at(y).value;
+            case GELU: return Gelu::at(y).value;
+            case GELU_TANH: return GeluTanh::at(y).value;
+            default: return Silu::at(y).value;
+        }
+    }
+};
+
 // Of tokens rounded so many TIMES, whose sums belong together.
 template <Kind KIND, int TIMES, int N, class T>
-void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row, int64_t rows,
-            const float* row_scales, T* out) {
+void finish(const uint8_t* at, const Rounded& x, int64_t token, int64_t row,
+            const Ending<T>& ending) {
     Floats found[N][PARTS];
     tile<KIND, N>(at, x, token, found);
-    for (int part = 0; part < PARTS && row < rows; part++, row += LANES) {
-        int64_t count = std::min<int64_t>(LANES, rows - row);
+    for (int part = 0; part < PARTS && row < ending.rows; part++, row += LANES)
         for (int n = 0; n < N; n += TIMES) {
             Floats y = found[n][part];
             if (TIMES == 2) y += found[n + TIMES - 1][part];
-            if (row_scales) y *= load_some(row_scales + row, count);
-            T* to = out + (token + n) / TIMES * rows + row;
-            count == LANES ? store(to, y) : store_some(to, y, count);
+            ending.write(y, (token + n) / TIMES, row);
         }
-    }
 }
 
 // Of as many tokens as can be from here on, N at a time; returns the next.
 template <Kind KIND, int TIMES, int N, class T>
 inline int64_t finish_all(const uint8_t* at, const Rounded& x, int64_t token, int64_t last,
-                          int64_t row, int64_t rows, const float* row_scales, T* out) {
-    for (; token + N <= last; token += N)
-        finish<KIND, TIMES, N>(at, x, token, row, rows, row_scales, out);
+                          int64_t row, const Ending<T>& ending) {
+    for (; token + N <= last; token += N) finish<KIND, TIMES, N>(at, x, token, row, ending);
     return token;
 }
 
-// The rows from..to, both of whole blocks, of the tokens first..last; out [tokens, rows].
+// The rows from..to, both of whole blocks, of the tokens first..last.
 template <Kind KIND, int TIMES, class T>
-void multiply(const Rounded& x, int64_t first, int64_t last, const uint8_t* blocks,
-              const float* row_scales, int64_t from, int64_t to, int64_t rows, T* out) {
+void multiply(const Rounded& x, int64_t first, int64_t last, const uint8_t* blocks, int64_t from,
+              int64_t to, const Ending<T>& ending) {
     int64_t stretch = x.groups * block_bytes<KIND>();
     for (first *= TIMES, last *= TIMES; first < last;) {
         int64_t end = std::min(last, (first / CHUNK + 1) * CHUNK);
-        for (int64_t row = from; row < std::min(to, rows); row += ROWS) {
+        for (int64_t row = from; row < std::min(to, ending.rows); row += ROWS) {
             const uint8_t* at = blocks + row / ROWS * stretch;
             int64_t token = first;
-            token = finish_all<KIND, TIMES, 16>(at, x, token, end, row, rows, row_scales, out);
-            token = finish_all<KIND, TIMES, 8>(at, x, token, end, row, rows, row_scales, out);
-            token = finish_all<KIND, TIMES, 4>(at, x, token, end, row, rows, row_scales, out);
-            finish_all<KIND, TIMES, TIMES>(at, x, token, end, row, rows, row_scales, out);
+            token = finish_all<KIND, TIMES, 16>(at, x, token, end, row, ending);
+            token = finish_all<KIND, TIMES, 8>(at, x, token, end, row, ending);
+            token = finish_all<KIND, TIMES, 4>(at, x, token, end, row, ending);
+            finish_all<KIND, TIMES, TIMES>(at, x, token, end, row, ending);
         }
         first = end;
     }

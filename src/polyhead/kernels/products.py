@@ -1,8 +1,8 @@
 """Products with weights in four or eight bits by a kernel of our own, activations in eight.
 
 Activations are rounded to 127 steps of the largest of each 32, or of each 16 that meet weights in
-eight bits; sums are whole numbers, as the VNNI instructions of x86 make them. `R` rows of a matrix
-in blocks of 16, `W` columns in groups of 32.
+eight bits by groups; sums are whole numbers, as the VNNI instructions of x86 make them. `R` rows of
+a matrix in blocks of 16, `W` columns in groups of 32.
 """
 
 import ctypes
@@ -14,9 +14,18 @@ from torch import Tensor
 
 from polyhead.compress.formats import STEPS, Int4, Int8, Int8Rows, PackedWeight, Rows
 from polyhead.kernels.native import TYPES, address, library, takes
+from polyhead.nn.feedforward import ACTIVATIONS, Activation
 
 _ROWS = 16  # of a block
 _ALL = slice(None)
+ENDINGS: dict[Activation | None, int] = {
+    None: 0,
+    ACTIVATIONS["relu"]: 1,
+    ACTIVATIONS["gelu"]: 2,
+    ACTIVATIONS["gelu_tanh"]: 3,
+    ACTIVATIONS["silu"]: 4,
+}
+"""What the kernels apply to a product before they write it, by its number there."""
 
 
 class LaidOut(PackedWeight):
@@ -27,8 +36,8 @@ class LaidOut(PackedWeight):
     """
 
     kind: str
-    inputs_kind = "int8"
     rounds_twice = False
+    scales_each = 1  # of 32 activations
     data: Tensor  # [blocks, groups, bytes]
 
     def __init__(self, weight: PackedWeight) -> None:
@@ -47,7 +56,7 @@ class LaidOut(PackedWeight):
         if form is None or device.type != "cpu" or library("products") is None:
             return None
         found = form(weight)
-        found.rounds_twice = rounds_twice and found.inputs_kind == "int8"
+        found.rounds_twice = rounds_twice and form is not LaidOutInt4
         return found
 
     @property
@@ -58,14 +67,21 @@ class LaidOut(PackedWeight):
     @property
     def rounding(self) -> tuple[str, int]:
         """The kernel that rounds activations, by name, and its bytes for a token's group of 32."""
-        size = STEPS + 4 * (2 if self.inputs_kind == "int4" else 3)
-        if self.rounds_twice:
-            return f"{self.inputs_kind}_twice", 2 * size
-        return self.inputs_kind, size
+        size = STEPS + 4 * (1 + self.scales_each)
+        return self.times_kind, 2 * size if self.rounds_twice else size
 
-    def times(self, x: Tensor, rows: slice = _ALL) -> Tensor | None:
+    def times(
+        self,
+        x: Tensor,
+        rows: slice = _ALL,
+        *,
+        bias: Tensor | None = None,
+        activation: Activation | None = None,
+    ) -> Tensor | None:
+        """x `[..., W]` by some rows `[..., n]`, with a bias `[n]`, then an activation of
+        `ENDINGS`."""
         start, stop, _ = rows.indices(self.shape[0])
-        if start % _ROWS or not takes(x):
+        if start % _ROWS or not takes(x, bias):
             return None
         kernel = library("products")
         assert kernel is not None
@@ -75,7 +91,8 @@ class LaidOut(PackedWeight):
             width = self.shape[1]
             getattr(kernel, f"product_{self.times_kind}_{TYPES[x.dtype]}")(
                 address(x), address(self.data[start // _ROWS]), self._row_scales(start),
-                address(found), ctypes.c_int64(x.numel() // width), ctypes.c_int64(width),
+                address(bias), ctypes.c_int32(ENDINGS[activation]), address(found),
+                ctypes.c_int64(x.numel() // width), ctypes.c_int64(width),
                 ctypes.c_int64(stop - start), ctypes.c_int32(torch.get_num_threads()),
             )  # fmt: skip
         return found
@@ -103,7 +120,7 @@ class LaidOut(PackedWeight):
 class LaidOutInt4(LaidOut):
     """`Int4`, its steps beside its codes."""
 
-    kind = inputs_kind = "int4"
+    kind = "int4"
 
     def __init__(self, weight: Int4) -> None:
         super().__init__(weight)
@@ -121,6 +138,7 @@ class LaidOutInt8(LaidOut):
     """`Int8`, its codes from 0, its scales beside them."""
 
     kind = "int8"
+    scales_each = 2
 
     def __init__(self, weight: Int8) -> None:
         super().__init__(weight)

@@ -69,7 +69,7 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*fo
             };
             Eight<KIND> eight(at + head_bytes<KIND>() + part * 4 * LANES);
             __m256 scale = KIND == INT8_ROWS ? _mm256_set1_ps(1.0f) : halves(0);
-            __m256 least = KIND == INT4_GROUPS ? halves(2 * ROWS) : scale * -128.0f;
+            __m256 least = KIND == INT4_GROUPS ? halves(2 * ROWS) : scale;
 #pragma GCC unroll 1  // more would not stay in sixteen registers
             for (int n = 0; n < N; n++) {
                 for (int some = 0; some < SCALES<KIND>; some++) {

@@ -21,9 +21,8 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*fo
     for (int n = 0; n < N; n++) found[n][0] = Floats{};
     int64_t place = x.first(token), apart = x.apart(token);
     for (int64_t group = 0; group < x.groups; group++, place += apart) {
-        Floats scale = Floats{} + 1.0f;
+        Floats scale, least;
         if (KIND != INT8_ROWS) scale = load_halves(at);
-        Floats least = scale * -128.0f;
         if (KIND == INT4_GROUPS) least = load_halves(at + 2 * ROWS);
         for (int i = 0; i < block_bytes<KIND>(); i += 64) __builtin_prefetch(at + 4096 + i);
         at += head_bytes<KIND>();
@@ -46,13 +45,14 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*fo
                 second = dot(second, codes[i + FOURS / 2], fours[n * FOURS + i + FOURS / 2]);
             }
             const float* own = x.scales + (place + n) * SCALES<KIND>;
-            if (SCALES<KIND> == 1) {
-                first += second;
-            } else {
-                found[n][0] += __builtin_convertvector(second, Floats) * (scale * own[1]);
-            }
-            found[n][0] += __builtin_convertvector(first, Floats) * (scale * own[0]);
-            found[n][0] += least * x.sums[place + n];
+            Floats sum = {};
+            if (SCALES<KIND> == 1) first += second;
+            else sum = __builtin_convertvector(second, Floats) * own[1];
+            sum += __builtin_convertvector(first, Floats) * own[0];
+            if (KIND == INT4_GROUPS) found[n][0] += least * x.sums[place + n];
+            else sum += x.sums[place + n];
+            if (KIND == INT8_ROWS) found[n][0] += sum;
+            else found[n][0] += sum * scale;
         }
     }
 }

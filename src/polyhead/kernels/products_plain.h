@@ -12,7 +12,7 @@ inline void tile(const uint8_t* at, const Rounded& x, int64_t token, Floats (*fo
     for (int64_t group = 0; group < x.groups; group++, place += apart, at += block_bytes<KIND>())
         for (int row = 0; row < ROWS; row++) {
             float scale = KIND == INT8_ROWS ? 1.0f : half(at + 2 * row);
-            float least = KIND == INT4_GROUPS ? half(at + 2 * (ROWS + row)) : scale * -128.0f;
+            float least = KIND == INT4_GROUPS ? half(at + 2 * (ROWS + row)) : scale;
             uint8_t codes[GROUP];
             read_codes<KIND>(at, row, codes);
             for (int n = 0; n < N; n++) {

@@ -18,18 +18,14 @@ template <Kind KIND, int TIMES, class T> struct Round {
         Rounded to(room, tokens * TIMES, given, SCALES<KIND>);
         Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
-            round_token<TIMES>(to, x + token * given, given, token);
+            round_token<KIND, TIMES>(to, x + token * given, given, token);
     }
 };
 template <class T> using RoundInt4 = Round<INT4_GROUPS, 1, T>;
 template <class T> using RoundInt8 = Round<INT8_GROUPS, 1, T>;
-template <class T> using RoundTwice = Round<INT8_GROUPS, 2, T>;
-
-template <class T> inline void add_bias(T* out, const T* bias, int64_t first, int64_t end) {
-    across(end - first, [&](int64_t i, int n) {
-        write(out + first + i, read(out + first + i, n) + read(bias + first + i, n), n);
-    });
-}
+template <class T> using RoundInt8Rows = Round<INT8_ROWS, 1, T>;
+template <class T> using RoundInt8Twice = Round<INT8_GROUPS, 2, T>;
+template <class T> using RoundInt8RowsTwice = Round<INT8_ROWS, 2, T>;
 
 constexpr int TOKENS = 4;  // whose products take as long as their weights take to be read
 
@@ -63,13 +59,10 @@ template <Kind KIND, int TIMES, class T> struct Packed {
         for (int64_t expert = 0, first = 0; expert < experts; expert++) {
             int64_t last = ends ? ends[expert] : tokens;
             const float* scales = row_scales ? row_scales + expert * rows : nullptr;
-            multiply<KIND, TIMES>(x, first, last, blocks + expert * matrix, scales, from, to, rows,
-                                  out);
+            Ending<T> ending{scales, bias, NONE, out, rows};
+            multiply<KIND, TIMES>(x, first, last, blocks + expert * matrix, from, to, ending);
             first = last;
         }
-        if (bias && from < to)
-            for (int64_t token = 0; token < tokens; token++)
-                add_bias(out + token * rows, bias, from, to);
     }
 };
 template <class T> using PackedInt4 = Packed<INT4_GROUPS, 1, T>;

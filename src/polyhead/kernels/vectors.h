@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define POLYHEAD_AVX2
 #include <immintrin.h>
@@ -119,31 +120,25 @@ inline Floats load_some(const BFloat* from, int n) {
     __m512i bits = _mm512_maskz_loadu_epi16((1u << n) - 1, from);
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
 }
+template <int BITS> using Mix = std::integral_constant<int, BITS>;
 inline float largest(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
 inline float total(Floats x) { return _mm512_reduce_add_ps((__m512)x); }
-inline Floats halves(Floats a, Floats b) {  // of a, then of b: the sums of both halves
-    __m512 x = (__m512)a, y = (__m512)b;
-    return (Floats)_mm512_shuffle_f32x4(x, y, 0x44) + (Floats)_mm512_shuffle_f32x4(x, y, 0xee);
-}
-inline Floats quarters(Floats a, Floats b) {
-    __m512 x = (__m512)a, y = (__m512)b;
-    return (Floats)_mm512_shuffle_f32x4(x, y, 0x88) + (Floats)_mm512_shuffle_f32x4(x, y, 0xdd);
-}
-inline Floats pairs(Floats a, Floats b) {
-    __m512 x = (__m512)a, y = (__m512)b;
-    return (Floats)_mm512_shuffle_ps(x, y, 0x44) + (Floats)_mm512_shuffle_ps(x, y, 0xee);
-}
-inline Floats ones(Floats a, Floats b) {
-    __m512 x = (__m512)a, y = (__m512)b;
-    return (Floats)_mm512_shuffle_ps(x, y, 0x88) + (Floats)_mm512_shuffle_ps(x, y, 0xdd);
-}
-
-// The totals of sixteen.
-inline Floats totals(const Floats* x) {
+// Sixteen vectors at once: of each, what an operation makes of its numbers.
+template <class Op> inline Floats reduce_each(const Floats* x, Op op) {
+    auto of = [&](Floats a, Floats b, auto low, auto high) {
+        return op((Floats)_mm512_shuffle_f32x4((__m512)a, (__m512)b, low.value),
+                  (Floats)_mm512_shuffle_f32x4((__m512)a, (__m512)b, high.value));
+    };
+    auto within = [&](Floats a, Floats b, auto low, auto high) {
+        return op((Floats)_mm512_shuffle_ps((__m512)a, (__m512)b, low.value),
+                  (Floats)_mm512_shuffle_ps((__m512)a, (__m512)b, high.value));
+    };
     Floats some[4];
     for (int i = 0; i < 4; i++)
-        some[i] = quarters(halves(x[i], x[i + 4]), halves(x[i + 8], x[i + 12]));
-    return ones(pairs(some[0], some[1]), pairs(some[2], some[3]));
+        some[i] = of(of(x[i], x[i + 4], Mix<0x44>(), Mix<0xee>()),
+                     of(x[i + 8], x[i + 12], Mix<0x44>(), Mix<0xee>()), Mix<0x88>(), Mix<0xdd>());
+    return within(within(some[0], some[1], Mix<0x44>(), Mix<0xee>()),
+                  within(some[2], some[3], Mix<0x44>(), Mix<0xee>()), Mix<0x88>(), Mix<0xdd>());
 }
 
 // Rows of sixteen become columns.
@@ -182,15 +177,18 @@ inline float total(Floats x) {
     return reduce(x, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
 }
 
-// The totals of eight.
-inline Floats totals(const Floats* x) {
+// Eight vectors at once: of each, what an operation makes of its numbers.
+template <class Op> inline Floats reduce_each(const Floats* x, Op op) {
+    auto pairs = [&](__m256 a, __m256 b) {
+        return (__m256)op((Floats)_mm256_shuffle_ps(a, b, 0x88),
+                          (Floats)_mm256_shuffle_ps(a, b, 0xdd));
+    };
     __m256 some[2];
-    for (int i = 0; i < 2; i++) {
-        __m256 one = _mm256_hadd_ps((__m256)x[4 * i], (__m256)x[4 * i + 1]);
-        some[i] = _mm256_hadd_ps(one, _mm256_hadd_ps((__m256)x[4 * i + 2], (__m256)x[4 * i + 3]));
-    }
-    return (Floats)_mm256_permute2f128_ps(some[0], some[1], 0x20) +
-           (Floats)_mm256_permute2f128_ps(some[0], some[1], 0x31);
+    for (int i = 0; i < 2; i++)
+        some[i] = pairs(pairs((__m256)x[4 * i], (__m256)x[4 * i + 1]),
+                        pairs((__m256)x[4 * i + 2], (__m256)x[4 * i + 3]));
+    return op((Floats)_mm256_permute2f128_ps(some[0], some[1], 0x20),
+              (Floats)_mm256_permute2f128_ps(some[0], some[1], 0x31));
 }
 
 // Rows of eight become columns.
@@ -224,10 +222,12 @@ inline float largest(Floats x) {
 inline float total(Floats x) {
     return reduce(x, [](float a, float b) { return a + b; });
 }
-inline Floats totals(const Floats* x) {
-    Floats found;
-    for (int i = 0; i < LANES; i++) found[i] = total(x[i]);
-    return found;
+// As many vectors as a vector has numbers: of each, what an operation makes of its numbers.
+template <class Op> inline Floats reduce_each(const Floats* x, Op op) {
+    Floats rows[LANES];
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < LANES; j++) rows[i][j] = x[j][i];
+    return op(op(rows[0], rows[2]), op(rows[1], rows[3]));
 }
 inline void transpose(Floats* x) {
     Floats rows[LANES];
@@ -236,6 +236,16 @@ inline void transpose(Floats* x) {
         for (int j = 0; j < LANES; j++) x[i][j] = rows[j][i];
 }
 #endif
+
+inline Floats totals(const Floats* x) {
+    return reduce_each(x, [](Floats a, Floats b) { return a + b; });
+}
+
+// Of vectors of what is not negative, the largest of each: what is not a number is larger than
+// all.
+inline Floats tops(const Floats* x) {
+    return reduce_each(x, [](Floats a, Floats b) { return (Ints)a > (Ints)b ? a : b; });
+}
 
 #ifdef __AVX512BF16__
 inline void store(BFloat* to, Floats x) {
