@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 TAKE_FOLDER = ("llama.cpp", "onnxruntime", "ctranslate2", "litgpt")
 """Peers that read what they make of a model, which is kept."""
-FEW_BITS = ("int4", "int8")
+FEW_BITS = ("int4", "int8", "int8-rows")
 """Forms that ours reads from the disk as they are, made once and kept."""
 
 
@@ -179,7 +179,7 @@ ROWS = (
     ),
     Row(
         "embed", "all-MiniLM-L6-v2, 1000 ragged sentences of 30 tokens in the mean", "embed",
-        {"": "minilm"}, "sentences/s", _ours("int8"),
+        {"": "minilm"}, "sentences/s", _ours("int8-rows"),
         (
             Contender("onnxruntime int8", "onnxruntime", {"form": "int8"}),
             Contender("onnxruntime fp32", "onnxruntime", {"form": "fp32"}),

@@ -44,7 +44,7 @@ class Args:
     out: Path | None = None
     """A .npy file for the vectors, float32 [texts, width]."""
     batch_size: int = 32
-    """Texts at once at 64 tokens each; more of shorter ones."""
+    """Texts at once at 24 tokens each; more of shorter ones."""
     truncate_dim: int | None = None
     """Keep so many numbers of each vector, for models that were trained so."""
     prompt_name: str | None = None

@@ -35,7 +35,7 @@ class Args:
     top_k: int = 5
     """How many texts to show for each query."""
     batch_size: int = 32
-    """Texts at once at 64 tokens each; more of shorter ones."""
+    """Texts at once at 24 tokens each; more of shorter ones."""
     json: bool = False
     """One JSON object a query and line: query, matches with text, index, score."""
     opening: Annotated[Opening, tyro.conf.arg(name="")] = field(default_factory=Opening)

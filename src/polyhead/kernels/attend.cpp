@@ -100,9 +100,7 @@ private:
             if (seen) keep &= load_some(seen + whole, rest) != 0;
             settle(whole, x, keep);
         }
-        bool is_number = true;
-        for (int i = 0; i < LANES; i++) is_number &= !unordered[i];
-        float top = is_number ? largest(most) : std::numeric_limits<float>::quiet_NaN();
+        float top = any(unordered) ? std::numeric_limits<float>::quiet_NaN() : largest(most);
         bool is_blind = top == NEVER;
         int end = is_blind ? 0 : (there + LANES - 1) / LANES * LANES;
         Floats sum = {};

@@ -120,7 +120,8 @@ class _Attended(torch.autograd.Function):
         if seen is not None:
             seen = _side_by_side(seen).expand(B, H, Q, K)
         out = _tokens_first(q)
-        logs = q.new_empty(B, H, Q, dtype=torch.float32)
+        learns = any(ctx.needs_input_grad)
+        logs = q.new_empty(B, H, Q, dtype=torch.float32) if learns else None
         strides = (_strides(x) for x in (q, k, v, out, bias, seen))
         threads = torch.get_num_threads()
         ctx.shape = _Shape(B, H, G, Q, K, D, *strides, scale, mask.is_causal, threads)

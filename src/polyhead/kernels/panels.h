@@ -92,22 +92,22 @@ void product(const U* left, int64_t left_stride, int rows, const U* right, int r
     }
 }
 
-template <class U, class T> U unit(const T* row, int step) {
-    U found;
-    if constexpr (std::is_same_v<U, float> && std::is_same_v<T, BFloat>) {
-        uint32_t bits = uint32_t(row[step].bits) << 16;
-        std::memcpy(&found, &bits, sizeof(found));
-    } else {
-        std::memcpy(&found, row + step * WIDTH<U>, sizeof(found));
-    }
-    return found;
+// The first `count` units of a row, as many as a vector holds at most, by their bits.
+template <class U, class T> Floats units(const T* row, int count) {
+    if constexpr (WIDTH<U> == 1) return load_some(row, count);
+    else return load_some(reinterpret_cast<const float*>(row), count);
 }
 
 // As left: to[row][step] of rows of d numbers.
 template <class U, class T> void by_rows(const T* x, int64_t stride, int rows, int d, U* to) {
+    int steps = d / WIDTH<U>;
     for (int row = 0; row < rows; row++)
-        for (int step = 0; step < d / WIDTH<U>; step++)
-            to[row * (d / WIDTH<U>) + step] = unit<U>(x + row * stride, step);
+        for (int step = 0; step < steps; step += LANES) {
+            int count = std::min(LANES, steps - step);
+            Floats some = units<U>(x + row * stride + step * WIDTH<U>, count);
+            float* place = reinterpret_cast<float*>(to + row * steps + step);
+            count == LANES ? store(place, some) : store_some(place, some, count);
+        }
 }
 
 // As right: to[step][row], of rows of d numbers, zero in lanes that have none.
@@ -115,10 +115,14 @@ template <class U, class T>
 void across(const T* x, int64_t stride, int rows, int d, U* to, int padded) {
     for (int block = 0; block < padded; block += LANES) {
         int there = std::min(LANES, rows - block);
-        for (int step = 0; step < d / WIDTH<U>; step++) {
-            U* at = to + step * padded + block;
-            for (int i = 0; i < there; i++) at[i] = unit<U>(x + (block + i) * stride, step);
-            for (int i = there; i < LANES; i++) at[i] = U();
+        for (int step = 0; step < d / WIDTH<U>; step += LANES) {
+            Floats some[LANES] = {};  // of each row as many units
+            int steps = std::min(LANES, d / WIDTH<U> - step);
+            for (int i = 0; i < there; i++)
+                some[i] = units<U>(x + (block + i) * stride + step * WIDTH<U>, steps);
+            transpose(some);
+            for (int i = 0; i < steps; i++)
+                std::memcpy(to + (step + i) * padded + block, &some[i], sizeof(Floats));
         }
     }
 }

@@ -19,7 +19,7 @@ from polyhead.text.tokenizer import Tokenizer
 if TYPE_CHECKING:
     import numpy as np
 
-_TOKENS_A_ROW = 64
+_TOKENS_A_ROW = 24  # so few that what they become stays in a CPU's caches
 
 
 def embed(
@@ -39,7 +39,7 @@ def embed(
     any other model the mean over a text's tokens, of length 1. A text's vector is its own,
     whatever shares its batch; one longer than the model is cut off at the end.
 
-    batch_size: texts at once at 64 tokens each; more of shorter ones, fewer of longer ones.
+    batch_size: texts at once at 24 tokens each; more of shorter ones, fewer of longer ones.
     normalize_embeddings: to length 1; None: as the checkpoint says. prompt_name: of the
     checkpoint's prompts, put before every text. truncate_dim: that many first numbers (Matryoshka).
     convert_to_tensor: False gives a numpy array. Which texts are cut, `cut_texts` tells.
