@@ -145,9 +145,11 @@ private:
     void turn(const T* x, int64_t stride, int rows, U* to) const {
         Written<U>* at = reinterpret_cast<Written<U>*>(to);
         for (int row = 0; row < (rows + W - 1) / W * W; row++)
-            for (int i = 0; i < d; i++)
-                at[i * CHUNK + row] = row < rows ? unit<Written<U>>(x + row * stride, i)
-                                                 : Written<U>();
+            for (int i = 0; i < d; i += LANES) {
+                Written<U> few[LANES] = {};
+                if (row < rows) store(few, load(x + row * stride + i));
+                for (int lane = 0; lane < LANES; lane++) at[(i + lane) * CHUNK + row] = few[lane];
+            }
     }
 
     void turn_back(const float* x, T* to, int64_t stride) const {
