@@ -48,15 +48,27 @@ def advance(searches: Sequence["BeamSearch"], logprobs: Tensor) -> list[list[int
 
     logprobs `[R * n, V]` of each search's unfinished answers in their order; all of as many beams.
     """
-    num_beams = len(searches[0].answers)
+    best = logprobs.topk(min(num_wanted(searches), logprobs.shape[1]), dim=1)
+    return choose(searches, best.values, best.indices)
+
+
+def num_wanted(searches: Sequence["BeamSearch"]) -> int:
+    """Continuations to weigh: so many that, all end tokens aside, enough are left to go on with."""
+    most_ends = max(len(search.ends) for search in searches)
+    return max(2, 1 + most_ends) * len(searches[0].answers)
+
+
+def choose(searches: Sequence["BeamSearch"], logprobs: Tensor, tokens: Tensor) -> list[list[int]]:
+    """`advance`, by the likeliest tokens `[R * n, K]` of each answer, as many as are wanted or all
+    that there are, and their log-probabilities: of a search, none other is among its best."""
+    num_beams, count = len(searches[0].answers), tokens.shape[1]
     so_far = torch.tensor([search.scores for search in searches], device=logprobs.device)
-    totals = logprobs.unflatten(0, (-1, num_beams)) + so_far[:, :, None]
-    vocab_size, totals = totals.shape[2], totals.flatten(1)
-    # So many that, all end tokens aside, enough are left to go on with.
-    wanted = max(2, 1 + max(len(search.ends) for search in searches)) * num_beams
-    best = totals.topk(min(wanted, totals.shape[1]), dim=1)
-    found = zip(searches, best.values.tolist(), best.indices.tolist(), strict=True)
-    return [search.take(values, indices, vocab_size) for search, values, indices in found]
+    totals = (logprobs.unflatten(0, (-1, num_beams)) + so_far[:, :, None]).flatten(1)
+    best = totals.topk(min(num_wanted(searches), totals.shape[1]), dim=1)
+    beams = best.indices // count
+    chosen = tokens.unflatten(0, (-1, num_beams)).flatten(1).gather(1, best.indices)
+    found = zip(searches, best.values.tolist(), beams.tolist(), chosen.tolist(), strict=True)
+    return [search.take(*continuations) for search, *continuations in found]
 
 
 class BeamSearch:
@@ -81,21 +93,20 @@ class BeamSearch:
         self.finished: list[Hypothesis] = []
         self.is_done = False
 
-    def take(self, scores: list[float], places: list[int], vocab_size: int) -> list[int]:
-        """Go on with the best of these continuations; returns the beams that they extend."""
+    def take(self, scores: list[float], beams: list[int], tokens: list[int]) -> list[int]:
+        """Go on with the best of these continuations of beams by tokens; returns the beams that
+        they extend."""
         num_beams = self.num_beams
         length = len(self.answers[0]) + 1
         is_last = length == self.limit
         going: list[tuple[float, int, int]] = []
-        for rank, (score, place) in enumerate(zip(scores, places, strict=True)):
-            beam, token = divmod(place, vocab_size)
+        for rank, (score, beam, token) in enumerate(zip(scores, beams, tokens, strict=True)):
             if not is_last and token not in self.ends:
                 going.append((score, beam, token))
             # What ends below the best is there to be overtaken, not to be kept.
             elif rank < num_beams and score > _COPY:
                 self.finish((*self.answers[beam], token), score)
         going = going[:num_beams]
-        tokens = (place % vocab_size for place in places)
         self.last = [token for token in tokens if token not in self.ends][:num_beams]
         self.is_done = is_last or self._cannot_improve(going[0][0], length)
         if not self.is_done:

@@ -18,7 +18,8 @@ from polyhead.generate.forced import ForcedBeams
 from polyhead.generate.request import Request, Text
 from polyhead.generate.sampling.sampler import Sampler
 from polyhead.generate.scheduler import Scheduler
-from polyhead.generate.search import BeamSearch, DiverseBeams, Search, advance
+from polyhead.generate.search import BeamSearch, DiverseBeams, Search, advance, choose, num_wanted
+from polyhead.kernels.best import best
 
 MakeSearch = Callable[[Collection[int], int], Search]
 
@@ -69,9 +70,9 @@ class Searching:
             elif search is not None:
                 beams.setdefault(len(search.answers), []).append(request)
         for num_beams, requests in beams.items():
-            scores = self._scores(requests, num_beams, read)
             searches = [cast(BeamSearch, request.search) for request in requests]
-            for request, parents in zip(requests, advance(searches, scores), strict=True):
+            chosen = self._chosen(requests, searches, num_beams, read)
+            for request, parents in zip(requests, chosen, strict=True):
                 self._go_on(request, parents)
         return [request for request in found if request.search and request.search.is_done]
 
@@ -93,8 +94,30 @@ class Searching:
         scores = self._scores([request], len(request.texts), read)
         self._go_on(request, search.advance(seen, scores))
 
+    def _chosen(
+        self,
+        requests: Sequence[Request],
+        searches: Sequence[BeamSearch],
+        num_beams: int,
+        read: Read,
+    ) -> list[list[int]]:
+        """The beams that each of these searches goes on from."""
+        texts = self._texts(requests, num_beams)
+        if self.sampler.constrains([cast(int, text.slot) for text in texts]):
+            return advance(searches, self._scores(requests, num_beams, read))
+        logits = read.of(texts).float()
+        count = min(num_wanted(searches), logits.shape[1])
+        return choose(searches, *best(logits, count))
+
     def _scores(self, requests: Sequence[Request], num_rows: int, read: Read) -> Tensor:
         """Log-probabilities `[R * n, V]` after constraints; of a first text, as often as asked."""
+        texts = self._texts(requests, num_rows)
+        logprobs = read.of(texts).float().log_softmax(1)
+        slots = [cast(int, text.slot) for text in texts]
+        return self.sampler.constrain(logprobs, slots, [text.written for text in texts])
+
+    def _texts(self, requests: Sequence[Request], num_rows: int) -> list[Text]:
+        """The texts of these, a first one as often as asked, each with its slot."""
         texts: list[Text] = []
         for request in requests:
             own = request.texts
@@ -105,9 +128,7 @@ class Searching:
                 text.slot = self.sampler.open(
                     request.config, request.prompt, request.seeds[0], request.ends
                 )
-        logprobs = read.of(texts).float().log_softmax(1)
-        slots = [cast(int, text.slot) for text in texts]
-        return self.sampler.constrain(logprobs, slots, [text.written for text in texts])
+        return texts
 
     def _go_on(self, request: Request, parents: Sequence[int]) -> None:
         """Let texts go on from these of the request's; those of one parent share what it holds."""

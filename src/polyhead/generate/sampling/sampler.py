@@ -153,9 +153,13 @@ class Sampler:
         but that."""
         return self._planned(slots).takes_likeliest
 
+    def constrains(self, slots: Sequence[int]) -> bool:
+        """Whether `constrain` changes anything of these."""
+        return not all(self._row(slot).is_plain for slot in slots)
+
     def constrain(self, logprobs: Tensor, slots: Sequence[int], written: Sequence[int]) -> Tensor:
         """Scores `[N, V]` after penalties, bans, masks and forced tokens: what a search goes by."""
-        if all(self._row(slot).is_plain for slot in slots):
+        if not self.constrains(slots):
             return logprobs.float()
         return self._planned(slots).edited(logprobs.float(), written, self._history)
 
