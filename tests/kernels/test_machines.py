@@ -79,8 +79,9 @@ def test_a_recorded_step(
     model = FORMS[form](shaken(ph.build(family, seed=0, **sizes)).eval().to(dtype))
     write(model, kv=kv)
     assert len(differences) > 10
+    # What is kept as halves may fall on either side of a tie.
     exact = dtype == torch.float32 and form == "plain"
-    assert max(differences) < (1e-5 if exact else 4e-2)
+    assert max(differences) < ((1e-5 if kv == "model" else 1e-3) if exact else 4e-2)
     assert sorted(differences)[len(differences) // 2] < (1e-3 if dtype == torch.float32 else 4e-2)
 
 

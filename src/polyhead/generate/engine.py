@@ -188,12 +188,12 @@ class Engine:
             if not plan:
                 self._wait()
             pieces = [_piece(text, count) for text, count in plan]
-            ends = self.runner.ends(pieces) if self.postprocess.draws_all(pieces) else None
+            ends = self.runner.ends(pieces) if self.postprocess.takes_ends(pieces) else None
             found = self.runner.read(pieces) if ends is None else []
             for piece in pieces:
                 self.scheduler.hold(piece.text, len(piece.ids) - len(piece.text.draft))
             if ends is not None:
-                self.postprocess.drawing.draw([(p.text, p.wanted) for p in pieces], ends)
+                self.postprocess.take_ends(pieces, ends)
             elif found:
                 self.postprocess(found)
         if is_busy and plan:

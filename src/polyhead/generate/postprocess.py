@@ -18,6 +18,7 @@ from polyhead.generate.scheduler import Scheduler
 from polyhead.generate.scoring import Scoring, not_finite
 from polyhead.generate.searching import Read, Searching
 from polyhead.generate.speculative import Proposer
+from polyhead.kernels.decode import FEW, Ends
 
 
 class Postprocess:
@@ -44,13 +45,30 @@ class Postprocess:
             if some := [each for each in some if self._way(each[0].text.request) == way]:
                 way(some)
 
-    def draws_all(self, pieces: Sequence[Piece]) -> bool:
-        """Whether something is drawn after every token of these pieces, and nothing else done."""
-        for text, ids, wanted in pieces:
-            request = text.request
-            if wanted != len(ids) or request.search is not None or request.given:
-                return False
-        return bool(pieces)
+    def takes_ends(self, pieces: Sequence[Piece]) -> bool:
+        """Whether of what may follow every token of these pieces all is known that is needed: when
+        all are drawn from, of a few, or when all are beams."""
+        requests = [text.request for text, _, _ in pieces]
+        if not pieces or any(request.given for request in requests):
+            return False
+        if any(wanted != len(ids) for _, ids, wanted in pieces):
+            return False
+        searching = [request.search is not None for request in requests]
+        if not any(searching):
+            return len(pieces) <= FEW
+        is_one_each = all(len(ids) == 1 for _, ids, _ in pieces)
+        return all(searching) and is_one_each and not any(r.needs_states for r in requests)
+
+    def take_ends(self, pieces: Sequence[Piece], ends: Ends) -> None:
+        """The same for what may follow every token of these pieces."""
+        if pieces[0].text.request.search is None:
+            self.drawing.draw([(piece.text, piece.wanted) for piece in pieces], ends)
+            return
+        states: dict[Request, list[tuple[Text, Tensor]]] = {}
+        for piece in pieces:
+            states.setdefault(piece.text.request, [])
+        read = Read({piece.text: row for row, piece in enumerate(pieces)}, ends.logits)
+        self._go_on(states, read, [token >= 0 for token in ends.likeliest])
 
     def _way(self, request: Request) -> Callable[[Sequence[tuple[Piece, Tensor]]], None]:
         """What becomes of a request's states."""
@@ -74,12 +92,22 @@ class Postprocess:
             if text.unread == 0:
                 ready.append((text, some[-1]))
         read = Read({text: row for row, (text, _) in enumerate(ready)})
+        are_numbers: list[bool] = []
         if ready:
             read.logits = self.runner.logits(torch.stack([last for _, last in ready]))
             are_numbers = read.logits.amax(1).isfinite().tolist()
-            for text, good in zip(read.rows, are_numbers, strict=True):
-                if not good and states.pop(text.request, None):
-                    self.ending.fail(text.request, not_finite(len(text.ids)))
+        self._go_on(states, read, are_numbers)
+
+    def _go_on(
+        self,
+        states: dict[Request, list[tuple[Text, Tensor]]],
+        read: Read,
+        are_numbers: Sequence[bool],
+    ) -> None:
+        """Searches by the states `[T, E]` that were read of each text, and by logits."""
+        for text, good in zip(read.rows, are_numbers, strict=True):
+            if not good and states.pop(text.request, None) is not None:
+                self.ending.fail(text.request, not_finite(len(text.ids)))
         for request in self.searching.advance(states, read):
             if request.search is not None and request.search.results():
                 self.ending.end(request)

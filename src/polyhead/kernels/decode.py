@@ -33,6 +33,8 @@ FEW = 16
 """Tokens up to which a step is recorded for just as many; `FEW` of step_attend.h."""
 SIZES = (512, 256, 128, 64, 32, FEW)
 """More are read in steps of these sizes."""
+MOST_ENDS = 64
+"""Tokens up to which a step goes on to the logits."""
 TRIES = 2
 """So many steps of few tokens run as they are before one is recorded."""
 _Size = tuple[int, bool]  # how many tokens, and whether the head reads them too
@@ -108,19 +110,14 @@ class DecodeSteps:
         count = len(ids)
         sizes = [count] if count <= FEW else _sizes(count)
         steps = [self._step(size) for size in sizes]
-        missing = sum(sizes) - count
-        if missing:
-            nobody = len(self.layers[0].tables) - 1
-            ids, at = [*ids, *[0] * missing], [*at, *[0] * missing]
-            rows = [*rows, *[nobody] * missing]
-            sources = [*sources, *[1] * missing] if sources else ()
+        given = self._filled((ids, rows, at, sources), sum(sizes) - count)
         found: list[Tensor] = []
         begin = 0
         for size, step in zip(sizes, steps, strict=True):
             if step is None:
                 return None
             part = slice(begin, begin := begin + size)
-            found.append(step.states(ids[part], rows[part], at[part], sources[part]))
+            found.append(step.states(*(numbers[part] for numbers in given)))
         return found[0][:count] if len(found) == 1 else torch.cat(found)[:count]
 
     def ends(
@@ -131,10 +128,26 @@ class DecodeSteps:
         sources: Sequence[int] = (),
     ) -> Ends | None:
         """What may follow each of a few tokens, given as to `read`. None: ask for their states."""
-        if self.reason or self.head_reason or len(ids) > FEW or self._is_watched():
+        count = len(ids)
+        if self.reason or self.head_reason or count > MOST_ENDS or self._is_watched():
             return None
-        step = self._step(len(ids), with_head=True)
-        return None if step is None else step.ends(ids, rows, at, sources)
+        size = count if count <= FEW else -(-count // FEW) * FEW
+        step = self._step(size, with_head=True)
+        if step is None:
+            return None
+        ends = step.ends(*self._filled((ids, rows, at, sources), size - count))
+        return Ends(ends.logits[:count], ends.likeliest[:count])
+
+    def _filled(self, given: tuple[Sequence[int], ...], missing: int) -> tuple[Sequence[int], ...]:
+        """Ids, rows, positions and lengths of sources, with so many more that are nobody's."""
+        if not missing:
+            return given
+        nobody = len(self.layers[0].tables) - 1
+        fill = (0, nobody, 0, 1)
+        return tuple(
+            [*numbers, *[one] * missing] if len(numbers) else ()
+            for numbers, one in zip(given, fill, strict=True)
+        )
 
     def _is_watched(self) -> bool:
         """Whether somebody looks at, or changes, what parts answer."""
