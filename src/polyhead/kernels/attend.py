@@ -5,13 +5,14 @@ Measured against torch 2.13's fused kernel on Zen 4: 1.8 to 3.0 times as fast in
 """
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from polyhead.kernels.native import TYPES, address, library, takes
+from polyhead.kernels.joined import Joined
+from polyhead.kernels.native import TYPES, address, learns, library, takes
 from polyhead.nn import attend as plain
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cache import Cache
@@ -24,7 +25,18 @@ _Strides = ctypes.c_int64 * 3
 
 
 class FusedAttention(MultiHeadAttention):
-    """`MultiHeadAttention` by the faster `attend`; probes are served as ever."""
+    """`MultiHeadAttention` by the faster `attend`; probes are served as ever.
+
+    joined: queries, keys and values of the same inputs at once, where there is a way.
+    """
+
+    joined: Joined | None = None
+
+    def projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, ...]:
+        found = None
+        if self.joined is not None and source is x:
+            found = self.joined(x, (self.q, self.k, self.v))
+        return super().projected(x, source) if found is None else found
 
     def weigh(
         self,
@@ -74,27 +86,31 @@ def attend(
     """What `nn.attend.attend` gives, by the kernels where they take these, else by that."""
     if not _takes(q, k, v, mask, bias, dropout):
         return plain.attend(q, k, v, mask, bias, scale, dropout)
-    return _Attended.apply(q, k, v, mask, bias, scale)
+    if learns(q, k, v):
+        return _Attended.apply(q, k, v, mask, bias, scale)
+    return _attended(q, k, v, mask, bias, scale).out
 
 
 def _takes(
     q: Tensor, k: Tensor, v: Tensor, mask: Lowered, bias: Tensor | None, dropout: float
 ) -> bool:
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    is_learned = learns(q, k, v)
     return (
         takes(q, k, v)
         and k.shape == v.shape
         and (len(q), q.shape[3]) == (len(k), k.shape[3])
         and q.shape[1] % max(1, k.shape[1]) == 0
         and (mask.dense is None or (mask.dense.dtype, mask.dense.device) == (torch.bool, q.device))
-        and (bias is None or (not learns and not bias.requires_grad and bias.device == q.device))
+        and (
+            bias is None or (not is_learned and not bias.requires_grad and bias.device == q.device)
+        )
         and q.shape[3] % 16 == 0
         and q.shape[2] >= FEWEST_QUERIES
         and 0 < k.shape[2] <= MOST_KEYS
         and (not mask.is_causal or q.shape[2] == k.shape[2])
         and not dropout
         and library("attend") is not None
-        and (not learns or library("attend_back") is not None)
+        and (not is_learned or library("attend_back") is not None)
     )
 
 
@@ -111,25 +127,10 @@ class _Attended(torch.autograd.Function):
         bias: Tensor | None,
         scale: float,
     ) -> Tensor:
-        B, H, Q, D = q.shape
-        G, K = k.shape[1:3]
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        if bias is not None:
-            bias = _side_by_side(bias.to(q.dtype)).expand(B, H, Q, K)
-        seen = mask.dense
-        if seen is not None:
-            seen = _side_by_side(seen).expand(B, H, Q, K)
-        out = _tokens_first(q)
-        learns = any(ctx.needs_input_grad)
-        logs = q.new_empty(B, H, Q, dtype=torch.float32) if learns else None
-        strides = (_strides(x) for x in (q, k, v, out, bias, seen))
-        threads = torch.get_num_threads()
-        ctx.shape = _Shape(B, H, G, Q, K, D, *strides, scale, mask.is_causal, threads)
-        ctx.save_for_backward(q, k, v, seen, logs)
-        tensors = (q, k, v, bias, seen, out, logs)
-        function = getattr(library("attend"), f"attend_{TYPES[q.dtype]}")
-        function(ctypes.byref(ctx.shape), *map(address, tensors))
-        return out
+        done = _attended(q, k, v, mask, bias, scale, keeps_logs=True)
+        ctx.shape = done.shape
+        ctx.save_for_backward(done.q, done.k, done.v, done.seen, done.logs)
+        return done.out
 
     @staticmethod
     @once_differentiable
@@ -147,6 +148,45 @@ class _Attended(torch.autograd.Function):
         function = getattr(library("attend_back"), f"attend_back_{TYPES[q.dtype]}")
         function(ctypes.byref(shape), ctypes.byref(strides), *map(address, tensors))
         return (*found, None, None, None)
+
+
+class _Done(NamedTuple):
+    """What was attended to, as the kernel read it, and what came out."""
+
+    out: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seen: Tensor | None
+    logs: Tensor | None
+    shape: _Shape
+
+
+def _attended(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Lowered,
+    bias: Tensor | None,
+    scale: float,
+    keeps_logs: bool = False,
+) -> _Done:
+    B, H, Q, D = q.shape
+    G, K = k.shape[1:3]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if bias is not None:
+        bias = _side_by_side(bias.to(q.dtype)).expand(B, H, Q, K)
+    seen = mask.dense
+    if seen is not None:
+        seen = _side_by_side(seen).expand(B, H, Q, K)
+    out = _tokens_first(q)
+    logs = q.new_empty(B, H, Q, dtype=torch.float32) if keeps_logs else None
+    strides = (_strides(x) for x in (q, k, v, out, bias, seen))
+    shape = _Shape(B, H, G, Q, K, D, *strides, scale, mask.is_causal, torch.get_num_threads())
+    tensors = (q, k, v, bias, seen, out, logs)
+    function = getattr(library("attend"), f"attend_{TYPES[q.dtype]}")
+    function(ctypes.byref(shape), *map(address, tensors))
+    return _Done(out, q, k, v, seen, logs, shape)
 
 
 def _tokens_first(x: Tensor) -> Tensor:

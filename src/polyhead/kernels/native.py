@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from polyhead.errors import SlowerWarning
 from polyhead.files.hub import home
@@ -21,6 +22,7 @@ from polyhead.files.hub import home
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the kernels take, and how the names of their functions end."""
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _FLAGS = "-O3 -fno-math-errno -fno-trapping-math -std=c++17 -fopenmp -shared -fPIC -w"
 
 
@@ -70,15 +72,25 @@ def _tell(why: str) -> None:
 
 def takes(*tensors: Tensor | None) -> bool:
     """Whether these are what a kernel may read: of one of TYPES, plain, and on the CPU."""
-    given = [x for x in tensors if x is not None]
-    kind = given[0].dtype
-    return (
-        kind in TYPES
-        and all(x.dtype == kind and x.device.type == "cpu" for x in given)
+    kind = None
+    for x in tensors:
+        if x is None:
+            continue
+        kind = x.dtype if kind is None else kind
         # Subclasses, as of sharded weights, keep their numbers elsewhere.
-        and all(type(x) in (Tensor, torch.nn.Parameter) and not x.is_neg() for x in given)
-        and not torch.compiler.is_compiling()
-    )
+        if x.dtype != kind or type(x) not in _PLAIN or not x.is_cpu or x.is_neg():
+            return False
+    return kind in TYPES and not (torch.compiler.is_compiling() or _is_transformed())
+
+
+def learns(*tensors: Tensor | None) -> bool:
+    """Whether gradients of any of these are wanted: the calls that autograd must know of."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _is_transformed() -> bool:
+    """Whether tensors may stand for others, as under vmap, or carry derivatives with them."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def address(x: Tensor | None) -> ctypes.c_void_p:

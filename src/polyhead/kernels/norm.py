@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from polyhead.kernels.native import TYPES, address, library, takes
+from polyhead.kernels.native import TYPES, address, learns, library, takes
 from polyhead.nn.norm import LayerNorm, RMSNorm
 
 
@@ -21,7 +21,8 @@ class FusedLayerNorm(LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not _takes(input, self.weight, self.bias, self.normalized_shape):
             return super().forward(input)
-        return _Norm.apply("layer", input, self.weight, self.bias, self.eps)
+        by = _Norm.apply if learns(input, self.weight, self.bias) else _normed
+        return by("layer", input, self.weight, self.bias, self.eps)
 
 
 class FusedRMSNorm(RMSNorm):
@@ -30,7 +31,8 @@ class FusedRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not _takes(x, self.weight, None, self.shape):
             return super().forward(x)
-        return _Norm.apply("rms", x, self.weight, None, self.eps)
+        by = _Norm.apply if learns(x, self.weight) else _normed
+        return by("rms", x, self.weight, None, self.eps)
 
 
 def _takes(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> bool:
@@ -55,9 +57,7 @@ class _Norm(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x, weight, bias)
         ctx.name, ctx.eps = name, eps
-        y = torch.empty_like(x)
-        _call(f"{name}_{TYPES[x.dtype]}", (x, weight, bias, y), eps)
-        return y
+        return _normed(name, x, weight, bias, eps)
 
     @staticmethod
     @once_differentiable
@@ -69,6 +69,13 @@ class _Norm(torch.autograd.Function):
         _call(name, (x, weight, grad.contiguous(), of_x, sums), ctx.eps)
         of_weight, of_bias = sums.sum(0).to(weight.dtype)
         return None, of_x, of_weight, None if bias is None else of_bias, None
+
+
+def _normed(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _call(f"{name}_{TYPES[x.dtype]}", (x, weight, bias, y), eps)
+    return y
 
 
 def _call(name: str, tensors: tuple[Tensor | None, ...], eps: float) -> None:

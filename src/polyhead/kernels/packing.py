@@ -12,6 +12,7 @@ from polyhead.compress import layers
 from polyhead.compress.formats import Int4, PackedWeight
 from polyhead.errors import ConfigError
 from polyhead.kernels import attend, norm, rotate
+from polyhead.kernels.joined import Joined
 from polyhead.kernels.products import ENDINGS, LaidOut
 from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import ACTIVATIONS, Activation, FeedForward, GatedFeedForward
@@ -63,6 +64,9 @@ def pack(model: M) -> M:
                 setattr(part, name, _as(ManyTokensHead, child))
             elif double := _DOUBLES.get(type(child)):
                 setattr(part, name, _as(double, child))
+    for part in packed.modules():
+        if isinstance(part, attend.FusedAttention):
+            part.joined = Joined.of((part.q, part.k, part.v))
     return packed
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from polyhead.kernels.native import TYPES, address, library, takes
+from polyhead.kernels.native import TYPES, address, learns, library, takes
 from polyhead.nn.feedforward import ACTIVATIONS, Activation, FeedForward, GatedFeedForward
 from polyhead.nn.moe import Experts
 
@@ -48,7 +48,7 @@ def gated(activation: Activation, x: Tensor, gate: Tensor | None) -> Tensor:
     name = _NAMES.get(activation)
     fits = x.numel() % 16 == 0 and (gate is None or gate.shape == x.shape)
     if name is not None and fits and takes(x, gate) and library("pointwise"):
-        return _Gated.apply(name, x, gate)
+        return (_Gated.apply if learns(x, gate) else _gated)(name, x, gate)
     y = activation(x)
     return y if gate is None else y * gate
 
@@ -63,9 +63,7 @@ class _Gated(torch.autograd.Function):
         x, gate = x.contiguous(), None if gate is None else gate.contiguous()
         ctx.save_for_backward(x, gate)
         ctx.name = name
-        y = torch.empty_like(x)
-        _call(f"{name}_{TYPES[x.dtype]}", (x, gate, y))
-        return y
+        return _gated(name, x, gate)
 
     @staticmethod
     @once_differentiable
@@ -76,6 +74,13 @@ class _Gated(torch.autograd.Function):
         name = f"{ctx.name}_back_{TYPES[x.dtype]}"
         _call(name, (x, gate, grad.contiguous(), of_x, of_gate))
         return None, of_x, of_gate
+
+
+def _gated(name: str, x: Tensor, gate: Tensor | None) -> Tensor:
+    x, gate = x.contiguous(), None if gate is None else gate.contiguous()
+    y = torch.empty_like(x)
+    _call(f"{name}_{TYPES[x.dtype]}", (x, gate, y))
+    return y
 
 
 def _call(name: str, tensors: tuple[Tensor | None, ...]) -> None:

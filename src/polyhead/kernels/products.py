@@ -5,7 +5,9 @@ eight bits by groups; sums are whole numbers, as the VNNI instructions of x86 ma
 a matrix in blocks of 16, `W` columns in groups of 32.
 """
 
+import copy
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,6 +59,25 @@ class LaidOut(PackedWeight):
             return None
         found = form(weight)
         found.rounds_twice = rounds_twice and form is not LaidOutInt4
+        return found
+
+    def with_others(self, others: Sequence["LaidOut"]) -> "LaidOut | None":
+        """One matrix of the rows of several, which become views of it; None where they differ in
+        more than rows, or end within a block."""
+        each = [self, *others]
+        how = {(type(part), part.shape[1], part.dtype, part.rounds_twice) for part in each}
+        if len(how) > 1 or any(part.shape[0] % _ROWS for part in each[:-1]):
+            return None
+        found = copy.copy(self)
+        found._buffers = {}
+        found.shape = torch.Size((sum(part.shape[0] for part in each), self.shape[1]))
+        found.num_weights = sum(part.num_weights for part in each)
+        for name in self._buffers:
+            parts = [getattr(part, name) for part in each]
+            found._hold(name, torch.cat(parts))
+            views = getattr(found, name).split([len(part) for part in parts])
+            for part, view in zip(each, views, strict=True):
+                setattr(part, name, view)
         return found
 
     @property

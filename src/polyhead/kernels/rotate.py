@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from polyhead.kernels.native import TYPES, address, library, takes
+from polyhead.kernels.native import TYPES, address, learns, library, takes
 from polyhead.nn.position import Position
 from polyhead.nn.rotary import Rotary, Rotation
 
@@ -40,7 +40,9 @@ class FusedRotation(Rotation):
         fits = is_even and self.cos.shape[1:] == (1, *x.shape[2:])
         fits = fits and len(self.cos) in (1, len(x)) and self.cos.shape == self.sin.shape
         if fits and takes(x, self.cos, self.sin) and library("rotate"):
-            return _Turned.apply(x, self.cos, self.sin)
+            if learns(x):
+                return _Turned.apply(x, self.cos, self.sin)
+            return _turn(x, self.cos, self.sin, back=False)
         return super().rotate(x, at)
 
 

@@ -133,6 +133,9 @@ inline Floats load_some(const BFloat* from, int n) {
     __m512i bits = _mm512_maskz_loadu_epi16((1u << n) - 1, from);
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(bits)), 16);
 }
+inline Ints load_some(const uint8_t* from, int n) {
+    return (Ints)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8((1u << n) - 1, from));
+}
 template <int BITS> using Mix = std::integral_constant<int, BITS>;
 inline float largest(Floats x) { return _mm512_reduce_max_ps((__m512)x); }
 inline float total(Floats x) { return _mm512_reduce_add_ps((__m512)x); }

@@ -92,10 +92,14 @@ class MultiHeadAttention(nn.Module):
         if position is not None and position.rotates_late and cache is not None:
             # Queries and all the keys that are read must turn alike.
             position = position.prepare(at, cache.keys_at(at), x.dtype)
-        q = self.q_norm(self._heads(self.q(x))).transpose(1, 2)
+        if isinstance(cache, CrossCache) and cache.held is not None:
+            q, (k, v) = self._queries(self.q(x)), cache.held
+        else:
+            q, k, v = self.projected(x, x if memory is None else memory)
+            q, k, v = self._queries(q), self._keys(k), self._heads(v).transpose(1, 2)
         if position is not None:
             q = position.rotate(q, at)
-        k, v, keys_at = self._keys(x, memory, position, at, cache)
+        k, v, keys_at = self._remembered(k, v, memory is not None, position, at, cache)
 
         mask = Mask() if mask is None else mask
         if isinstance(mask, Mask):
@@ -153,20 +157,20 @@ class MultiHeadAttention(nn.Module):
         caches.end()
         return y
 
-    def _keys(
+    def _remembered(
         self,
-        x: Tensor,
-        memory: Tensor | None,
+        k: Tensor,
+        v: Tensor,
+        is_cross: bool,
         position: Position | None,
         at: Tensor,
         cache: Cache | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values to attend to, and the keys' positions."""
+        """Keys and values with those of before, and the keys' positions."""
         if isinstance(cache, CrossCache):
-            k, v = cache.held or cache.keep(*self._project(x if memory is None else memory))
-            return k, v, torch.arange(k.shape[2], device=x.device)[None]
-        k, v = self._project(x if memory is None else memory)
-        keys_at = at if memory is None else torch.arange(k.shape[2], device=x.device)[None]
+            k, v = cache.held or cache.keep(k, v)
+            return k, v, torch.arange(k.shape[2], device=k.device)[None]
+        keys_at = torch.arange(k.shape[2], device=k.device)[None] if is_cross else at
         late = position is not None and position.rotates_late
         if position is not None and not late:
             k = position.rotate(k, keys_at)
@@ -177,9 +181,15 @@ class MultiHeadAttention(nn.Module):
             k = position.rotate(k, keys_at)
         return k, v, keys_at
 
-    def _project(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.k_norm(self._heads(self.k(source))).transpose(1, 2)
-        return k, self._heads(self.v(source)).transpose(1, 2)
+    def projected(self, x: Tensor, source: Tensor) -> tuple[Tensor, ...]:
+        """Queries of x `[B, T, H D]`, keys and values of a source `[B, K, G D]`."""
+        return self.q(x), self.k(source), self.v(source)
+
+    def _queries(self, q: Tensor) -> Tensor:
+        return self.q_norm(self._heads(q)).transpose(1, 2)
+
+    def _keys(self, k: Tensor) -> Tensor:
+        return self.k_norm(self._heads(k)).transpose(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
