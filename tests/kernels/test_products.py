@@ -103,6 +103,15 @@ def test_it_unpacks_as_before(form: Any) -> None:
 
 
 @forms
+@pytest.mark.parametrize("row", [75, 80, -1])
+def test_a_row_that_is_not_there(form: Any, row: int) -> None:
+    _, laid_out = weights(form, 75, 70)
+    assert laid_out.unpack(torch.tensor([74])).shape == (1, 70)
+    with pytest.raises(IndexError):
+        laid_out.unpack(torch.tensor([3, row]))
+
+
+@forms
 def test_some_rows(form: Any) -> None:
     _, laid_out = weights(form, 75, 70)
     x = torch.randn(3, 70)

@@ -12,17 +12,27 @@ struct Spread {
     float mean, scale;
 };
 
+// The sum over a row of what f makes of each vector: in several chains, as each waits for its last
+// sum.
+template <class F> float sum_of(int64_t width, F f) {
+    constexpr int CHAINS = 4;
+    Floats sums[CHAINS] = {};
+    int64_t i = 0;
+    for (; i + CHAINS * LANES <= width; i += CHAINS * LANES)
+        for (int chain = 0; chain < CHAINS; chain++) sums[chain] += f(i + chain * LANES);
+    for (; i < width; i += LANES) sums[0] += f(i);
+    return total(sums[0] + sums[1] + (sums[2] + sums[3]));
+}
+
 // What a row is brought to the norm by; RMSNorm knows no mean.
 template <bool CENTERS, class T> Spread spread(const T* x, int64_t width, float eps) {
-    Floats sum = {}, squares = {};
-    if (CENTERS)
-        for (int64_t i = 0; i < width; i += LANES) sum += load(x + i);
-    float mean = CENTERS ? total(sum) / width : 0.0f;
-    for (int64_t i = 0; i < width; i += LANES) {
+    float mean = 0.0f;
+    if (CENTERS) mean = sum_of(width, [&](int64_t i) { return load(x + i); }) / width;
+    float squares = sum_of(width, [&](int64_t i) {
         Floats away = load(x + i) - mean;
-        squares += away * away;
-    }
-    return {mean, 1.0f / std::sqrt(total(squares) / width + eps)};
+        return away * away;
+    });
+    return {mean, 1.0f / std::sqrt(squares / width + eps)};
 }
 
 template <bool CENTERS, class T>

@@ -24,6 +24,14 @@ void product(const T* in, const uint8_t* blocks, const Ending<T>& ending, int64_
     }
 }
 
+template <Kind KIND, class T>
+void unpack_rows(const int64_t* index, const uint8_t* blocks, const float* row_scales, T* out,
+                 int64_t count, int64_t width, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        unpack_row<KIND>(blocks, row_scales, index[i], width, out + i * width);
+}
+
 }  // namespace
 
 // in [tokens, given], out [tokens, rows]; row_scales and bias [rows], or none.
@@ -42,3 +50,17 @@ PRODUCTS(int8_rows_twice, INT8_ROWS, 2)
 PRODUCTS(int8, INT8_GROUPS, 1)
 PRODUCTS(int8_twice, INT8_GROUPS, 2)
 PRODUCTS(int4, INT4_GROUPS, 1)
+
+// index [count], out [count, width].
+#define UNPACKED(NAME, KIND, T)                                                                    \
+    extern "C" void unpack_##NAME(const int64_t* index, const uint8_t* blocks,                     \
+                                  const float* row_scales, T* out, int64_t count, int64_t width,   \
+                                  int32_t threads) {                                               \
+        unpack_rows<KIND>(index, blocks, row_scales, out, count, width, threads);                  \
+    }
+#define BOTH(NAME, KIND)                                                                           \
+    UNPACKED(NAME##_float32, KIND, float)                                                          \
+    UNPACKED(NAME##_bfloat16, KIND, BFloat)
+BOTH(int8_rows, INT8_ROWS)
+BOTH(int8, INT8_GROUPS)
+BOTH(int4, INT4_GROUPS)

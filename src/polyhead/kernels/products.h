@@ -63,6 +63,28 @@ template <Kind KIND> inline void read_codes(const uint8_t* at, int64_t row, uint
     }
 }
 
+// The numbers of one row, `width` of them.
+template <Kind KIND, class T>
+void unpack_row(const uint8_t* blocks, const float* row_scales, int64_t row, int64_t width, T* out) {
+    int64_t groups = (width + GROUP - 1) / GROUP, lane = row % ROWS;
+    const uint8_t* at = blocks + row / ROWS * groups * block_bytes<KIND>();
+    float scale = row_scales ? row_scales[row] : 1.0f;
+    for (int64_t first = 0; first < width; first += GROUP, at += block_bytes<KIND>()) {
+        if (KIND != INT8_ROWS) scale = half(at + 2 * lane);
+        float least = KIND == INT4_GROUPS ? half(at + 2 * (ROWS + lane)) : scale * -128.0f;
+        uint8_t codes[GROUP];
+        float found[GROUP];
+        read_codes<KIND>(at, lane, codes);
+        for (int i = 0; i < GROUP; i++) found[i] = codes[i] * scale + least;
+        int64_t count = std::min<int64_t>(GROUP, width - first);
+        for (int64_t i = 0; i < count; i += LANES) {
+            int64_t there = std::min<int64_t>(LANES, count - i);
+            T* to = out + first + i;
+            there == LANES ? store(to, load(found + i)) : store_some(to, load(found + i), there);
+        }
+    }
+}
+
 // Activations of some tokens in groups of 32, `each` scales for each: of each chunk of tokens its
 // codes [groups, tokens, 32], scales [groups, tokens, each] and sums of the numbers that the codes
 // stand for, times BEGIN [groups, tokens].

@@ -129,8 +129,27 @@ class LaidOut(PackedWeight):
             found = self._unpack(blocks).transpose(1, 2).flatten(0, 1)
             found = found[start - first * _ROWS : stop - first * _ROWS]
         else:
+            found = self._looked_up(rows)
+            if found is not None:
+                return found
             found = self._unpack(rows // _ROWS, rows % _ROWS)[:, :, 0]
         return found.flatten(1)[:, : self.shape[1]].to(self.dtype)
+
+    def _looked_up(self, index: Tensor) -> Tensor | None:
+        """Rows by their numbers `[n]`, by the kernel if it takes them; IndexError for others."""
+        kernel = library("products")
+        fits = index.dtype == torch.int64 and index.device.type == "cpu" and self.dtype in TYPES
+        if not fits or kernel is None or not index.numel():
+            return None
+        first, last = torch.aminmax(index)
+        if first < 0 or last >= self.shape[0]:
+            raise IndexError(f"rows {first} to {last} of a matrix of {self.shape[0]}")
+        found = torch.empty(len(index), self.shape[1], dtype=self.dtype)
+        getattr(kernel, f"unpack_{self.kind}_{TYPES[self.dtype]}")(
+            address(index.contiguous()), address(self.data), self._row_scales(0), address(found),
+            *map(ctypes.c_int64, found.shape), ctypes.c_int32(torch.get_num_threads()),
+        )  # fmt: skip
+        return found
 
     def _unpack(self, blocks: Rows, lanes: Tensor | None = None) -> Tensor:
         """The weights of blocks `[n, groups, 16, 32]`, float32; lanes `[n]`: of each but that row,

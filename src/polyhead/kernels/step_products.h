@@ -123,27 +123,9 @@ template <Kind KIND, class T> struct Unpacked {
     int64_t tokens, width;
 
     void operator()(const Thread& thread) const {
-        int64_t groups = (width + GROUP - 1) / GROUP;
         Share share(tokens, thread);
         for (int64_t token = share.first; token < share.end; token++)
-            for (int64_t group = 0; group < groups; group++) {
-                int64_t row = index[token], first = group * GROUP;
-                const uint8_t* at = blocks + (row / ROWS * groups + group) * block_bytes<KIND>();
-                float found[GROUP];
-                one(at, row % ROWS, row_scales ? row_scales[row] : 1.0f, found);
-                int64_t count = std::min<int64_t>(GROUP, width - first);
-                across(count, [&](int64_t i, int n) {
-                    write(out + token * width + first + i, load(found + i), n);
-                });
-            }
-    }
-
-    static void one(const uint8_t* at, int64_t lane, float scale, float* found) {
-        if (KIND != INT8_ROWS) scale = half(at + 2 * lane);
-        float least = KIND == INT4_GROUPS ? half(at + 2 * (ROWS + lane)) : scale * -128.0f;
-        uint8_t codes[GROUP];
-        read_codes<KIND>(at, lane, codes);
-        for (int i = 0; i < GROUP; i++) found[i] = codes[i] * scale + least;
+            unpack_row<KIND>(blocks, row_scales, index[token], width, out + token * width);
     }
 };
 template <class T> using UnpackedInt4 = Unpacked<INT4_GROUPS, T>;
