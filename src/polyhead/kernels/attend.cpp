@@ -4,6 +4,7 @@
 // channels (answers); its scores are fp32 and never leave the cache. What causal queries do not
 // see is left out.
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -48,16 +49,14 @@ public:
             int rows = int(std::min<int64_t>(CHUNK, s.queries - first));
             // The last query of the chunk sees the most.
             int most = seen_by(int(first) + rows - 1), lanes = (most + LANES - 1) / LANES * LANES;
-            by_rows(q + first * s.q[2], s.q[2], rows, d, queries);
-            product(queries, d / W, rows, keys, padded, lanes, d / W, scores, padded);
-            float scale[CHUNK];
-            for (int row = 0; row < rows; row++) {
+            scores_of(q + first * s.q[2], rows, lanes);
+            float scale[CHUNK + LANES];
+            for (int row = 0; row < rows; row += LANES) {
                 int64_t at = first + row;
-                Sum sum = share(row, seen_by(int(at)), lanes,
-                                bias ? bias + at * s.bias[2] : nullptr,
-                                seen ? seen + at * s.seen[2] : nullptr);
-                scale[row] = sum.total ? 1.0f / sum.total : 0.0f;
-                if (logs) logs[at] = sum.total ? sum.top + std::log(sum.total) : -NEVER;
+                share(row, std::min(LANES, rows - row), int(at), lanes,
+                      bias ? bias + at * s.bias[2] : nullptr,
+                      seen ? seen + at * s.seen[2] : nullptr, scale + row,
+                      logs ? logs + at : nullptr);
             }
             const U* left = reinterpret_cast<const U*>(shares);
             product(left, padded / W, rows, values, d, d, (most + W - 1) / W, answers, d);
@@ -69,23 +68,58 @@ public:
     }
 
 private:
-    struct Sum {
-        float top, total;
-    };
-
     int seen_by(int query) const { return s.causal ? query + 1 : int(s.keys); }
 
-    // A row of scores becomes exponentials less `top`, zero where there is no key to see.
-    Sum share(int row, int there, int lanes, const T* bias, const uint8_t* seen) {
-        float* at = scores + row * padded;
+    void scores_of(const T* q, int rows, int lanes) {
+        if constexpr (std::is_same_v<T, U>) {
+            product(q, s.q[2], rows, keys, padded, lanes, d, scores, padded);
+        } else {
+            by_rows(q, s.q[2], rows, d, queries);
+            product(queries, d / W, rows, keys, padded, lanes, d / W, scores, padded);
+        }
+    }
+
+    // Some rows of scores, as many as a vector has numbers at most, become exponentials less their
+    // largest, zero where there is no key to see; scale [LANES]: what makes their sums one.
+    void share(int first, int count, int query, int lanes, const T* bias, const uint8_t* seen,
+               float* scale, float* logs) {
+        Floats most[LANES], sums[LANES] = {};
+        std::fill_n(most, LANES, Floats{} + NEVER);
+        for (int row = 0; row < count; row++)
+            most[row] = settled(scores + (first + row) * padded, seen_by(query + row),
+                                bias ? bias + row * s.bias[2] : nullptr,
+                                seen ? seen + row * s.seen[2] : nullptr);
+        Floats tops = highest(most);
+        // Whoever sees nothing has exponentials of zero, not of what is no number.
+        float top[LANES], sum[LANES];
+        store(top, tops == NEVER ? Floats{} : tops);
+        for (int row = 0; row < count; row++) {
+            int end = (seen_by(query + row) + LANES - 1) / LANES * LANES;
+            const float* from = scores + (first + row) * padded;
+            Written<U>* to = shares + (first + row) * padded;
+            for (int key = 0; key < end; key += LANES) {
+                Floats x = exponential(load(from + key) - top[row]);
+                sums[row] += x;
+                store(to + key, x);
+            }
+            for (int key = end; key < lanes; key += LANES) store(to + key, Floats{});
+        }
+        Floats all = totals(sums);
+        store(scale, all != 0.0f ? 1.0f / all : Floats{});
+        store(sum, all);
+        for (int row = 0; logs && row < count; row++)
+            logs[row] = sum[row] ? top[row] + std::log(sum[row]) : -NEVER;
+    }
+
+    // A row of scores, scaled, its bias added, NEVER where there is no key to see; returns the
+    // largest of each lane, or what is not a number.
+    Floats settled(float* at, int there, const T* bias, const uint8_t* seen) const {
         const Floats never = Floats{} + NEVER;
         Floats most = never;
-        Ints unordered = {};  // what is not a number loses every comparison
         auto settle = [&](int key, Floats x, Ints keep) {
             x = (Floats)(((Ints)x & keep) | ((Ints)never & ~keep));
             store(at + key, x);
-            most = most > x ? most : x;
-            unordered |= x != x;
+            most = larger(most, x);
         };
         int whole = there / LANES * LANES, rest = there - whole;
         for (int key = 0; key < whole; key += LANES) {
@@ -100,17 +134,7 @@ private:
             if (seen) keep &= load_some(seen + whole, rest) != 0;
             settle(whole, x, keep);
         }
-        float top = any(unordered) ? std::numeric_limits<float>::quiet_NaN() : largest(most);
-        bool is_blind = top == NEVER;
-        int end = is_blind ? 0 : (there + LANES - 1) / LANES * LANES;
-        Floats sum = {};
-        for (int key = 0; key < end; key += LANES) {
-            Floats x = exponential(load(at + key) - top);
-            sum += x;
-            store(shares + row * padded + key, x);
-        }
-        for (int key = end; key < lanes; key += LANES) store(shares + row * padded + key, Floats{});
-        return {top, is_blind ? 0.0f : total(sum)};
+        return most;
     }
 };
 

@@ -130,9 +130,9 @@ inline void keep_codes(int8_t* to, Ints codes) {
 }
 
 // As many parts, each with a scale of its own, as a vector has numbers; `many` of them are there,
-// from the part `first` of the token on. Of each `SIZE` vectors; leaves there what the codes lack.
-template <Kind KIND, int SIZE>
-void round_parts(const Rounded& to, int64_t token, int64_t first, int many, Floats (*parts)[SIZE]) {
+// from the part `first` of the token on. Of each `SIZE` vectors; LEAVES there what the codes lack.
+template <Kind KIND, bool LEAVES, int SIZE>
+inline void round_parts(const Rounded& to, int64_t token, int64_t first, int many, Floats (*parts)[SIZE]) {
     Floats sizes[LANES] = {}, sums[LANES] = {};
     for (int part = 0; part < many; part++)
         for (int i = 0; i < SIZE; i++) {
@@ -150,13 +150,15 @@ void round_parts(const Rounded& to, int64_t token, int64_t first, int many, Floa
     for (int part = 0; part < many; part++) {
         int64_t place = start + (first + part) / EACH * apart;
         int8_t* codes = to.codes + place * GROUP + (first + part) % EACH * (GROUP / EACH);
+        Ints all = {};
         for (int i = 0; i < SIZE; i++) {
             Ints near = nearest(parts[part][i] * inverse[part]);
             keep_codes(codes + i * LANES, near);
-            Floats whole = __builtin_convertvector(near, Floats);
-            parts[part][i] -= whole * scale[part];
-            sums[part] += whole;
+            all += near;
+            if (LEAVES)
+                parts[part][i] -= __builtin_convertvector(near, Floats) * scale[part];
         }
+        sums[part] = __builtin_convertvector(all, Floats);
         to.scales[place * EACH + (first + part) % EACH] = scale[part];
     }
     store(sum, totals(sums) * scales * BEGIN<KIND>);
@@ -182,7 +184,7 @@ void round_token(const Rounded& to, const T* x, int64_t given, int64_t token) {
             parts[i / SIZE][i % SIZE] = there == LANES ? load(x + at) : load_some(x + at, there);
         }
         for (int time = 0; time < TIMES; time++)
-            round_parts<KIND>(to, token * TIMES + time, first, many, parts);
+            round_parts<KIND, TIMES == 2>(to, token * TIMES + time, first, many, parts);
     }
 }
 

@@ -110,8 +110,9 @@ class LaidOut(PackedWeight):
         found = x.new_empty(*x.shape[:-1], stop - start)
         if found.numel():
             width = self.shape[1]
+            data = self.data[start // _ROWS] if start else self.data
             getattr(kernel, f"product_{self.times_kind}_{TYPES[x.dtype]}")(
-                address(x), address(self.data[start // _ROWS]), self._row_scales(start),
+                address(x), address(data), self._row_scales(start),
                 address(bias), ctypes.c_int32(ENDINGS[activation]), address(found),
                 ctypes.c_int64(x.numel() // width), ctypes.c_int64(width),
                 ctypes.c_int64(stop - start), ctypes.c_int32(torch.get_num_threads()),
@@ -204,7 +205,7 @@ class LaidOutInt8Rows(LaidOut):
         self._hold("scales", weight.scale[:, 0].clone())
 
     def _row_scales(self, start: int) -> ctypes.c_void_p:
-        return address(self.scales[start:])
+        return address(self.scales[start:] if start else self.scales)
 
     def _unpack(self, blocks: Rows, lanes: Tensor | None = None) -> Tensor:
         scales = F.pad(self.scales, (0, -len(self.scales) % _ROWS)).view(-1, _ROWS)[blocks]

@@ -101,19 +101,6 @@ template <class T> inline auto load_some(const T* from, int n) {
     return load(few);
 }
 
-// Whether a bit of any is set.
-inline bool any(Ints x) {
-#if defined(__AVX512BW__)
-    return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
-#elif defined(POLYHEAD_AVX2)
-    return !_mm256_testz_si256((__m256i)x, (__m256i)x);
-#else
-    int32_t found = 0;
-    for (int i = 0; i < LANES; i++) found |= x[i];
-    return found;
-#endif
-}
-
 // 0, 1, 2 and so on.
 inline Ints numbered() {
     constexpr int32_t all[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -256,6 +243,14 @@ inline void transpose(Floats* x) {
 inline Floats totals(const Floats* x) {
     return reduce_each(x, [](Floats a, Floats b) { return a + b; });
 }
+
+// The larger numbers; what is not a number is larger than all.
+inline Floats larger(Floats a, Floats b) {
+    return (Ints)(a > b) | (Ints)(a != a) ? a : b;
+}
+
+// Of vectors, the largest of each.
+inline Floats highest(const Floats* x) { return reduce_each(x, larger); }
 
 // Of vectors of what is not negative, the largest of each: what is not a number is larger than
 // all.
