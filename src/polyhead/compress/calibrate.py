@@ -149,7 +149,7 @@ class Walk:
         """Run the model over a batch, as far as someone wants."""
         known = {module: answers[number] for module, answers in self._outputs.items()}
         with torch.no_grad(), _replaying(known), suppress(_EnoughError):
-            _run(self.model, self.batches[number])
+            answered(self.model, self.batches[number])
 
     def _look(self, targets: set[nn.Module]) -> list[Unit]:
         """One forward, to see what runs and reads in which order."""
@@ -187,7 +187,7 @@ class Walk:
                 hooks.append(part.register_forward_hook(normed))
         try:
             with torch.no_grad():
-                _run(self.model, self.batches[0])
+                answered(self.model, self.batches[0])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -208,12 +208,12 @@ def _units(model: TaskModel, targets: set[nn.Module]) -> Iterator[Unit]:
             yield Unit(name, part)
 
 
-def _run(model: TaskModel, batch: Batch) -> None:
+def answered(model: TaskModel, batch: Batch) -> Tensor:
+    """The states that a model answers to a batch with; ConfigError where it does not take that."""
     try:
         if isinstance(batch, Tensor):
-            model.hidden(batch.to(model.device))
-        else:
-            model.hidden(**{name: tensor.to(model.device) for name, tensor in batch.items()})
+            return model.hidden(batch.to(model.device))
+        return model.hidden(**{name: tensor.to(model.device) for name, tensor in batch.items()})
     except TypeError as error:
         raise ConfigError(
             f"calibration does not fit a {model.config.model_type}: {error}; give each batch as a "

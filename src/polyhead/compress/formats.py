@@ -23,6 +23,7 @@ class PackedWeight(nn.Module):
     """A matrix in few bits. `dtype`: what it unpacks to, which follows `Module.to`."""
 
     name: ClassVar[str]
+    learning: tuple[Tensor, ...] = ()  # parts that products give gradients of
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()

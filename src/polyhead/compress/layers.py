@@ -1,7 +1,7 @@
 """Layers whose weights are kept in few bits and unpacked for the moment of a product.
 
 They stand below the class of the layer that they take the place of, so that a head stays a head.
-Nothing is learned here: gradients pass to the inputs alone.
+Gradients pass to the inputs, and to the steps of a weight where they learn; codes do not.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,23 +28,34 @@ _AT_ONCE = 1 << 22  # weights that are unpacked for a product: a layer's, not a 
 
 
 class _Product(torch.autograd.Function):
-    """x wᵀ that remembers neither x nor the unpacked weight."""
+    """x wᵀ that remembers no unpacked weight, and x only where the weight's steps learn."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: PackedWeight, rows: slice) -> Tensor:
-        ctx.weight, ctx.rows = weight, rows
+    def forward(
+        ctx: Any, x: Tensor, weight: PackedWeight, rows: slice, *learning: Tensor
+    ) -> Tensor:
+        ctx.weight, ctx.rows, ctx.learning = weight, rows, learning
+        if learning:
+            ctx.save_for_backward(x)
         return times(x, weight, rows)
 
     @staticmethod
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None, None]:
-        return times_transposed(grad, ctx.weight, ctx.rows), None, None
+    ) -> tuple[Tensor | None, ...]:
+        if not ctx.learning:
+            return times_transposed(grad, ctx.weight, ctx.rows), None, None
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            unpacked = ctx.weight.unpack(ctx.rows)
+        outer = grad.flatten(0, -2).mT @ x.flatten(0, -2)
+        moves = torch.autograd.grad(unpacked, ctx.learning, outer)
+        return grad @ unpacked.detach(), None, None, *moves
 
 
 def product(x: Tensor, weight: PackedWeight, rows: slice = _ALL) -> Tensor:
     """x `[..., W]` by the rows of a packed matrix `[R, W]`: `[..., R]`."""
-    return _Product.apply(x, weight, rows)
+    return _Product.apply(x, weight, rows, *weight.learning)
 
 
 def times(x: Tensor, weight: PackedWeight, rows: slice = _ALL) -> Tensor:
