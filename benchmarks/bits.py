@@ -2,11 +2,11 @@
 
 The weights at hand are a file's of four bits, which a form of four bits gives back as they were.
 So residual channels, channels of values and neurons change places: the model answers the same, and
-a group of 32 weights now holds those of many. Inputs for calibration are film reviews; perplexity
-is of the Bible, and of reviews that were not read before.
+a group of 32 weights now holds those of many. Inputs for calibration are film reviews, verses of
+the Bible and Python's documentation, or some of these; perplexity is of other verses and reviews.
 
     python -m benchmarks.bits
-    python -m benchmarks.bits --only 'int8*' --json bits.jsonl
+    python -m benchmarks.bits --only 'int8*' --calibration reviews --json bits.jsonl
 """
 
 import argparse
@@ -14,7 +14,7 @@ import fnmatch
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -25,11 +25,13 @@ from benchmarks.peers.inputs import BIBLE
 from benchmarks.peers.ours import weight_bytes
 
 import polyhead as ph
+from polyhead.cli.corpora import pydocs, split
 from polyhead.cli.main import main as polyhead
 from polyhead.models.model import TaskModel
 
 REVIEWS = BIBLE.with_name("movie-reviews.tsv")
-WINDOW, CALIBRATION, HELD = 512, 32, 10  # tokens, and stretches of them
+WINDOW, CALIBRATION, HELD = 512, 48, 10  # tokens, and stretches of them
+KNOWN = ("reviews", "Bible", "Python")  # what may be calibrated with
 FORMS: dict[str, dict[str, Any]] = {
     "bf16": {},
     "int8": {},
@@ -38,6 +40,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "int8 gptq": dict(method="gptq"),
     "int4": {},
     "int4 gptq": dict(method="gptq"),
+    "int4 gptq untuned": dict(method="gptq", tuning=0),
     "int4 awq": dict(method="awq"),
     "int4 g64 gptq": dict(method="gptq", group=64),
     "int4 g128 gptq": dict(method="gptq", group=128),
@@ -53,11 +56,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", default="*", help="forms, by a pattern")
+    parser.add_argument("--calibration", nargs="+", choices=KNOWN, default=KNOWN)
     parser.add_argument("--json", type=Path, help="append a line for each form here")
     parser.add_argument("--python", default=str(ROOT / ".peers" / "bin" / "python"))
     asked = parser.parse_args()
     model = shuffled(ph.load("smollm2-135m", dtype=torch.float32).eval())
-    calibration, texts = stretches()
+    calibration, texts = stretches(asked.calibration)
     plain: dict[str, float] = {}
     print("| form | MB | " + " | ".join(texts) + " | seconds to make |")
     print("|---|---|" + "---|" * (len(texts) + 1))
@@ -122,24 +126,33 @@ def theirs(
         print(f"| llama.cpp is absent: {error} |")
 
 
-def stretches() -> tuple[list[torch.Tensor], dict[str, Windows]]:
-    """Token ids to calibrate with `[1, T]` each, and texts that are held out."""
+def stretches(known: Sequence[str] = KNOWN) -> tuple[list[torch.Tensor], dict[str, Windows]]:
+    """Token ids to calibrate with `[1, T]` each, as many of each text, and texts held out."""
     tokenizer = ph.tokenizer("smollm2-135m")
 
-    def ids(lines: list[str], column: int) -> list[int]:
-        text = "\n".join(line.split("\t")[column] for line in lines)
+    def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
     def windows(of: list[int], count: int) -> Windows:
         return [of[i * WINDOW : (i + 1) * WINDOW] for i in range(count)]
 
-    reviews = REVIEWS.read_text(encoding="utf-8").splitlines()
-    verses = BIBLE.read_text(encoding="utf-8").splitlines()[20000:20600]
-    known = windows(ids(reviews[:2000], -1), CALIBRATION)
-    held = {"Bible": ids(verses, 0), "reviews": ids(reviews[3000:], -1)}
+    def column(path: Path, which: int) -> list[str]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [line.split("\t")[which] for line in lines]
+
+    reviews, verses = column(REVIEWS, -1), column(BIBLE, 0)
+    each = CALIBRATION // len(known)
+    # Verses of many books, ten thousand away from those that are held out.
+    apart = [verses[at : at + 40] for at in range(0, 9000, 9000 // each)][:each]
+    read = {
+        "reviews": windows(ids("\n".join(reviews[:2000])), each),
+        "Bible": [ids("\n".join(some))[:WINDOW] for some in apart],
+        "Python": windows(ids(split(pydocs()).train), each),
+    }
+    held = {"Bible": "\n".join(verses[20000:20600]), "reviews": "\n".join(reviews[3000:])}
     return (
-        [torch.tensor([window]) for window in known],
-        {name: windows(of, HELD) for name, of in held.items()},
+        [torch.tensor([window]) for name in known for window in read[name]],
+        {name: windows(ids(text), HELD) for name, text in held.items()},
     )
 
 
