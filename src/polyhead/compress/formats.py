@@ -14,7 +14,7 @@ Rows = slice | Tensor
 """Which rows: a stretch, or their numbers `[n]`."""
 _ALL = slice(None)
 STEPS = 32  # weights of a group with steps of its own
-_HALF = 65504.0  # the largest float16
+HALF_MOST = 65504.0  # the largest float16
 BLOCK, GROUP = 64, 256  # weights of a scale, scales of a step (Dettmers et al. 2023, section 3)
 _AT_ONCE = 1 << 18  # weights that are unpacked at a time, so that they stay in a cache
 
@@ -163,7 +163,7 @@ class Int8(Stepped):
 
     @classmethod
     def widest(cls, groups: Tensor) -> tuple[Tensor, ...]:
-        return ((groups.abs().amax(-1) / 127).clamp(max=_HALF).half(),)
+        return ((groups.abs().amax(-1) / 127).clamp(max=HALF_MOST).half(),)
 
     @classmethod
     def nearest(cls, weights: Tensor, *steps: Tensor) -> Tensor:
@@ -177,7 +177,7 @@ class Int8(Stepped):
     def fit(cls, codes: Tensor, weights: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
         square = (importance * codes * codes).sum(-1)
         scales = (importance * codes * weights).sum(-1) / square.clamp_min(1e-30)
-        return (scales.clamp(0, _HALF).half(),)
+        return (scales.clamp(0, HALF_MOST).half(),)
 
 
 class Int8Rows(PackedWeight):
@@ -211,8 +211,8 @@ class Int4(Stepped):
 
     @classmethod
     def widest(cls, groups: Tensor) -> tuple[Tensor, ...]:
-        least = groups.amin(-1).clamp(-_HALF, _HALF).half()
-        return ((groups.amax(-1) - least.float()) / 15).clamp(max=_HALF).half(), least
+        least = groups.amin(-1).clamp(-HALF_MOST, HALF_MOST).half()
+        return ((groups.amax(-1) - least.float()) / 15).clamp(max=HALF_MOST).half(), least
 
     @classmethod
     def nearest(cls, weights: Tensor, *steps: Tensor) -> Tensor:
@@ -229,8 +229,8 @@ class Int4(Stepped):
         code, weight = (share * codes).sum(-1), (share * weights).sum(-1)
         off, away = codes - code[..., None], weights - weight[..., None]
         scales = (share * off * away).sum(-1) / (share * off * off).sum(-1).clamp_min(1e-30)
-        scales = scales.clamp(0, _HALF).half()
-        return scales, (weight - scales.float() * code).clamp(-_HALF, _HALF).half()
+        scales = scales.clamp(0, HALF_MOST).half()
+        return scales, (weight - scales.float() * code).clamp(-HALF_MOST, HALF_MOST).half()
 
     @classmethod
     def middle(cls, groups: Tensor) -> Tensor | float:

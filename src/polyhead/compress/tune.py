@@ -6,20 +6,21 @@ was (Hinton et al. 2015) instead of a text's next tokens.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from polyhead.compress.calibrate import Batch, answered
-from polyhead.compress.formats import Int4
+from polyhead.compress.formats import HALF_MOST, Int4
 from polyhead.compress.layers import language_heads
 from polyhead.models.model import TaskModel
 
-_RATE, _LAST = 2e-3, 0.05  # of a step's own size at a time, and the share of it at the end
-_WARM = 4  # batches until the rate is whole
+_RATE, _LAST = 1e-3, 0.05  # of a step's own size at a time, and the share of it at the end
+_WARM = 4  # portions until the rate is whole
 _BETAS = 0.9, 0.99
+_TOKENS = 512  # of a portion
 _MIDDLE = 7.5  # of the codes
 
 
@@ -44,6 +45,12 @@ class _Steps:
         """Let products read them as they are now."""
         self.packed.learning = self.packed.scales, self.packed.least = self.now()
 
+    def write(self, packed: Int4) -> None:
+        """Leave them in a matrix of the same codes."""
+        scales, least = self.now()
+        packed.scales = scales.clamp(0, HALF_MOST).half()
+        packed.least = least.clamp(-HALF_MOST, HALF_MOST).half()
+
 
 def tune(
     model: TaskModel,
@@ -55,35 +62,67 @@ def tune(
     """Move the steps of a model's `int4` matrices until it answers to `batches` as `whole` does.
 
     By the logits of a language head (Kullback-Leibler divergence) or else by the states, with Adam
-    and a rate that falls by a cosine, a step for each batch. Both compute in bfloat16 meanwhile
-    where the machine does so.
+    and a rate that falls by a cosine, 512 tokens at a time. Both compute in bfloat16 meanwhile
+    where the machine does so. A model that is interrupted is as it was.
     """
+    with torch.inference_mode(False), torch.enable_grad():
+        steps = _tuned(model, whole, list(_portions(batches)), passes, progress)
+    with torch.no_grad():
+        matrices = (part for part in model.backbone.modules() if isinstance(part, Int4))
+        for packed, own in zip(matrices, steps, strict=True):
+            own.write(packed)
+
+
+def _tuned(
+    model: TaskModel,
+    whole: TaskModel,
+    portions: Sequence[Batch],
+    passes: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[_Steps]:
     student, teacher = _working_copy(model), _working_copy(whole)
-    mine = [part for part in model.backbone.modules() if isinstance(part, Int4)]
-    theirs = [part for part in student.backbone.modules() if isinstance(part, Int4)]
-    steps = [_Steps(packed) for packed in theirs]
+    steps = [_Steps(part) for part in student.backbone.modules() if isinstance(part, Int4)]
     moving = [moved for own in steps for moved in (own.wider, own.higher)]
     if not moving:
-        return
+        return []
     optimizer = torch.optim.Adam(moving, betas=_BETAS)
     draw = torch.Generator().manual_seed(0)
-    order = torch.cat([torch.randperm(len(batches), generator=draw) for _ in range(passes)])
+    order = torch.cat([torch.randperm(len(portions), generator=draw) for _ in range(passes)])
     for number, at in enumerate(order.tolist()):
         with torch.no_grad():
-            wanted = _answers(teacher, batches[at])
+            wanted = _answers(teacher, portions[at])
         for own in steps:
             own.read()
-        optimizer.zero_grad()
-        _apart(_answers(student, batches[at]), wanted, bool(language_heads(whole))).backward()
-        fall = (1 + math.cos(math.pi * number / len(order))) / 2
-        rate = _RATE * min(1, (number + 1) / _WARM) * (_LAST + (1 - _LAST) * fall)
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
+        apart = _apart(_answers(student, portions[at]), wanted, bool(language_heads(whole)))
+        # Of what is no number nothing is to be learned.
+        if bool(apart.isfinite()):
+            optimizer.zero_grad()
+            apart.backward()
+            optimizer.param_groups[0]["lr"] = _rate(number, len(order))
+            optimizer.step()
         if progress is not None:
             progress(number + 1, len(order))
-    with torch.no_grad():
-        for packed, own in zip(mine, steps, strict=True):
-            packed.scales, packed.least = (part.half() for part in own.now())
+    return steps
+
+
+def _portions(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Batches by few rows at a time, where they are of texts: more often a little."""
+    for batch in batches:
+        tensors = [batch] if isinstance(batch, Tensor) else list(batch.values())
+        lengths = [x.shape[1] for x in tensors if x.dim() == 2]
+        if not lengths or len({len(x) for x in tensors}) > 1:
+            yield batch
+            continue
+        rows = max(1, _TOKENS // max(1, *lengths))
+        for at in range(0, len(tensors[0]), rows):
+            some = slice(at, at + rows)
+            is_one = isinstance(batch, Tensor)
+            yield batch[some] if is_one else {name: x[some] for name, x in batch.items()}
+
+
+def _rate(number: int, count: int) -> float:
+    fall = (1 + math.cos(math.pi * number / count)) / 2
+    return _RATE * min(1, (number + 1) / _WARM) * (_LAST + (1 - _LAST) * fall)
 
 
 def _working_copy(model: TaskModel) -> TaskModel:
@@ -93,14 +132,19 @@ def _working_copy(model: TaskModel) -> TaskModel:
 
 
 def _answers(model: TaskModel, batch: Batch) -> Tensor:
-    """Logits of a language head, or states, in float32."""
+    """Logits of a language head `[N, V]`, or states `[N, E]`, in float32, of what is no filling."""
     states = answered(model, batch)
-    return (model.answer(states) if language_heads(model) else states).float()
+    found = (model.answer(states) if language_heads(model) else states).float()
+    masks = ("decoder_attention_mask", "attention_mask")
+    for mask in () if isinstance(batch, Tensor) else map(batch.get, masks):
+        if mask is not None and mask.shape == found.shape[:2]:
+            return found[mask.to(found.device, torch.bool)]
+    return found.flatten(0, -2)
 
 
 def _apart(found: Tensor, wanted: Tensor, are_logits: bool) -> Tensor:
-    """How far answers `[..., C]` lie apart: nats a row, or a share of their mean square."""
+    """How far answers `[N, C]` lie apart: nats a row, or a share of their mean square."""
     if not are_logits:
         return F.mse_loss(found, wanted) / wanted.square().mean().clamp_min(1e-30)
-    rows = (part.flatten(0, -2).log_softmax(-1) for part in (found, wanted))
+    rows = (part.log_softmax(-1) for part in (found, wanted))
     return F.kl_div(*rows, reduction="batchmean", log_target=True)
