@@ -196,6 +196,8 @@ def test_fewer_heads_and_neurons_by_texts(
         (["--to", "int4", "--group", "64"], "group 64 does not divide backbone"),
         (["--to", "nf4", "--method", "gptq"], "no even steps"),
         (["--prune", "0.3", "--method", "gptq"], "--method gptq is of a form"),
+        (["--prune", "0.3", "--tuning", "1"], "--tuning 1 is of a form"),
+        (["--to", "int8", "--method", "gptq", "--tuning", "1"], "tuning is 1 with form 'int8'"),
         (["--to", "int8", "--prune-by", "global"], "name a share with --prune"),
         (["--to", "int8", "--text-length", "2", "--text", "a.txt"], "no token to score"),
         (["--to", "int4", "--text", "gone.txt"], "cannot read gone.txt"),

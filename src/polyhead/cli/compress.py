@@ -69,7 +69,7 @@ class Args:
     """How int8 and int4 are rounded; the latter two by what layers read of --calibration."""
     tuning: int | None = None
     """How many times int4 reads --calibration again, to move its steps until the model answers as
-    before: training's time and memory, mostly for half the loss. None is once after gptq, 0 never."""
+    before, in the time and memory of training; None is once after gptq, 0 never."""
     group: Literal[32, 64, 128] = 32
     """Weights that share their steps in int8 and int4; fewer lose less."""
     embeddings: (
@@ -230,9 +230,10 @@ def _batches(
 
     kind = getattr(model.config, "kind", "decoder")
     if words is None or kind in ("vision", "two towers", "image-text"):
+        asked = "--tuning" if args.method == "nearest" else f"--method {args.method}"
         raise ConfigError(
-            f"--method {args.method} reads texts, which a {model.config.model_type} here does not "
-            "take alone: use --method nearest, or ph.quantize with calibration= of its inputs"
+            f"{asked} reads texts, which a {model.config.model_type} here does not take alone: "
+            "leave it out, or use ph.quantize with calibration= of its inputs"
         )
     ids = words.encode(_text(args.calibration, held_out=False), add_special_tokens=False)
     length = min(512, model.config.max_tokens or 512, len(ids))
