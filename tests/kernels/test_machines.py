@@ -54,6 +54,10 @@ def test_products(form: Any, dtype: torch.dtype, machine: str) -> None:
         size = rounded_inputs(x, form).double().abs() @ packed.unpack().double().abs().T
         step = 1e-6 if dtype == torch.float32 else 2**-8
         assert ((found - true).abs() <= step * size.clamp(min=1e-9) + 1e-12).all()
+        second = LaidOut.of(form(torch.randn(5, rows)))
+        assert second is not None
+        both = laid_out.then_times(x.float(), second, (None, None), None)
+        assert torch.equal(both, second.times(laid_out.times(x.float())))
         alone = laid_out.times(x[:1])
         assert alone is not None
         assert torch.equal(alone[0], found[0])

@@ -57,7 +57,12 @@ def _state(layer: nn.Module) -> tuple[object, ...]:
     return layer, type(layer), layer._modules.get("packed"), layer._parameters.get("bias")
 
 
-def _is_changed(layer: nn.Module, before: tuple[object, ...]) -> bool:
+def is_watched(layer: nn.Module) -> bool:
+    """Whether somebody looks at a layer's answers, or gives them in its place."""
     own = vars(layer)
-    is_watched = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    return bool(is_watched) or any(a is not b for a, b in zip(_state(layer), before, strict=True))
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+
+
+def _is_changed(layer: nn.Module, before: tuple[object, ...]) -> bool:
+    now = _state(layer)
+    return is_watched(layer) or any(a is not b for a, b in zip(now, before, strict=True))

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from polyhead.compress import layers
 from polyhead.compress.formats import Int4, PackedWeight
 from polyhead.errors import ConfigError
 from polyhead.kernels import attend, norm, rotate
-from polyhead.kernels.joined import Joined
+from polyhead.kernels.joined import Joined, is_watched
 from polyhead.kernels.products import ENDINGS, LaidOut
 from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import ACTIVATIONS, Activation, FeedForward, GatedFeedForward
@@ -44,8 +44,7 @@ def pack(model: M) -> M:
     not packed is shared with it; drop it, and its linear layers' weights are freed. The new one
     saves and loads weights like the old, but is not trained, moved or cast: do that before.
     """
-    memo: dict[int, Any] = {id(each): each for each in ACTIVATIONS.values()}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
     packed = copy.deepcopy(model, memo).eval()
     is_fine = not any(isinstance(part, Int4) for part in packed.modules())
@@ -67,6 +66,8 @@ def pack(model: M) -> M:
     for part in packed.modules():
         if isinstance(part, attend.FusedAttention):
             part.joined = Joined.of((part.q, part.k, part.v))
+        if type(part) is FeedForward and type(part.down) is LaidOutLinear:
+            part.__class__ = LaidOutFeedForward
     return packed
 
 
@@ -94,6 +95,17 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
+class LaidOutFeedForward(FeedForward):
+    """`FeedForward` from few bits whose two products are one call, unless one is watched."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = None
+        up, down = self.up, self.down
+        if type(up) is type(down) is LaidOutLinear and not (is_watched(up) or is_watched(down)):
+            found = up.followed_by(down, x) if self.activation is _same else None
+        return super().forward(x) if found is None else found
+
+
 class LaidOutLinear(layers.PackedLinear):
     """`nn.Linear` from few bits whose kernel adds the bias and applies an activation, too."""
 
@@ -106,6 +118,14 @@ class LaidOutLinear(layers.PackedLinear):
                 return found
         y = super().forward(input)
         return y if self.activation is None else self.activation(y)
+
+    def followed_by(self, other: "LaidOutLinear", input: Tensor) -> Tensor | None:
+        """What another layer makes of this one's answer; None where no kernel does both."""
+        matrices = self.packed, other.packed
+        if input.requires_grad or not all(isinstance(matrix, LaidOut) for matrix in matrices):
+            return None
+        first, second = cast(tuple[LaidOut, LaidOut], matrices)
+        return first.then_times(input, second, (self.bias, other.bias), self.activation)
 
 
 class PackedLinear(nn.Module):

@@ -129,10 +129,10 @@ inline void keep_codes(int8_t* to, Ints codes) {
 #endif
 }
 
-// As many parts, each with a scale of its own, as a vector has numbers; `many` of them are there,
-// from the part `first` of the token on. Of each `SIZE` vectors; LEAVES there what the codes lack.
-template <Kind KIND, bool LEAVES, int SIZE>
-inline void round_parts(const Rounded& to, int64_t token, int64_t first, int many, Floats (*parts)[SIZE]) {
+// Of `SIZE` vectors each, as many parts as a vector has numbers; `many` of them are there. Each has a
+// scale of its own; place_of(i): where the i-th group stands. LEAVES there what the codes lack.
+template <Kind KIND, bool LEAVES, int SIZE, class Place>
+inline void round_parts(const Rounded& to, int many, Floats (*parts)[SIZE], Place place_of) {
     Floats sizes[LANES] = {}, sums[LANES] = {};
     for (int part = 0; part < many; part++)
         for (int i = 0; i < SIZE; i++) {
@@ -146,10 +146,9 @@ inline void round_parts(const Rounded& to, int64_t token, int64_t first, int man
     float scale[LANES], inverse[LANES], sum[LANES];
     store(scale, scales), store(inverse, inverses);
     constexpr int EACH = SCALES<KIND>;
-    int64_t start = to.first(token), apart = to.apart(token);
     for (int part = 0; part < many; part++) {
-        int64_t place = start + (first + part) / EACH * apart;
-        int8_t* codes = to.codes + place * GROUP + (first + part) % EACH * (GROUP / EACH);
+        int64_t place = place_of(part / EACH);
+        int8_t* codes = to.codes + place * GROUP + part % EACH * (GROUP / EACH);
         Ints all = {};
         for (int i = 0; i < SIZE; i++) {
             Ints near = nearest(parts[part][i] * inverse[part]);
@@ -159,13 +158,13 @@ inline void round_parts(const Rounded& to, int64_t token, int64_t first, int man
                 parts[part][i] -= __builtin_convertvector(near, Floats) * scale[part];
         }
         sums[part] = __builtin_convertvector(all, Floats);
-        to.scales[place * EACH + (first + part) % EACH] = scale[part];
+        to.scales[place * EACH + part % EACH] = scale[part];
     }
     store(sum, totals(sums) * scales * BEGIN<KIND>);
     for (int part = 0; part < many; part += EACH) {
         float all = sum[part];
         for (int i = 1; i < EACH; i++) all += sum[part + i];
-        to.sums[start + (first + part) / EACH * apart] = all;
+        to.sums[place_of(part / EACH)] = all;
     }
 }
 
@@ -183,8 +182,13 @@ void round_token(const Rounded& to, const T* x, int64_t given, int64_t token) {
             int64_t there = std::clamp<int64_t>(given - at, 0, LANES);
             parts[i / SIZE][i % SIZE] = there == LANES ? load(x + at) : load_some(x + at, there);
         }
-        for (int time = 0; time < TIMES; time++)
-            round_parts<KIND, TIMES == 2>(to, token * TIMES + time, first, many, parts);
+        for (int time = 0; time < TIMES; time++) {
+            int64_t own = token * TIMES + time;
+            int64_t start = to.first(own) + first / SCALES<KIND> * to.apart(own);
+            round_parts<KIND, TIMES == 2>(to, many, parts, [&](int group) {
+                return start + group * to.apart(own);
+            });
+        }
     }
 }
 
@@ -215,11 +219,17 @@ template <class T> struct Ending {
 
     void write(Floats y, int64_t token, int64_t row) const {
         int64_t count = std::min<int64_t>(LANES, rows - row);
+        T* to = out + token * rows + row;
+        y = ended(y, row);
+        count == LANES ? store(to, y) : store_some(to, y, count);
+    }
+
+    // Zero beyond the last row, as every activation is of zero.
+    Floats ended(Floats y, int64_t row) const {
+        int64_t count = std::clamp<int64_t>(rows - row, 0, LANES);
         if (row_scales) y *= load_some(row_scales + row, count);
         if (bias) y += load_some(bias + row, count);
-        if (then) y = activated(y);
-        T* to = out + token * rows + row;
-        count == LANES ? store(to, y) : store_some(to, y, count);
+        return then ? activated(y) : y;
     }
 
     [[gnu::noinline]] Floats activated(Floats y) const {
@@ -270,6 +280,52 @@ void multiply(const Rounded& x, int64_t first, int64_t last, const uint8_t* bloc
             finish_all<KIND, TIMES, TIMES>(at, x, token, end, row, ending);
         }
         first = end;
+    }
+}
+
+// Of N tokens the 32 outputs from a row on, rounded for the product that reads them.
+template <Kind KIND, int N, class T>
+void finish_rounded(const uint8_t* blocks, const Rounded& x, int64_t token, int64_t row,
+                    const Ending<T>& ending, const Rounded& to) {
+    constexpr int EACH = SCALES<KIND>, SIZE = GROUP / LANES / EACH;
+    int64_t stretch = x.groups * block_bytes<KIND>();
+    Floats parts[N * EACH][SIZE];
+    for (int block = 0; block < GROUP / ROWS; block++) {
+        Floats found[N][PARTS] = {};
+        int64_t first = row + block * ROWS;
+        if (first < ending.rows)
+            tile<KIND, N>(blocks + first / ROWS * stretch, x, token, found);
+        for (int n = 0; n < N; n++)
+            for (int part = 0; part < PARTS; part++) {
+                int at = block * PARTS + part;
+                parts[n * EACH + at / SIZE][at % SIZE] =
+                    ending.ended(found[n][part], first + part * LANES);
+            }
+    }
+    for (int n = 0; n < N * EACH; n += LANES) {
+        int many = std::min(LANES, N * EACH - n);
+        round_parts<KIND, false>(to, many, parts + n, [&](int group) {
+            int64_t own = token + n / EACH + group;
+            return to.first(own) + row / GROUP * to.apart(own);
+        });
+    }
+}
+
+// Of all tokens the groups of 32 rows from..to.
+template <Kind KIND, class T>
+void multiply_rounded(const Rounded& x, const uint8_t* blocks, int64_t from, int64_t to,
+                      const Ending<T>& ending, const Rounded& found) {
+    for (int64_t first = 0; first < x.tokens; first += CHUNK) {
+        int64_t end = std::min<int64_t>(x.tokens, first + CHUNK);
+        for (int64_t row = from * GROUP; row < to * GROUP; row += GROUP) {
+            int64_t token = first;
+            for (; token + 16 <= end; token += 16)
+                finish_rounded<KIND, 16>(blocks, x, token, row, ending, found);
+            for (; token + 4 <= end; token += 4)
+                finish_rounded<KIND, 4>(blocks, x, token, row, ending, found);
+            for (; token < end; token++)
+                finish_rounded<KIND, 1>(blocks, x, token, row, ending, found);
+        }
     }
 }
 

@@ -119,6 +119,30 @@ class LaidOut(PackedWeight):
             )  # fmt: skip
         return found
 
+    def then_times(
+        self,
+        x: Tensor,
+        down: "LaidOut",
+        biases: tuple[Tensor | None, Tensor | None],
+        activation: Activation | None,
+    ) -> Tensor | None:
+        """What `down` makes of an activation of x `[..., W]` by this matrix, each with its bias:
+        `[..., down's rows]`. What stands between is rounded where it comes to be."""
+        kernel = library("products")
+        fits = type(self) is type(down) and not (self.rounds_twice or down.rounds_twice)
+        if not fits or kernel is None or not takes(x, *biases) or not x.numel():
+            return None
+        x = x.contiguous()
+        (inner, given), (rows, _) = self.shape, down.shape
+        found = x.new_empty(*x.shape[:-1], rows)
+        getattr(kernel, f"both_{self.kind}_{TYPES[x.dtype]}")(
+            address(x), address(self.data), self._row_scales(0), address(biases[0]),
+            ctypes.c_int32(ENDINGS[activation]), address(down.data), down._row_scales(0),
+            address(biases[1]), address(found), ctypes.c_int64(x.numel() // given),
+            *map(ctypes.c_int64, (given, inner, rows)), ctypes.c_int32(torch.get_num_threads()),
+        )  # fmt: skip
+        return found
+
     def _row_scales(self, start: int) -> ctypes.c_void_p:
         return address(None)
 

@@ -1,7 +1,6 @@
 """The position-wise feed-forward layers and their activations."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +18,15 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * (1.702 * x).sigmoid()
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by a tangent, as GPT-2 has it (Hendrycks and Gimpel 2016, section 2)."""
+    return F.gelu(x, approximate="tanh")
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_tanh": gelu_tanh,
     "silu": F.silu,
     "relu2": relu_squared,
     "quick_gelu": quick_gelu,
