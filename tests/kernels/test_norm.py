@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from polyhead.kernels import norm
 from polyhead.kernels.native import library
-from polyhead.kernels.norm import FusedLayerNorm
+from polyhead.kernels.norm import FusedLayerNorm, FusedRMSNorm
 from polyhead.nn import norm as norms
 
 
@@ -92,3 +93,16 @@ def gradients(layer: nn.Module, x: Tensor, above: Tensor) -> list[Tensor]:
     y = layer(x)
     leaves = [x, *layer.parameters()]
     return [y.detach(), *torch.autograd.grad(y, leaves, above.to(y.dtype))]
+
+
+def test_transformed_tensors_are_left_to_torch() -> None:
+    """Under vmap and with derivatives forwards, a tensor's memory is not what it stands for."""
+    fast, plain = FusedRMSNorm(32).requires_grad_(False), norms.RMSNorm(32).requires_grad_(False)
+    x, along = torch.randn(3, 4, 32), torch.randn(3, 4, 32)
+    assert_close(torch.func.vmap(fast)(x), plain(x))
+    for one, other in zip(*(torch.func.jvp(f, (x,), (along,)) for f in (fast, plain)), strict=True):
+        assert_close(one, other)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, along)
+        found, expected = (forward_ad.unpack_dual(f(dual)).tangent for f in (fast, plain))
+    assert_close(found, expected)
