@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.nn.parts import shaken
+from tests.nn.parts import Keeps, shaken
 from torch import Tensor
 
 import polyhead as ph
@@ -212,7 +212,7 @@ def test_who_looks_at_weights_sees_those_of_all_pieces() -> None:
     model = made("llama")
     seen: list[Tensor] = []
     attention = next(part for part in model.modules() if isinstance(part, MultiHeadAttention))
-    attention.probes.append(seen.append)
+    attention.probes.append(Keeps(seen))
     prompts = drawn_prompts(6)
     engine = Engine(model, None, ENGINES["small blocks"])
     requests = [engine.add(prompt, greedy()) for prompt in prompts]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from polyhead.nn.mask import Mask
 from polyhead.nn.patterns import big_bird, prefix, strided
 from polyhead.nn.position import Alibi, Position, Shaw, T5Bias
+from polyhead.nn.probe import Probe
 from polyhead.nn.rope_scaling import DynamicNTK, Linear, Llama3, Yarn
 from polyhead.nn.rotary import DynamicRotary, Rotary
 
@@ -17,6 +18,17 @@ M = TypeVar("M", bound=nn.Module)
 B, T, H, D = 3, 10, 4, 8
 E = H * D
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Keeps(Probe):
+    """Keeps the weights it sees in a list."""
+
+    def __init__(self, seen: list[Tensor]) -> None:
+        self.seen = seen
+
+    def weights(self, weights: Tensor) -> Tensor:
+        self.seen.append(weights)
+        return weights
 
 
 def by_head(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from polyhead.nn import attend as attending
 from polyhead.nn.attend import attend, expand_heads, weights
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.mask import EVERYTHING, Mask
+from polyhead.nn.probe import Probe
 
 CLOSE = dict(atol=1e-5, rtol=0.0)
 masks = pytest.mark.parametrize("mask", MASKS)
@@ -59,7 +60,7 @@ def test_fused_equals_explicit_and_so_do_gradients(mask: str, position: str, gro
     x = torch.randn(B, T, E)
     answers: list[tuple[Tensor, list[Tensor]]] = []
     leaves = [*layer.parameters(), *(part.parameters() if part is not None else [])]
-    for probes in ([], [lambda seen: None]):
+    for probes in ([], [Probe()]):
         layer.probes = probes
         inputs = x.clone().requires_grad_()
         y = layer(inputs, mask=MASKS[mask], position=part)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.nn.parts import DEVICE, B, D, E, H, T, randomized
+from tests.nn.parts import DEVICE, POSITIONS, B, D, E, H, Keeps, T, randomized
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -10,9 +10,11 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.cache import GrowingCache
 from polyhead.nn.mask import Mask
 from polyhead.nn.norm import RMSNorm
+from polyhead.nn.probe import Probe
 from polyhead.nn.rotary import Rotary
 
 CLOSE = dict(atol=1e-5, rtol=0.0)
+PADDED = torch.arange(T, device=DEVICE) < torch.tensor([[T], [2], [5]], device=DEVICE)
 KEEP = torch.arange(7, device=DEVICE) < torch.tensor([[7], [2], [5]], device=DEVICE)
 
 
@@ -41,7 +43,7 @@ def test_cross_attention_is_torch_s(bias: bool, kv_dim: int | None, padded: bool
     ours, theirs = twins(kv_dim, bias)
     x, memory = torch.randn(B, T, E), torch.randn(B, 7, kv_dim or E)
     seen: list[Tensor] = []
-    ours.probes.append(seen.append)
+    ours.probes.append(Keeps(seen))
     y = ours(x, memory, Mask(keep=KEEP) if padded else None)
     expected, shares = theirs(
         x, memory, memory, key_padding_mask=~KEEP if padded else None, average_attn_weights=False
@@ -67,17 +69,18 @@ def test_probes_see_the_weights_and_may_replace_them() -> None:
     x, mask = torch.randn(B, T, E), Mask(causal=True)
     seen: list[Tensor] = []
 
-    def knock_out(weights: Tensor) -> Tensor:
-        return weights.index_fill(1, torch.tensor([1]), 0.0)
+    class KnockOut(Probe):
+        def weights(self, weights: Tensor) -> Tensor:
+            return weights.index_fill(1, torch.tensor([1]), 0.0)
 
     plain = layer(x, mask=mask)
-    layer.probes = [seen.append]
+    layer.probes = [Keeps(seen)]
     assert_close(layer(x, mask=mask), plain, **CLOSE)
     assert seen[0].shape == (B, H, T, T)
     assert_close(seen[0].sum(-1), torch.ones(B, H, T))
     assert seen[0].triu(1).eq(0).all()
 
-    layer.probes = [knock_out, seen.append]  # the second sees what the first made
+    layer.probes = [KnockOut(), Keeps(seen)]  # the second sees what the first made
     without = layer(x, mask=mask)
     assert seen[1][:, 1].eq(0).all()
     assert torch.equal(seen[1][:, 0], seen[0][:, 0])
@@ -87,6 +90,51 @@ def test_probes_see_the_weights_and_may_replace_them() -> None:
 
     layer.probes = []
     assert torch.equal(layer(x, mask=mask), plain)
+
+
+class Everything(Probe):
+    """Notes every stage, of a few queries at a time."""
+
+    def __init__(self, queries_at_once: int | None) -> None:
+        self.queries_at_once = queries_at_once
+        self.parts: dict[str, list[Tensor]] = {"scores": [], "weights": []}
+
+    def projected(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.q, self.k, self.v = q, k, v
+        return q, k, v
+
+    def scores(self, scores: Tensor) -> Tensor:
+        self.parts["scores"].append(scores)
+        return scores
+
+    def weights(self, weights: Tensor) -> Tensor:
+        self.parts["weights"].append(weights)
+        return weights
+
+    def heads(self, heads: Tensor) -> Tensor:
+        self.found = heads
+        return heads
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3, T, 100])
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=True), Mask(causal=True, keep=PADDED)])
+@pytest.mark.parametrize("position", ["none", "alibi", "shaw", "rotary"])
+def test_a_probe_sees_every_stage_a_few_queries_at_a_time(
+    at_once: int | None, mask: Mask, position: str
+) -> None:
+    layer = randomized(MultiHeadAttention(E, H, num_kv_heads=2), 0.2)
+    where, x = POSITIONS[position](), torch.randn(B, T, E)
+    plain = layer(x, mask=mask, position=where)
+    probe = Everything(at_once)
+    layer.probes = [probe]
+    assert_close(layer(x, mask=mask, position=where), plain, **CLOSE)
+    scores, weights = (torch.cat(probe.parts[name], 2) for name in ("scores", "weights"))
+    assert len(probe.parts["scores"]) == -(-T // min(T, at_once or T))
+    allowed = mask.dense(T, T, DEVICE)
+    assert torch.equal(scores.isfinite(), allowed.expand(B, H, T, T))
+    assert_close(scores.softmax(-1).nan_to_num(), weights, **CLOSE)
+    assert (probe.q.shape, probe.k.shape, probe.v.shape) == ((B, H, T, D), *[(B, 2, T, D)] * 2)
+    assert_close(layer.out(probe.found.transpose(1, 2).flatten(2)), plain, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["head", "width"])
@@ -144,7 +192,7 @@ def test_dropout_is_for_training_alone() -> None:
     rough = torch.stack([layer(x) for _ in range(400)])
     assert not torch.equal(rough[0], rough[1])
     assert_close(rough.mean(0), still, atol=0.25, rtol=0.0)
-    layer.probes = [lambda seen: None]
+    layer.probes = [Probe()]
     assert not torch.equal(layer(x), layer(x))
 
 

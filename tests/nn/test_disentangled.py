@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from tests.nn.parts import randomized
+from tests.nn.parts import Keeps, randomized
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -106,7 +106,7 @@ def test_a_probe_sees_the_weights_and_what_it_returns_is_used() -> None:
     ready = position.prepare(at, at, x.dtype)
     fused = attention(x, position=ready, at=at)
     seen: list[Tensor] = []
-    attention.probes.append(seen.append)
+    attention.probes.append(Keeps(seen))
     # The definition takes its scores in fp32.
     assert_close(attention(x, position=ready, at=at), fused, atol=1e-5, rtol=1e-5)
     assert seen[0].shape == (2, HEADS, 9, 9)

@@ -16,6 +16,7 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.disentangled import Disentangled, DisentangledAttention, distance_rows
 from polyhead.nn.moe import MixtureOfExperts
 from polyhead.nn.position import Position, T5Bias
+from polyhead.nn.probe import Probe
 from polyhead.nn.rotary import DynamicRotary
 
 
@@ -36,7 +37,7 @@ def exportable(model: TaskModel, *, fused: bool = False) -> TaskModel:
                 setattr(part, name, double.of(child))
         if isinstance(part, MultiHeadAttention):
             # A probed layer takes the explicit path.
-            part.probes = [] if fused else [_look_away]
+            part.probes = [] if fused else [Probe()]
     return found
 
 
@@ -63,10 +64,6 @@ def _check(model: TaskModel) -> None:
                 "rope scaling 'dynamic' turns with the length of each text, which no one graph "
                 "says; use the model where Polyhead or transformers runs"
             )
-
-
-def _look_away(seen: Tensor) -> None:
-    """A probe that wants nothing but the explicit path."""
 
 
 class TabledBias(T5Bias):

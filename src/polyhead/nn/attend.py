@@ -20,15 +20,22 @@ def weights(
     q `[B, H, Q, D]`, k `[B, G, K, D]` with H a multiple of G, bias `[B|1, H|1, Q, K]`; returns
     `[B, H, Q, K]` in q's dtype. A query that may see nothing gets zeros.
     """
-    k = expand_heads(k, q.shape[1])
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    if bias is not None:
-        scores = scores + bias
     allowed = mask.boolean(q.shape[2], k.shape[2], q.device)
+    return shares(scores(q, k, bias, scale), allowed).to(q.dtype)
+
+
+def scores(q: Tensor, k: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Scaled and biased, of `[B, H, Q, D]` and `[B, G, K, D]`: `[B, H, Q, K]` fp32."""
+    found = (q @ expand_heads(k, q.shape[1]).transpose(-1, -2)).float() * scale
+    return found if bias is None else found + bias
+
+
+def shares(scores: Tensor, allowed: Tensor | None = None) -> Tensor:
+    """The softmax over what is allowed, `[B|1, H|1, Q, K]`; zeros where a row may see nothing."""
     if allowed is None:
-        return scores.softmax(-1).to(q.dtype)
+        return scores.softmax(-1)
     scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1).masked_fill(~allowed, 0.0).to(q.dtype)
+    return scores.softmax(-1).masked_fill(~allowed, 0.0)
 
 
 def attend(

@@ -5,14 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from polyhead.nn.attend import attend, expand_heads, weights
+from polyhead.nn.attend import attend
 from polyhead.nn.cache import Cache, Caches, CrossCache
-from polyhead.nn.dropout import dropout
 from polyhead.nn.mask import Lowered, Mask
 from polyhead.nn.position import Position
-
-Probe = Callable[[Tensor], Tensor | None]
-"""Takes the weights `[B, H, Q, K]`; what it returns, if anything, is used in their place."""
+from polyhead.nn.probe import Probe, attend_seen
 
 
 class MultiHeadAttention(nn.Module):
@@ -25,8 +22,8 @@ class MultiHeadAttention(nn.Module):
                   `[B, T, heads, head_dim]`.
     dropout:      on the weights, while training.
 
-    What owns no parameter is an argument of the call. `probes` see the weights from outside;
-    only a layer that has some computes them.
+    What owns no parameter is an argument of the call. `probes` look in from outside; only a layer
+    that has some which need its weights computes them.
     """
 
     def __init__(
@@ -121,17 +118,35 @@ class MultiHeadAttention(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """What the queries find, `[B, H, T, D]`: values by their weights."""
+        for probe in self.probes:
+            q, k, v = probe.projected(q, k, v)
         bias = None if position is None else position.bias(q, k, at, keys_at, self)
+        needs_weights = any(probe.needs_weights for probe in self.probes)
+        if needs_weights or (position is not None and position.has_values):
+            drop = self.dropout if self.training else 0.0
+            near = position, at, keys_at
+            heads = attend_seen(q, k, v, mask, bias, self.scale, drop, self.probes, *near)
+        else:
+            heads = self._fused(q, k, v, mask, bias, cache)
+        for probe in self.probes:
+            heads = probe.heads(heads)
+        return heads
+
+    def _fused(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Lowered,
+        bias: Tensor | None,
+        cache: Cache | None,
+    ) -> Tensor:
         sharing = len(q) // len(k)
         if sharing > 1:
             # Rows that share a memory, as beams of one text do, are queries side by side.
             q = q.unflatten(0, (-1, sharing)).transpose(1, 2).flatten(2, 3)
-
-        if self.probes or (position is not None and position.has_values):
-            heads = self._explicit(q, k, v, mask, bias, position, at, keys_at)
-        else:
-            find = attend if cache is None else cache.attend
-            heads = find(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
+        find = attend if cache is None else cache.attend
+        heads = find(q, k, v, mask, bias, self.scale, self.dropout if self.training else 0.0)
         if sharing > 1:
             heads = heads.unflatten(2, (sharing, -1)).transpose(1, 2).flatten(0, 1)
         return heads
@@ -193,25 +208,3 @@ class MultiHeadAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.head_dim)
-
-    def _explicit(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Lowered,
-        bias: Tensor | None,
-        position: Position | None,
-        at: Tensor,
-        keys_at: Tensor,
-    ) -> Tensor:
-        seen = weights(q, k, mask, bias, self.scale)
-        for probe in self.probes:
-            replaced = probe(seen)
-            seen = seen if replaced is None else replaced
-        if self.training and self.dropout:
-            seen = dropout(seen, self.dropout)
-        heads = seen @ expand_heads(v, seen.shape[1])
-        if position is not None and position.has_values:
-            heads = heads + position.values(seen, at, keys_at)
-        return heads

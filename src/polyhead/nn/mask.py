@@ -23,6 +23,21 @@ class Lowered:
             return self.dense
         return torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril()[None, None]
 
+    def rows(self, begin: int, end: int, num_keys: int, device: torch.device) -> Tensor | None:
+        """The boolean tensor's queries from `begin` to `end`."""
+        if self.is_causal:
+            q, k = (torch.arange(*span, device=device) for span in ((begin, end), (0, num_keys)))
+            return (k <= q[:, None])[None, None]
+        if self.dense is None or self.dense.shape[2] == 1:
+            return self.dense
+        return self.dense[:, :, begin:end]
+
+    def repeated(self, times: int) -> "Lowered":
+        """The same for rows that each come so many times, side by side."""
+        if self.dense is None or len(self.dense) == 1:
+            return self
+        return Lowered(dense=self.dense.repeat_interleave(times, 0))
+
 
 EVERYTHING = Lowered()
 

@@ -1,0 +1,102 @@
+"""A look at one place of a running model, and the count of how often each place has run."""
+
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from polyhead.explain.reduce import Kept, Reduction
+from polyhead.nn.embedding import TokenEmbedding
+from polyhead.nn.patches import PatchEmbedding
+
+
+class Look:
+    """Called with what is seen; what it returns, if anything, takes the place of that.
+
+    reduction: what of it is asked for, where it may be computed some queries at a time.
+    """
+
+    reduction: Reduction | None = None
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        raise NotImplementedError
+
+    def keep(self, kept: Kept) -> None:
+        """Take what `reduction` has left."""
+        raise NotImplementedError
+
+
+Runs = Counter[tuple[str, str]]
+"""How often what is seen of a place, `(what, place)`, has run in the forward at hand."""
+
+
+class Named:
+    """Names the runs of a place: the first by the place, a later one `place@1`.
+
+    Layers that serve several depths, as ALBERT's do, run several times a forward. where: of the
+    form `...@1` it wants that run alone.
+    """
+
+    def __init__(self, runs: Runs, what: str, place: str, where: str = "") -> None:
+        self.runs, self.what, self.place = runs, what, place
+        self.wanted = where.partition("@")[2]
+
+    def __call__(self) -> str | None:
+        """The name of the run that is on; None where it is not wanted."""
+        count = self.runs[self.what, self.place]
+        self.runs[self.what, self.place] += 1
+        if self.wanted and not fnmatchcase(str(count), self.wanted):
+            return None
+        return f"{self.place}@{count}" if count else self.place
+
+
+@contextmanager
+def counted(model: nn.Module, places: Sequence[str]) -> Generator[Runs]:
+    """The runs of these places, counted anew in each forward inside.
+
+    One begins when a module does that holds a stack of layers, or when tokens or patches are
+    embedded for it.
+    """
+    runs: Runs = Counter()
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(_forget(runs, stack))
+        for name, stack in _beginnings(model, places).items()
+    ]
+    try:
+        yield runs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _forget(runs: Runs, stack: str) -> Callable[[nn.Module, object], None]:
+    begin = f"{stack}." if stack else ""
+
+    def forget(_: nn.Module, __: object) -> None:
+        for key in [key for key in runs if key[1].startswith(begin)]:
+            del runs[key]
+
+    return forget
+
+
+def _beginnings(model: nn.Module, places: Sequence[str]) -> dict[str, str]:
+    """Modules with which a forward begins, by name, and what holds the layers that then run."""
+    found: dict[str, str] = {}
+    for stack in dict.fromkeys(stack for place in places for stack in _stacks(model, place)):
+        found[stack] = stack
+        for name, child in model.get_submodule(stack).named_children():
+            if isinstance(child, TokenEmbedding | PatchEmbedding):
+                found[f"{stack}.{name}".strip(".")] = stack
+    return found
+
+
+def _stacks(model: nn.Module, place: str) -> Iterator[str]:
+    """What a place lies in, from outside, up to the first list of layers."""
+    parts = place.split(".")
+    for count in range(len(parts)):
+        name = ".".join(parts[:count])
+        if isinstance(model.get_submodule(name), nn.ModuleList):
+            return
+        yield name
