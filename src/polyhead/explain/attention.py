@@ -12,7 +12,8 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.probe import Probe
 
 STAGES = ("weights", "scores", "queries", "keys", "values", "heads")
-_AT_ONCE = 2**22  # numbers of which a few copies are nothing to any memory
+_AT_ONCE = 2**19  # numbers of which a few copies stay in a cache
+_LITTLE = 2**26  # numbers that are made unasked
 
 
 def look_into(stage: str) -> Callable[[nn.Module, str, Look], Callable[[], None]]:
@@ -28,15 +29,15 @@ def look_into(stage: str) -> Callable[[nn.Module, str, Look], Callable[[], None]
 
 
 class _Stage(Probe):
+    """Shows one stage to a look: where that only looks, weights of a few queries at a time."""
+
     def __init__(self, stage: str, look: Look) -> None:
         self.stage, self.look = stage, look
         self.needs_weights = stage in ("weights", "scores")
-        self.parts: list[Kept] = []
 
     def projected(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self.parts = []
         if self.needs_weights:
-            self._divide(q, k)
+            self._begin(q, k)
         return self._see("queries", q), self._see("keys", k), self._see("values", v)
 
     def scores(self, scores: Tensor) -> Tensor:
@@ -46,27 +47,46 @@ class _Stage(Probe):
         return self._see_part("weights", weights)
 
     def heads(self, heads: Tensor) -> Tensor:
-        if self.parts and self.look.reduction is not None:
-            self.look.keep(self.look.reduction.join(self.parts))
+        if self.needs_weights and self.look.only_looks:
+            self._end()
         return self._see("heads", heads)
 
-    def _divide(self, q: Tensor, k: Tensor) -> None:
-        """Take few queries at a time if that is possible, or see that all of them fit."""
-        one = q.shape[0] * q.shape[1] * k.shape[2]
-        if self.look.reduction is not None:
-            self.queries_at_once = max(1, _AT_ONCE // max(1, one))
-        else:
-            # The scores, what the softmax makes of them, and both once more where they are masked.
-            need = 4 * one * q.shape[2] * 4
-            if need > 2**28:
-                require_room(need, q.device, f"the {self.stage} of one layer")
+    def _begin(self, q: Tensor, k: Tensor) -> None:
+        of_one_query = q.shape[0] * q.shape[1] * k.shape[2]
+        numbers = of_one_query * q.shape[2]
+        self.parts: list[Kept] = []
+        if self.look.only_looks:
+            self.queries_at_once = max(1, _AT_ONCE // max(1, of_one_query))
+        if self.look.reduction is None and numbers > _LITTLE:
+            # Besides what is kept: the scores, and what masking and the softmax make of them.
+            copies = 1 if self.look.only_looks else 4
+            require_room(4 * copies * numbers, q.device, f"the {self.stage} of one layer")
+        self.whole: Tensor | None = None
+        self.filled = 0
+        self.shape = (*q.shape[:3], k.shape[2])
 
     def _see(self, stage: str, x: Tensor) -> Tensor:
         found = self.look(x) if stage == self.stage else None
         return x if found is None else found
 
     def _see_part(self, stage: str, x: Tensor) -> Tensor:
-        if stage != self.stage or self.look.reduction is None:
+        if stage != self.stage or not self.look.only_looks:
             return self._see(stage, x)
-        self.parts.append(self.look.reduction.each(x.detach()))
+        if self.look.reduction is not None:
+            self.parts.append(self.look.reduction.each(x.detach()))
+        elif self.whole is None and x.shape[2] == self.shape[2]:
+            self.whole = x
+        else:
+            # Filled piece by piece, as what is joined at the end is held twice.
+            self.whole = x.new_empty(self.shape) if self.whole is None else self.whole
+            end = self.filled + x.shape[2]
+            self.whole[:, :, self.filled : end] = x.detach()
+            self.filled = end
         return x
+
+    def _end(self) -> None:
+        if self.look.reduction is not None:
+            self.look.keep(self.look.reduction.join(self.parts))
+        elif self.whole is not None:
+            self.look(self.whole)
+        self.parts, self.whole = [], None

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
+from polyhead.errors import ConfigError
 from polyhead.explain.look import Look, Named, counted
-from polyhead.explain.places import chosen, kind_of
+from polyhead.explain.places import KINDS, chosen, kind_of
 from polyhead.explain.reduce import Kept, Reduce, Reduction, reduction
 from polyhead.explain.room import require_room
 
@@ -89,11 +91,12 @@ def _captured(
     note: Note,
 ) -> Generator[None]:
     how = reduction(reduce)
-    owners = {one: chosen(model, where, one) for one in ([what] if isinstance(what, str) else what)}
+    kinds = [what] if isinstance(what, str) else list(what)
+    if not kinds:
+        raise ConfigError(f"what is empty; choose of {', '.join(KINDS)}")
+    owners = {one: list(chosen(model, where, one)) for one in kinds}
     with ExitStack() as stack:
-        runs = stack.enter_context(
-            counted(model, [place for own in owners.values() for place in own])
-        )
+        runs = stack.enter_context(counted(model, [*chain.from_iterable(owners.values())]))
         for one, places in owners.items():
             room = _Room(one, len(places))
             for place in places:
@@ -125,6 +128,7 @@ class _Keep(Look):
         self, named: Named, how: Reduce | None, graph: bool, note: Note, room: _Room
     ) -> None:
         self.named, self.how, self.graph, self.note, self.room = named, how, graph, note, room
+        self.only_looks = not graph
         self.reduction = how if isinstance(how, Reduction) and not graph else None
 
     def __call__(self, x: Tensor) -> None:

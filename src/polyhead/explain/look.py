@@ -15,9 +15,11 @@ from polyhead.nn.patches import PatchEmbedding
 class Look:
     """Called with what is seen; what it returns, if anything, takes the place of that.
 
-    reduction: what of it is asked for, where it may be computed some queries at a time.
+    only_looks: it never returns anything, so that weights may be made some queries at a time.
+    reduction:  what of them is asked for, if that is made of some queries at a time, too.
     """
 
+    only_looks = False
     reduction: Reduction | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:

@@ -62,8 +62,10 @@ def _of_type(model: nn.Module, kind: type | tuple[type, ...]) -> dict[str, nn.Mo
 
 
 def _answer(model: nn.Module, place: str, look: Look) -> Remove:
-    part = model.get_submodule(place)
-    return part.register_forward_hook(lambda _, __, y: look(y)).remove
+    def see(_: nn.Module, __: object, y: Tensor) -> Tensor | None:
+        return look(y)
+
+    return model.get_submodule(place).register_forward_hook(see).remove
 
 
 def _input(model: nn.Module, place: str, look: Look) -> Remove:

@@ -89,8 +89,7 @@ class _Replace(Look):
         name = self.named()
         if name is None:
             return None
-        by = self.by.get(name) if isinstance(self.by, Mapping) else self.by
-        found = by(x) if callable(by) and not isinstance(by, Tensor) else by
+        found = self._found(name, x)
         if found is None:
             return None
         try:
@@ -100,6 +99,11 @@ class _Replace(Look):
                 f"the {self.named.what} of {name} are {list(x.shape)}, and what is to replace them "
                 f"is {list(found.shape)}"
             ) from None
+
+    def _found(self, name: str, x: Tensor) -> Tensor | None:
+        if isinstance(self.by, Mapping):
+            return self.by.get(name)
+        return self.by if isinstance(self.by, Tensor) else self.by(x)
 
 
 def _place(name: str) -> str:

@@ -48,5 +48,8 @@ def _of_group() -> int | None:
 
 
 def _sized(num_bytes: int) -> str:
-    gib = max(0, num_bytes) / 2**30
-    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * 1024:,.1f} MiB"
+    size, units = float(max(0, num_bytes)), ["KiB", "MiB", "GiB"]
+    unit = "B"
+    while size >= 1024 and units:
+        size, unit = size / 1024, units.pop(0)
+    return f"{size:,.1f} {unit}"

@@ -15,7 +15,7 @@ class Probe:
     """One who sees what an attention layer computes; what a method returns is used from there on.
 
     needs_weights:   the layer must compute scores and weights, off the fused path.
-    queries_at_once: of so many queries at a time, where long texts' would not fit; None: of all.
+    queries_at_once: of so many queries at a time or fewer; None: it must see those of all at once.
     """
 
     needs_weights = True
@@ -74,8 +74,9 @@ def _parts(
 ) -> list[tuple[slice, Tensor | None, Tensor | None]]:
     """Queries that are looked at together, with their rows of the mask and of the bias."""
     num_queries, num_keys = q.shape[2], k.shape[2]
-    steps = [probe.queries_at_once for probe in probes if probe.queries_at_once]
-    if not steps or min(steps) >= num_queries:
+    asked = [probe.queries_at_once for probe in probes if probe.needs_weights]
+    steps = [step for step in asked if step is not None]
+    if len(steps) < len(asked) or not steps or min(steps) >= num_queries:
         return [(slice(None), mask.boolean(num_queries, num_keys, q.device), bias)]
     parts: list[tuple[slice, Tensor | None, Tensor | None]] = []
     for begin in range(0, num_queries, min(steps)):
