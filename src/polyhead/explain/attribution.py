@@ -1,0 +1,205 @@
+"""What of its input an answer comes from: by gradients, and by taking parts away.
+
+B rows, T tokens, E the model's width.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from polyhead.errors import ConfigError
+from polyhead.explain.inputs import Inputs, Target, call, counted_tokens, logit, token_ids
+from polyhead.models.model import TaskModel
+from polyhead.nn.embedding import TokenEmbedding
+from polyhead.nn.mode import evaluating
+
+
+@dataclass(frozen=True)
+class Attributions:
+    """What each token `[B, T]`, or each pixel's channel, adds to an answer beside a baseline's.
+
+    values: the attributions. answer, baseline `[B]`: the target's values there. error `[B]`: how
+    far their difference is from the sum, relative to it.
+    """
+
+    values: Tensor
+    answer: Tensor
+    baseline: Tensor
+
+    @property
+    def error(self) -> Tensor:
+        """0 where the attributions are complete."""
+        wanted = self.answer - self.baseline
+        missing = self.values.flatten(1).sum(1) - wanted
+        return missing.abs() / wanted.abs().clamp_min(1e-12)
+
+
+def integrated_gradients(
+    model: TaskModel,
+    inputs: Inputs,
+    target: Target | None = None,
+    baseline: int | None = None,
+    steps: int = 64,
+) -> Attributions:
+    """Gradients along the way from a baseline to the input, times that way (Sundararajan 2017).
+
+    Of texts by token `[B, T]`: embeddings go from those of `baseline`, an id (None: zero vectors),
+    in every place that is no padding; of images by pixel, from zero, the mean. target: None is the
+    likeliest answer, held fixed. steps: points of Gauss's rule.
+    """
+    source = _Source.of(model, inputs)
+    with evaluating(model), torch.enable_grad():
+        whole = source.tensor(model, inputs)
+        start = source.start(model, inputs, whole, baseline)
+        target = target or _fixed(source.answer(model, inputs, whole))
+        way, total = whole - start, torch.zeros_like(whole)
+        for point, weight in _gauss(steps):
+            at = (start + point * way).requires_grad_()
+            value = target(source.answer(model, inputs, at)).sum()
+            (gradient,) = torch.autograd.grad(value, at)
+            total += weight * gradient
+        with torch.no_grad():
+            ends = [target(source.answer(model, inputs, x)) for x in (whole, start)]
+    return Attributions(source.told((way * total).detach()), *ends)
+
+
+@torch.no_grad()
+def occlusion(
+    model: TaskModel,
+    inputs: Inputs,
+    target: Target | None = None,
+    by: int | float = 0,
+    patch: int | None = None,
+) -> Tensor:
+    """How much the answer falls without each token `[B, T]`, or each patch `[B, rows, columns]`.
+
+    by: the id that takes a token's place, such as that of [MASK]; the value of a patch. patch: its
+    edge in pixels. target: None is the likeliest answer, held fixed (Zeiler and Fergus 2014).
+    """
+    with evaluating(model):
+        logits = call(model, inputs)
+        target = target or _fixed(logits)
+        whole = target(logits)
+        key = "pixel_values" if _is_images(inputs) else "input_ids"
+        x = inputs if isinstance(inputs, Tensor) else inputs[key]
+        falls: list[Tensor] = []
+        for hidden in _hidden(x, by, patch):
+            given = hidden if isinstance(inputs, Tensor) else {**inputs, key: hidden}
+            falls.append(whole - target(call(model, given)))
+    found = torch.stack(falls, 1)
+    if key == "input_ids":
+        return found * counted_tokens(inputs)
+    edge = cast(int, patch)
+    return found.unflatten(1, (-(-x.shape[2] // edge), -1))
+
+
+def _hidden(x: Tensor, by: int | float, patch: int | None) -> Iterable[Tensor]:
+    if not x.is_floating_point():
+        for at in range(x.shape[1]):
+            yield x.index_fill(1, torch.tensor([at], device=x.device), int(by))
+        return
+    if patch is None:
+        raise ConfigError("name the edge of a patch in pixels to hide of an image")
+    for top in range(0, x.shape[2], patch):
+        for left in range(0, x.shape[3], patch):
+            found = x.clone()
+            found[:, :, top : top + patch, left : left + patch] = by
+            yield found
+
+
+class _Source:
+    """What gradients are asked of: embedded tokens of texts, or pixels."""
+
+    def __init__(self, embedding: str | None) -> None:
+        self.embedding = embedding
+
+    @staticmethod
+    def of(model: TaskModel, inputs: Inputs) -> "_Source":
+        return _Source(None if _is_images(inputs) else _embedding(model))
+
+    def tensor(self, model: TaskModel, inputs: Inputs) -> Tensor:
+        """The pixels, or the embeddings `[B, T, E]`."""
+        if self.embedding is None:
+            return inputs if isinstance(inputs, Tensor) else inputs["pixel_values"]
+        with torch.no_grad():
+            return model.get_submodule(self.embedding)(token_ids(inputs))
+
+    def start(
+        self, model: TaskModel, inputs: Inputs, whole: Tensor, baseline: int | None
+    ) -> Tensor:
+        if self.embedding is None or baseline is None:
+            start = torch.zeros_like(whole)
+        else:
+            ids = torch.full_like(token_ids(inputs), baseline)
+            with torch.no_grad():
+                start = model.get_submodule(self.embedding)(ids)
+        if self.embedding is None:
+            return start
+        return torch.where(counted_tokens(inputs)[..., None], start, whole)
+
+    def answer(self, model: TaskModel, inputs: Inputs, x: Tensor) -> Tensor:
+        """The model's answer with `x` in the place of what it reads."""
+        if self.embedding is None:
+            return call(model, x if isinstance(inputs, Tensor) else {**inputs, "pixel_values": x})
+        with _first_answer(model.get_submodule(self.embedding), lambda _: x):
+            return call(model, inputs)
+
+    def told(self, values: Tensor) -> Tensor:
+        return values if self.embedding is None else values.sum(-1)
+
+
+def _is_images(inputs: Inputs) -> bool:
+    if isinstance(inputs, Tensor):
+        return inputs.is_floating_point()
+    return "input_ids" not in inputs
+
+
+def _embedding(model: TaskModel) -> str:
+    """The name of the embedding that reads `input_ids`."""
+    names = [n for n, part in model.named_modules() if isinstance(part, TokenEmbedding)]
+    if not names:
+        raise ConfigError(f"{model.config.model_type} embeds no tokens; give it images")
+    return next((name for name in names if "source" in name), names[0])
+
+
+@contextmanager
+def _first_answer(part: nn.Module, change: Callable[[Tensor], Tensor]) -> Generator[None]:
+    """Let the first answer of a module be another; a decoder reads the same embedding later."""
+    done = False
+
+    def see(_: nn.Module, __: object, answer: Tensor) -> Tensor | None:
+        nonlocal done
+        if done:
+            return None
+        done = True
+        return change(answer)
+
+    hook = part.register_forward_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def learned_embedding(model: TaskModel) -> AbstractContextManager[None]:
+    """Within it gradients reach whatever follows the first embedding."""
+    part = next(p for p in model.modules() if isinstance(p, TokenEmbedding | nn.Conv2d))
+    return _first_answer(part, lambda x: x.detach().requires_grad_())
+
+
+def _fixed(logits: Tensor) -> Target:
+    """The likeliest answer of these logits, wherever the answer goes."""
+    last = logits[:, -1] if logits.dim() == 3 else logits
+    return logit(last.detach().argmax(-1))
+
+
+def _gauss(steps: int) -> list[tuple[float, float]]:
+    """Points of (0, 1) and their weights (Gauss and Legendre)."""
+    import numpy
+
+    points, weights = numpy.polynomial.legendre.leggauss(steps)
+    return [(float(p + 1) / 2, float(w) / 2) for p, w in zip(points, weights, strict=True)]
