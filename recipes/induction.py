@@ -2,7 +2,8 @@
 
 Heads are named on runs of random words written twice. Then they are knocked out on other such runs,
 and on passages of prose written twice; beside them as many heads drawn at random, many times. The
-loss is of the second writing, which the first foretells; `once` is that of the first.
+loss is of the second writing, which the first foretells; `once` is that of the first. `times` is
+the rise without the named heads, over the mean size of a change without others.
 """
 
 import random
@@ -53,7 +54,8 @@ def main() -> None:
             rise_at_random=statistics.mean(drawn),
             median_at_random=statistics.median(drawn),
             most_at_random=max(drawn),
-            times=rise / statistics.mean(drawn),
+            size_at_random=statistics.mean(map(abs, drawn)),
+            times=rise / statistics.mean(map(abs, drawn)),
             draws=given.draws,
         )
 

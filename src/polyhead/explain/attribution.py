@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,8 @@ from polyhead.explain.inputs import Inputs, Target, call, counted_tokens, logit,
 from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.mode import evaluating
+
+_POINTS = 8  # of a stretch of the way
 
 
 @dataclass(frozen=True)
@@ -42,29 +45,77 @@ def integrated_gradients(
     model: TaskModel,
     inputs: Inputs,
     target: Target | None = None,
-    baseline: int | None = None,
-    steps: int = 64,
+    baseline: int | None = 0,
+    tolerance: float = 0.01,
+    most: int = 1024,
 ) -> Attributions:
     """Gradients along the way from a baseline to the input, times that way (Sundararajan 2017).
 
-    Of texts by token `[B, T]`: embeddings go from those of `baseline`, an id (None: zero vectors),
-    in every place that is no padding; of images by pixel, from zero, the mean. target: None is the
-    likeliest answer, held fixed. steps: points of Gauss's rule.
+    Of texts by token `[B, T]`: embeddings go from those of `baseline`, an id, in every place that
+    is no padding; of images by pixel, from zero. target: None is the likeliest answer, held fixed.
+    The way is halved where the gradients do not add up to what the answer changes there, until the
+    rest is below `tolerance` of the whole, or after `most` gradients. From zero vectors (baseline
+    None) norms turn all at once, and where routing to experts changes the answer jumps, which no
+    gradient sees: look at `error`.
     """
     source = _Source.of(model, inputs)
     with evaluating(model), torch.enable_grad():
         whole = source.tensor(model, inputs)
         start = source.start(model, inputs, whole, baseline)
-        target = target or _fixed(source.answer(model, inputs, whole))
-        way, total = whole - start, torch.zeros_like(whole)
-        for point, weight in _gauss(steps):
-            at = (start + point * way).requires_grad_()
-            value = target(source.answer(model, inputs, at)).sum()
-            (gradient,) = torch.autograd.grad(value, at)
-            total += weight * gradient
+        asked = target or _fixed(source.answer(model, inputs, whole))
+
+        def answer(points: Tensor) -> Tensor:
+            logits = source.answer(model, _times(inputs, len(points)), points.flatten(0, 1))
+            return torch.stack([asked(own) for own in logits.unflatten(0, points.shape[:2])])
+
+        found, ends = _integrate(answer, start, whole - start, tolerance, most)
+    return Attributions(source.told(((whole - start) * found).detach()), *ends)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of the way: the mean gradient times its length, and what that does not account for."""
+
+    begin: float
+    end: float
+    ends: tuple[Tensor, Tensor]  # [B] what is asked of the answer there
+    gradient: Tensor
+    missing: Tensor  # [B]
+
+
+def _integrate(
+    answer: Callable[[Tensor], Tensor], start: Tensor, way: Tensor, tolerance: float, most: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The integral of the gradient over `start + point * way`, and the answers at both ends.
+
+    answer: of points `[P, B, ...]` it makes `[P, B]`.
+    """
+
+    def piece(begin: float, end: float, ends: tuple[Tensor, Tensor]) -> _Piece:
+        points, weights = (x.to(way).view(-1, *[1] * way.dim()) for x in _gauss(begin, end))
+        at = (start + points * way).requires_grad_()
+        (gradient,) = torch.autograd.grad(answer(at).sum(), at)
+        total = (weights * gradient).sum(0)
+        made = (way * total).flatten(1).sum(1)
+        return _Piece(begin, end, ends, total, (ends[1] - ends[0] - made).abs())
+
+    def value(point: float) -> Tensor:
         with torch.no_grad():
-            ends = [target(source.answer(model, inputs, x)) for x in (whole, start)]
-    return Attributions(source.told((way * total).detach()), *ends)
+            return answer((start + point * way)[None])[0]
+
+    ends = value(1.0), value(0.0)
+    scale = (ends[0] - ends[1]).abs().clamp_min(1e-6)
+    pieces = [piece(0.0, 1.0, (ends[1], ends[0]))]
+    while len(pieces) * _POINTS * 2 < most:
+        if (sum(part.missing for part in pieces) <= tolerance / 2 * scale).all():
+            break
+        worst = max(pieces, key=lambda part: float((part.missing / scale).max()))
+        pieces.remove(worst)
+        middle = (worst.begin + worst.end) / 2
+        between = value(middle)
+        pieces.append(piece(worst.begin, middle, (worst.ends[0], between)))
+        pieces.append(piece(middle, worst.end, (between, worst.ends[1])))
+    return torch.stack([part.gradient for part in pieces]).sum(0), ends
 
 
 @torch.no_grad()
@@ -197,9 +248,15 @@ def _fixed(logits: Tensor) -> Target:
     return logit(last.detach().argmax(-1))
 
 
-def _gauss(steps: int) -> list[tuple[float, float]]:
-    """Points of (0, 1) and their weights (Gauss and Legendre)."""
-    import numpy
+def _gauss(begin: float, end: float) -> tuple[Tensor, Tensor]:
+    """Points of a stretch and their weights (Gauss and Legendre)."""
+    points, weights = map(torch.from_numpy, numpy.polynomial.legendre.leggauss(_POINTS))
+    half = (end - begin) / 2
+    return begin + half * (points + 1), half * weights
 
-    points, weights = numpy.polynomial.legendre.leggauss(steps)
-    return [(float(p + 1) / 2, float(w) / 2) for p, w in zip(points, weights, strict=True)]
+
+def _times(inputs: Inputs, count: int) -> Inputs:
+    """The same rows so many times."""
+    if isinstance(inputs, Tensor):
+        return inputs.repeat(count, *[1] * (inputs.dim() - 1))
+    return {name: x.repeat(count, *[1] * (x.dim() - 1)) for name, x in inputs.items()}

@@ -130,7 +130,7 @@ def direct_logit_attribution(
         found = seen["heads"][f"{name}.attention"][:, :, at]  # [B, H, D]
         weight = part.out.weight.unflatten(1, (part.num_heads, -1))  # [E, H, D]
         heads.append(torch.einsum("bhd,ehd,be->bh", found.float(), weight.float(), direction))
-        own: Tensor | None = part.out.bias
+        own: Tensor | None = getattr(part.out, "bias")  # noqa: B009
         written.append(direction.new_zeros(len(direction)) if own is None else direction @ own)
         ffn.append((seen["ffn_out"][f"{name}.ffn"][:, at] * direction).sum(-1))
     return Attribution(
@@ -162,7 +162,7 @@ def _direction(model: TaskModel, last: Tensor, chosen: Tensor) -> tuple[Tensor, 
         bias = bias + head.scale * own.flatten()[chosen]
     last = last.float()
     if isinstance(norm, nn.LayerNorm):
-        shift: Tensor | None = norm.bias
+        shift: Tensor | None = getattr(norm, "bias")  # noqa: B009
         if shift is not None:
             bias = bias + (direction * shift).sum(-1)
         direction = direction * norm.weight

@@ -1,0 +1,62 @@
+"""What a model would say if it stopped, and which parts make it say what it says."""
+
+import pytest
+import torch
+from tests.explain.models import FAMILIES, IDS, answer, inputs_of, made
+
+import polyhead as ph
+from polyhead.explain.lens import LogitLens, direct_logit_attribution
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_after_the_last_layer_it_is_the_answer(name: str) -> None:
+    model, inputs = made(name), inputs_of(name)
+    logits = answer(model, inputs)
+    lens = LogitLens(model)
+    with torch.no_grad(), ph.capture(model, lens.last, "residual") as seen:
+        answer(model, inputs)
+        state = list(seen.values())[-1]
+        torch.testing.assert_close(lens(state), logits, atol=1e-5, rtol=1e-5)
+    where = lens.last if name == "swin" else None
+    tops = lens.layers(inputs, 3, where)
+    best = logits.log_softmax(-1).topk(3)
+    last = list(tops.values())[-1]
+    torch.testing.assert_close(last.values, best.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(last.indices, best.indices)
+    assert len(tops) == (1 if name == "swin" else 2 if name == "vit" else 3)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "gpt2", "gpt2-untied", "mixtral"])
+@pytest.mark.parametrize("at", [-1, 3])
+def test_what_the_parts_add_is_the_logit(name: str, at: int) -> None:
+    model = made(name)
+    logits = answer(model, IDS)[:, at]
+    for of in (None, 7, torch.tensor([4, 9])):
+        found = direct_logit_attribution(model, IDS, of, at)
+        chosen = logits.argmax(-1) if of is None else torch.as_tensor(of).expand(2)
+        expected = logits.gather(1, chosen[:, None])[:, 0]
+        torch.testing.assert_close(found.total, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found.sum, expected, atol=1e-4, rtol=1e-4)
+        assert found.heads.shape == (2, 3, 4)
+
+
+def test_a_head_adds_nothing_when_it_is_knocked_out() -> None:
+    model = made("llama")
+    with ph.knock_out(model, [(1, 2)]):
+        found = direct_logit_attribution(model, IDS, 5)
+    assert found.heads[:, 1, 2].eq(0).all()
+    assert found.heads[:, 1, 1].ne(0).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "transformer"])
+def test_what_is_no_sum_is_not_attributed(name: str) -> None:
+    with pytest.raises(ph.ConfigError, match="direct attribution is of decoders"):
+        direct_logit_attribution(made(name), inputs_of(name))
+
+
+def test_other_stages_and_no_head_are_refused() -> None:
+    swin = made("swin")
+    with pytest.raises(ph.ConfigError, match=r"states of width 16 .* backbone\.stages\.1"):
+        LogitLens(swin).layers(inputs_of("swin"), 3, "stages.0")
+    with pytest.raises(ph.ConfigError, match="loaded without one"):
+        LogitLens(ph.build("bert", head="none", vocab_size=31, d_model=16, d_ff=24, num_heads=2))
