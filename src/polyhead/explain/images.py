@@ -1,0 +1,91 @@
+"""Attention of image models laid back over the image.
+
+B images, H heads, h × w the grid of patches, n windows a grid, M a window's edge.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polyhead.errors import ConfigError
+from polyhead.explain.capture import capture
+from polyhead.models.model import TaskModel
+from polyhead.models.swin import Swin, SwinStage
+from polyhead.nn.patches import Grid, PatchEmbedding
+from polyhead.nn.windows import Windows
+
+
+@torch.no_grad()
+def image_maps(
+    model: TaskModel, pixel_values: Tensor, query: Grid | None = None, where: str = "*"
+) -> dict[str, Tensor]:
+    """What each head looks at, by layer: `[B, H, h, w]`, a share of the weight for each patch.
+
+    query: the patch (row, column) that looks; None: the class token, or where there is none (Swin)
+    all patches together, in the mean. Of Swin's layers a query sees its window alone; patches
+    outside it are zero, and what falls on a window's padding is missing. A patch is one of the
+    layer's own grid. ConfigError for a model that reads no image, and a patch off the grid.
+    """
+    patches = next((p for p in model.modules() if isinstance(p, PatchEmbedding)), None)
+    if patches is None:
+        raise ConfigError(f"{model.config.model_type} reads no images; capture its weights instead")
+    with capture(model, where) as seen:
+        model(pixel_values)
+    grid = patches.grid(pixel_values)
+    if isinstance(model.backbone, Swin):
+        return {name: _of_windows(model, name, w, grid, query) for name, w in seen.items()}
+    return {name: _of_patches(weights, grid, query) for name, weights in seen.items()}
+
+
+def over_image(maps: Tensor, height: int, width: int) -> Tensor:
+    """Maps `[..., h, w]` as large as the image, smoothed: `[..., height, width]`."""
+    flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
+    size = (height, width)
+    return F.interpolate(flat, size, mode="bilinear", align_corners=False).view(
+        *maps.shape[:-2], height, width
+    )
+
+
+def _of_patches(weights: Tensor, grid: Grid, query: Grid | None) -> Tensor:
+    """Of a ViT: what stands before the patches (class and distillation tokens) is left out."""
+    before = weights.shape[-1] - grid[0] * grid[1]
+    row = 0 if query is None else before + _index(query, grid)
+    if query is None and not before:
+        return weights.mean(2).unflatten(-1, grid)
+    return weights[:, :, row, before:].unflatten(-1, grid)
+
+
+def _of_windows(
+    model: TaskModel, name: str, weights: Tensor, grid: Grid, query: Grid | None
+) -> Tensor:
+    """Of a Swin: windows `[B n, H, M², M²]` joined to the grid of their stage."""
+    path = name.split(".")
+    stage_number, layer = int(path[path.index("stages") + 1]), int(path[path.index("layers") + 1])
+    for _ in range(stage_number):
+        grid = -(-grid[0] // 2), -(-grid[1] // 2)
+    stage = model.backbone.get_submodule(f"stages.{stage_number}")
+    assert isinstance(stage, SwinStage)
+    is_small = min(grid) <= stage.edge
+    edge = min(grid) if is_small else stage.edge
+    shift = stage.edge // 2 if layer % 2 and not is_small else 0
+    count = -(-grid[0] // edge) * -(-grid[1] // edge)
+    like = weights.new_zeros(len(weights) // count, grid[0] * grid[1], 1)
+    windows = Windows.of(like, grid, edge, shift)
+    if query is None:
+        if windows.filled is not None:
+            asks = windows.filled.view(count, 1, -1, 1).repeat(len(like), 1, 1, 1)
+            weights = weights * asks
+        given = weights.sum(2) / (grid[0] * grid[1])
+    else:
+        place = windows.places[_index(query, grid)]
+        window, row = int(place) // edge**2, int(place) % edge**2
+        given = torch.zeros_like(weights[:, :, 0])
+        given[window::count] = weights[window::count, :, row]
+    found = windows.join(given.transpose(1, 2).contiguous())
+    return found.transpose(1, 2).unflatten(-1, grid)
+
+
+def _index(query: Grid, grid: Grid) -> int:
+    if not all(0 <= at < size for at, size in zip(query, grid, strict=True)):
+        raise ConfigError(f"patch {query} of a grid of {grid[0]} x {grid[1]}; count from 0")
+    return query[0] * grid[1] + query[1]
