@@ -4,7 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PEERS := .peers/bin
 PEERS_STAMP := .peers/.installed
-# Which of the recipes: digits, embedder, mup, multitask, posts, pretrain, span_corruption, translate
+# Which of the recipes: digits, embedder, induction, mup, multitask, posts, pretrain,
+# span_corruption, translate
 NAME ?= digits
 # More for a target's command, such as: make test ARGS="tests/nn -x"
 ARGS ?=

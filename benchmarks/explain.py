@@ -45,7 +45,12 @@ def made(kind: str) -> Any:
 
 def forward(model: Any, look: Look) -> None:
     with torch.inference_mode(), look(model):
-        # Logits of 512 tokens and 49,152 words would hide what the layers take.
+        model(IDS)
+
+
+def layers(model: Any, look: Look) -> None:
+    """Without the logits, which hide what the layers take: 512 tokens, 49,152 words."""
+    with torch.inference_mode(), look(model):
         model.backbone(IDS)
 
 
@@ -58,6 +63,7 @@ def measure(kind: str, rounds: int) -> None:
     calls = {name: partial(forward, model, look) for name, look in LOOKS.items()}
     taken = slices({**calls, "plain again": calls["plain"]}, rounds, 0.5, quiet=True)
     held = {name: memory_of(call) for name, call in calls.items()}
+    alone = {name: memory_of(partial(layers, model, look)) for name, look in LOOKS.items()}
     for name, seconds in taken.items():
         line: dict[str, Any] = {"model": kind, "looking at": name}
         line["ms"] = round(1000 * statistics.median(seconds), 1)
@@ -65,6 +71,7 @@ def measure(kind: str, rounds: int) -> None:
         if name in held:
             line["MiB"] = round(held[name], 1)
             line["of the plain forward's"] = round(held[name] / held["plain"], 2)
+            line["MiB without logits"] = round(alone[name], 1)
             whole = weights / 2**20 + held["plain"]
             line["with the weights"] = round((weights / 2**20 + held[name]) / whole, 3)
         print(json.dumps(line), flush=True)

@@ -81,7 +81,10 @@ def test_reduced_some_queries_at_a_time(model, how: str, at_once: int) -> None:
     keep = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
     with ph.capture(model) as whole:
         plain = model(IDS, keep)
-    with patch.object(attention, "_AT_ONCE", at_once), ph.capture(model, reduce=how) as seen:
+    with (
+        patch.multiple(attention, _AT_ONCE=at_once, _FEWEST=1),
+        ph.capture(model, reduce=how) as seen,
+    ):
         looked = model(IDS, keep)
     torch.testing.assert_close(looked, plain, **CLOSE)
     assert list(seen) == list(whole)
@@ -96,12 +99,12 @@ def test_reduced_some_queries_at_a_time(model, how: str, at_once: int) -> None:
 def test_whole_ones_are_made_piece_by_piece_all_the_same(model, what: str) -> None:
     with ph.capture(model, what=what) as whole:
         model(IDS)
-    with patch.object(attention, "_AT_ONCE", 160), ph.capture(model, what=what) as seen:
+    with patch.multiple(attention, _AT_ONCE=160, _FEWEST=1), ph.capture(model, what=what) as seen:
         model(IDS)
     for name, weights in whole.items():
         torch.testing.assert_close(seen[name], weights, **CLOSE)
     with (
-        patch.object(attention, "_AT_ONCE", 160),
+        patch.multiple(attention, _AT_ONCE=160, _FEWEST=1),
         ph.replace(model, "layers.1", what, {n: 0 * w for n, w in whole.items()}),
         ph.capture(model, "layers.1", what) as seen,
     ):
@@ -120,7 +123,7 @@ def test_long_weights_are_never_whole(model) -> None:
 
     ids = torch.randint(0, 31, (1, 32))
     with (
-        patch.object(attention, "_AT_ONCE", 4 * 32 * 5),
+        patch.multiple(attention, _AT_ONCE=4 * 32 * 5, _FEWEST=1),
         patch.object(attention._Stage, "weights", note),
         ph.capture(model, "layers.0", reduce="entropy") as seen,
     ):

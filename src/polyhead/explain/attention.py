@@ -13,6 +13,7 @@ from polyhead.nn.probe import Probe
 
 STAGES = ("weights", "scores", "queries", "keys", "values", "heads")
 _AT_ONCE = 2**19  # numbers of which a few copies stay in a cache
+_FEWEST = 16  # queries, however long a text is
 _LITTLE = 2**26  # numbers that are made unasked
 
 
@@ -56,7 +57,7 @@ class _Stage(Probe):
         numbers = of_one_query * q.shape[2]
         self.parts: list[Kept] = []
         if self.look.only_looks:
-            self.queries_at_once = max(1, _AT_ONCE // max(1, of_one_query))
+            self.queries_at_once = max(_FEWEST, _AT_ONCE // max(1, of_one_query))
         if self.look.reduction is None and numbers > _LITTLE:
             # Besides what is kept: the scores, and what masking and the softmax make of them.
             copies = 1 if self.look.only_looks else 4

@@ -42,8 +42,11 @@ def attention_flow(weights: Weights, token: int = -1, residual: float = 0.5) -> 
     A layer's weights, mixed as for `rollout`, are what its edges can carry (Abnar and Zuidema
     2020). Each is a maximum flow of its own: for texts of some dozens of tokens. Wants scipy.
     """
-    from scipy.sparse import coo_array  # pyright: ignore[reportMissingTypeStubs]
-    from scipy.sparse.csgraph import maximum_flow  # pyright: ignore[reportMissingTypeStubs]
+    try:
+        from scipy.sparse import coo_array  # pyright: ignore[reportMissingTypeStubs]
+        from scipy.sparse.csgraph import maximum_flow  # pyright: ignore[reportMissingTypeStubs]
+    except ImportError:
+        raise ConfigError("attention flow wants scipy: pip install polyhead[explain]") from None
 
     layers = [layer.float().mean(1) for layer in _layers(weights)]
     batch, tokens = layers[0].shape[:2]
