@@ -76,7 +76,7 @@ class TunedLens(nn.Module):
                 name = self.names[number]
                 loss = _divergence(self(seen[name], name)[keep], wanted[keep]) / len(picked)
                 torch.autograd.backward(loss, inputs=list(self.maps[number].parameters()))
-                total += float(loss)
+                total += float(loss.detach())
             optimizer.step()
             losses.append(total)
         if not losses:
