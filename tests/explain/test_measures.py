@@ -9,6 +9,7 @@ from torch import Tensor
 import polyhead as ph
 from polyhead.explain.alignment import alignment, alignment_error_rate, hard_alignment, of_words
 from polyhead.explain.experts import expert_load
+from polyhead.explain.heads import head_scores
 from polyhead.explain.images import image_maps, over_image
 from polyhead.explain.inputs import logit
 from polyhead.explain.patching import patching_grid
@@ -133,6 +134,13 @@ def test_where_tokens_go() -> None:
     assert load.chosen["backbone.layers.1.ffn"].tolist() == [[[3, 1]] * 9] * 2
     with pytest.raises(ph.ConfigError, match="no mixture of experts"):
         expert_load(made("llama"), IDS)
+
+
+def test_nothing_is_dropped_out_of_what_is_measured() -> None:
+    model = ph.build("gpt2", vocab_size=31, d_model=16, num_layers=2, num_heads=2, dropout=0.5)
+    still = head_scores(model.eval(), IDS).table("entropy")
+    assert torch.equal(head_scores(model.train(), IDS).table("entropy"), still)
+    assert model.training
 
 
 def test_a_class_token_s_map_and_a_patch_s() -> None:

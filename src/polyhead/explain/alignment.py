@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 from polyhead.explain.capture import capture
+from polyhead.explain.inputs import call
 from polyhead.models.model import TaskModel
 
 Links = set[tuple[int, int]]
@@ -34,12 +35,11 @@ def alignment(
     def mean(weights: Tensor) -> Tensor:
         return weights.float()[:, slice(None) if heads is None else list(heads)].mean(1)
 
+    given = {"input_ids": input_ids, "decoder_input_ids": decoder_input_ids}
+    if attention_mask is not None:
+        given["attention_mask"] = attention_mask
     with capture(model, where, reduce=mean) as seen:
-        model(
-            input_ids=input_ids,
-            decoder_input_ids=decoder_input_ids,
-            attention_mask=attention_mask,
-        )
+        call(model, given)
     sizes = decoder_input_ids.shape[1], input_ids.shape[1]
     found = [weights for weights in seen.values() if tuple(weights.shape[1:]) == sizes]
     if not found:

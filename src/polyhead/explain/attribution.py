@@ -16,7 +16,6 @@ from polyhead.errors import ConfigError
 from polyhead.explain.inputs import Inputs, Target, call, counted_tokens, logit, token_ids
 from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import TokenEmbedding
-from polyhead.nn.mode import evaluating
 
 _POINTS = 8  # of a stretch of the way
 
@@ -59,7 +58,7 @@ def integrated_gradients(
     gradient sees: look at `error`.
     """
     source = _Source.of(model, inputs)
-    with evaluating(model), torch.enable_grad():
+    with torch.enable_grad():
         whole = source.tensor(model, inputs)
         start = source.start(model, inputs, whole, baseline)
         asked = target or _fixed(source.answer(model, inputs, whole))
@@ -131,16 +130,15 @@ def occlusion(
     by: the id that takes a token's place, such as that of [MASK]; the value of a patch. patch: its
     edge in pixels. target: None is the likeliest answer, held fixed (Zeiler and Fergus 2014).
     """
-    with evaluating(model):
-        logits = call(model, inputs)
-        target = target or _fixed(logits)
-        whole = target(logits)
-        key = "pixel_values" if _is_images(inputs) else "input_ids"
-        x = inputs if isinstance(inputs, Tensor) else inputs[key]
-        falls: list[Tensor] = []
-        for hidden in _hidden(x, by, patch):
-            given = hidden if isinstance(inputs, Tensor) else {**inputs, key: hidden}
-            falls.append(whole - target(call(model, given)))
+    logits = call(model, inputs)
+    target = target or _fixed(logits)
+    whole = target(logits)
+    key = "pixel_values" if _is_images(inputs) else "input_ids"
+    x = inputs if isinstance(inputs, Tensor) else inputs[key]
+    falls: list[Tensor] = []
+    for hidden in _hidden(x, by, patch):
+        given = hidden if isinstance(inputs, Tensor) else {**inputs, key: hidden}
+        falls.append(whole - target(call(model, given)))
     found = torch.stack(falls, 1)
     if key == "input_ids":
         return found * counted_tokens(inputs)

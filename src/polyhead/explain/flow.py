@@ -13,7 +13,6 @@ from polyhead.explain.attribution import learned_embedding
 from polyhead.explain.capture import capture
 from polyhead.explain.inputs import Inputs, Target, call, logit
 from polyhead.models.model import TaskModel
-from polyhead.nn.mode import evaluating
 
 Weights = Mapping[str, Tensor] | Iterable[Tensor]
 """What `capture` gives of one stack of self-attention, `[B, H, T, T]` a layer, the first first."""
@@ -78,7 +77,7 @@ def gradient_attention(
     where: the layers of one stack, as of `capture`.
     """
     target = target or logit()
-    with torch.enable_grad(), evaluating(model), capture(model, where, graph=True) as seen:
+    with torch.enable_grad(), capture(model, where, graph=True) as seen:
         # The weights must be part of a graph though no parameter may learn.
         with learned_embedding(model):
             value = target(call(model, inputs)).sum()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 from polyhead.explain.capture import capture
+from polyhead.explain.inputs import call
 from polyhead.models.model import TaskModel
 from polyhead.models.swin import Swin, SwinStage
 from polyhead.nn.patches import Grid, PatchEmbedding
@@ -30,7 +31,7 @@ def image_maps(
     if patches is None:
         raise ConfigError(f"{model.config.model_type} reads no images; capture its weights instead")
     with capture(model, where) as seen:
-        model(pixel_values)
+        call(model, pixel_values)
     grid = patches.grid(pixel_values)
     if isinstance(model.backbone, Swin):
         return {name: _of_windows(model, name, w, grid, query) for name, w in seen.items()}

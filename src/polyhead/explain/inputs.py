@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel
+from polyhead.nn.mode import evaluating
 
 Inputs = Tensor | Mapping[str, Tensor]
 """Token ids `[B, T]` or images `[B, C, h, w]`, or what the model is called with by name."""
@@ -18,8 +19,9 @@ Target = Callable[[Tensor], Tensor]
 
 
 def call(model: TaskModel, inputs: Inputs) -> Tensor:
-    """The model's answer."""
-    return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
+    """The model's answer, nothing dropped out."""
+    with evaluating(model):
+        return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
 def token_ids(inputs: Inputs) -> Tensor:
