@@ -123,7 +123,8 @@ def test_where_tokens_go() -> None:
     model = made("mixtral")
     keep = torch.tensor([[1] * 9, [1] * 5 + [0] * 4])
     to_two = torch.tensor([0.0, 5.0, -5.0, 5.1])
-    with ph.replace(model, "layers.1", "routing", to_two):
+    padding = torch.where(keep[..., None] > 0, to_two, to_two.flip(0))
+    with ph.replace(model, "layers.1", "routing", padding):
         load = expert_load(model, {"input_ids": IDS, "attention_mask": keep})
     assert len(load.share) == 3
     share = load.share["backbone.layers.1.ffn"]
@@ -131,7 +132,8 @@ def test_where_tokens_go() -> None:
     assert load.imbalance()["backbone.layers.1.ffn"] == 2.0
     weight = load.weight["backbone.layers.1.ffn"]
     torch.testing.assert_close(weight, to_two.softmax(-1))
-    assert load.chosen["backbone.layers.1.ffn"].tolist() == [[[3, 1]] * 9] * 2
+    chosen = load.chosen["backbone.layers.1.ffn"].tolist()
+    assert chosen == [[[3, 1]] * 9, [[3, 1]] * 5 + [[0, 2]] * 4]
     with pytest.raises(ph.ConfigError, match="no mixture of experts"):
         expert_load(made("llama"), IDS)
 
@@ -177,3 +179,15 @@ def test_swin_s_windows_lie_where_they_were_cut(size: tuple[int, int], window: i
                 torch.testing.assert_close(found, torch.full_like(found, 1 / count))
     whole = image_maps(model, images, query, "stages.0")
     assert all(found.sum((2, 3)).max() <= 1 + 1e-5 for found in whole.values())
+
+
+def test_shifted_windows_lie_one_step_further() -> None:
+    model = made("swin")
+    first = torch.zeros(4, 4)
+    first[:, 0] = 1.0  # each looks at the first of its window
+    with ph.replace(model, "stages.0", "weights", first):
+        straight, shifted = image_maps(model, IMAGES, (2, 3), "stages.0").values()
+    for found, place in ((straight, (2, 2)), (shifted, (1, 3))):
+        expected = torch.zeros(8, 8)
+        expected[place] = 1.0
+        torch.testing.assert_close(found, expected.expand_as(found))

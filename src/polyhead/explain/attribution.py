@@ -50,8 +50,8 @@ def integrated_gradients(
 ) -> Attributions:
     """Gradients along the way from a baseline to the input, times that way (Sundararajan 2017).
 
-    Of texts by token `[B, T]`: embeddings go from those of `baseline`, an id, in every place that
-    is no padding; of images by pixel, from zero. target: None is the likeliest answer, held fixed.
+    Of texts by token `[B, T]`: embeddings go from those of `baseline`, an id; of images by pixel,
+    from zero. target: None is the likeliest answer, held fixed.
     The way is halved where the gradients do not add up to what the answer changes there, until the
     rest is below `tolerance` of the whole, or after `most` gradients. From zero vectors (baseline
     None) norms turn all at once, and where routing to experts changes the answer jumps, which no
@@ -180,15 +180,12 @@ class _Source:
     def start(
         self, model: TaskModel, inputs: Inputs, whole: Tensor, baseline: int | None
     ) -> Tensor:
+        """Where the way begins."""
         if self.embedding is None or baseline is None:
-            start = torch.zeros_like(whole)
-        else:
-            ids = torch.full_like(token_ids(inputs), baseline)
-            with torch.no_grad():
-                start = model.get_submodule(self.embedding)(ids)
-        if self.embedding is None:
-            return start
-        return torch.where(counted_tokens(inputs)[..., None], start, whole)
+            return torch.zeros_like(whole)
+        ids = torch.full_like(token_ids(inputs), baseline)
+        with torch.no_grad():
+            return model.get_submodule(self.embedding)(ids)
 
     def answer(self, model: TaskModel, inputs: Inputs, x: Tensor) -> Tensor:
         """The model's answer with `x` in the place of what it reads."""
