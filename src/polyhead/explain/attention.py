@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from polyhead.explain.look import Look
-from polyhead.explain.reduce import Kept
+from polyhead.explain.reduce import Gathered, Reduction
 from polyhead.explain.room import require_room
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.probe import Probe
@@ -55,16 +55,14 @@ class _Stage(Probe):
     def _begin(self, q: Tensor, k: Tensor) -> None:
         of_one_query = q.shape[0] * q.shape[1] * k.shape[2]
         numbers = of_one_query * q.shape[2]
-        self.parts: list[Kept] = []
         if self.look.only_looks:
             self.queries_at_once = max(_FEWEST, _AT_ONCE // max(1, of_one_query))
+        how = Reduction(_as_it_is, 2) if self.look.reduction is None else self.look.reduction
+        self.gathered = Gathered(how, q.shape[2])
         if self.look.reduction is None and numbers > _LITTLE:
             # Besides what is kept: the scores, and what masking and the softmax make of them.
             copies = 1 if self.look.only_looks else 4
             require_room(4 * copies * numbers, q.device, f"the {self.stage} of one layer")
-        self.whole: Tensor | None = None
-        self.filled = 0
-        self.shape = (*q.shape[:3], k.shape[2])
 
     def _see(self, stage: str, x: Tensor) -> Tensor:
         found = self.look(x) if stage == self.stage else None
@@ -73,21 +71,19 @@ class _Stage(Probe):
     def _see_part(self, stage: str, x: Tensor) -> Tensor:
         if stage != self.stage or not self.look.only_looks:
             return self._see(stage, x)
-        if self.look.reduction is not None:
-            self.parts.append(self.look.reduction.each(x.detach()))
-        elif self.whole is None and x.shape[2] == self.shape[2]:
-            self.whole = x
-        else:
-            # Filled piece by piece, as what is joined at the end is held twice.
-            self.whole = x.new_empty(self.shape) if self.whole is None else self.whole
-            end = self.filled + x.shape[2]
-            self.whole[:, :, self.filled : end] = x.detach()
-            self.filled = end
+        self.gathered.add(x.detach())
         return x
 
     def _end(self) -> None:
+        found = self.gathered.whole
+        if found is None:
+            return
         if self.look.reduction is not None:
-            self.look.keep(self.look.reduction.join(self.parts))
-        elif self.whole is not None:
-            self.look(self.whole)
-        self.parts, self.whole = [], None
+            self.look.keep(found)
+        elif isinstance(found, Tensor):
+            self.look(found)
+        del self.gathered
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x

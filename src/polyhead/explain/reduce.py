@@ -3,7 +3,7 @@
 B batch, H heads, Q queries, K keys.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,13 +26,50 @@ Reduce = Callable[[Tensor], Kept]
 
 @dataclass(frozen=True)
 class Reduction:
-    """`each` of some queries' weights `[B, H, q, K]`, and `join` of what was kept of them all."""
+    """`each` of some queries' weights `[B, H, q, K]`, side by side.
+
+    dim: where in what is kept the queries stand; None: what is kept is the sum.
+    """
 
     each: Reduce
-    join: Callable[[Sequence[Kept]], Kept]
+    dim: int | None
 
     def __call__(self, x: Tensor) -> Kept:
-        return self.join([self.each(x)])
+        return self.each(x)
+
+
+class Gathered:
+    """What a reduction keeps of queries that come some at a time.
+
+    It is written where it belongs: small tensors kept between large ones would scatter the memory.
+    """
+
+    def __init__(self, how: Reduction, num_queries: int) -> None:
+        self.how, self.num_queries = how, num_queries
+        self.whole: Kept | None = None
+        self.filled = 0
+
+    def add(self, weights: Tensor) -> None:
+        """The next queries' weights `[B, H, q, K]`."""
+        found, count = self.how.each(weights), weights.shape[2]
+        parts = (found,) if isinstance(found, Tensor) else found
+        if self.whole is None:
+            empty = [self._empty(part) for part in parts]
+            self.whole = empty[0] if isinstance(found, Tensor) else Top(*empty)
+        wholes = (self.whole,) if isinstance(self.whole, Tensor) else self.whole
+        for whole, part in zip(wholes, parts, strict=True):
+            if self.how.dim is None:
+                whole += part
+            else:
+                whole.narrow(self.how.dim, self.filled, count).copy_(part)
+        self.filled += count
+
+    def _empty(self, part: Tensor) -> Tensor:
+        if self.how.dim is None:
+            return torch.zeros_like(part)
+        shape = list(part.shape)
+        shape[self.how.dim] = self.num_queries
+        return part.new_empty(shape)
 
 
 def mean_of_heads(weights: Tensor) -> Tensor:
@@ -59,13 +96,13 @@ def top(k: int) -> Reduction:
     def each(x: Tensor) -> Top:
         return Top(*x.topk(min(k, x.shape[-1])))
 
-    return Reduction(each, lambda parts: Top(*(torch.cat(own, -2) for own in zip(*parts))))  # noqa: B905
+    return Reduction(each, -2)
 
 
 NAMED: dict[str, Reduction] = {
-    "mean": Reduction(mean_of_heads, lambda parts: torch.cat(_tensors(parts), 1)),
-    "entropy": Reduction(entropy, lambda parts: torch.cat(_tensors(parts), -1)),
-    "received": Reduction(received, lambda parts: torch.stack(_tensors(parts)).sum(0)),
+    "mean": Reduction(mean_of_heads, 1),
+    "entropy": Reduction(entropy, -1),
+    "received": Reduction(received, None),
 }
 
 
@@ -81,7 +118,3 @@ def reduction(asked: str | Reduce | None) -> Reduce | None:
     raise ConfigError(
         f"reduce is {asked!r}; use {', '.join(NAMED)}, top-5 or another number, or a function"
     )
-
-
-def _tensors(parts: Sequence[Kept]) -> list[Tensor]:
-    return [part for part in parts if isinstance(part, Tensor)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from polyhead.nn.attend import expand_heads, scores, shares
@@ -58,32 +57,35 @@ def attend_seen(
         k, v = k.repeat_interleave(sharing, 0), v.repeat_interleave(sharing, 0)
         mask = mask.repeated(sharing)
     v = expand_heads(v, q.shape[1])
-    parts: list[Tensor] = []
-    for part, allowed, own in _parts(q, k, mask, bias, probes):
+
+    def found(part: slice, allowed: Tensor | None, own: Tensor | None) -> Tensor:
         seen = _weights(q[:, :, part], k, own, allowed, scale, probes)
-        seen = dropout(seen, rate) if rate else seen
-        found = seen @ v
+        heads = (dropout(seen, rate) if rate else seen) @ v
         if position is not None and position.has_values:
-            found = found + position.values(seen, at[:, part], keys_at)
-        parts.append(found)
-    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+            heads = heads + position.values(seen, at[:, part], keys_at)
+        return heads
 
-
-def _parts(
-    q: Tensor, k: Tensor, mask: Lowered, bias: Tensor | None, probes: Sequence[Probe]
-) -> list[tuple[slice, Tensor | None, Tensor | None]]:
-    """Queries that are looked at together, with their rows of the mask and of the bias."""
     num_queries, num_keys = q.shape[2], k.shape[2]
+    step = _step(num_queries, probes)
+    if step is None:
+        return found(slice(None), mask.boolean(num_queries, num_keys, q.device), bias)
+    # Written where they belong: small answers kept between large ones would scatter the memory.
+    heads = q.new_empty(*q.shape[:3], v.shape[-1])
+    for begin in range(0, num_queries, step):
+        part = slice(begin, min(begin + step, num_queries))
+        allowed = mask.rows(part.start, part.stop, num_keys, q.device)
+        own = bias if bias is None or bias.shape[-2] == 1 else bias[..., part, :]
+        heads[:, :, part] = found(part, allowed, own)
+    return heads
+
+
+def _step(num_queries: int, probes: Sequence[Probe]) -> int | None:
+    """How many queries are looked at together; None: all of them."""
     asked = [probe.queries_at_once for probe in probes if probe.needs_weights]
     steps = [step for step in asked if step is not None]
     if len(steps) < len(asked) or not steps or min(steps) >= num_queries:
-        return [(slice(None), mask.boolean(num_queries, num_keys, q.device), bias)]
-    parts: list[tuple[slice, Tensor | None, Tensor | None]] = []
-    for begin in range(0, num_queries, min(steps)):
-        part = slice(begin, min(begin + min(steps), num_queries))
-        own = bias if bias is None or bias.shape[-2] == 1 else bias[..., part, :]
-        parts.append((part, mask.rows(part.start, part.stop, num_keys, q.device), own))
-    return parts
+        return None
+    return min(steps)
 
 
 def _weights(
