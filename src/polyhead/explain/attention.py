@@ -12,7 +12,7 @@ from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.probe import Probe
 
 STAGES = ("weights", "scores", "queries", "keys", "values", "heads")
-_AT_ONCE = 2**19  # numbers of which a few copies stay in a cache
+_AT_ONCE = 2**17  # numbers, of which a few copies stay in a cache
 _FEWEST = 16  # queries, however long a text is
 _LITTLE = 2**26  # numbers that are made unasked
 
