@@ -54,6 +54,7 @@ _HOMES = {
     "first_layers": "generate.speculative",
     "grpo_objective": "train.grpo",
     "importance": "compress.importance",
+    "inside": "tasks.inside",
     "knock_out": "explain.replace",
     "load": "adapt.load",
     "load_adapter": "adapt.peft",

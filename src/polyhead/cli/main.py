@@ -35,6 +35,7 @@ VERBS = {
     "similar": "rank texts by how alike they are to another",
     "translate": "translate texts, or the lines of a file",
     "summarize": "make texts short",
+    "explain": "show what every head looks at, as a page and in words",
     "diff": "show what parts change between two families or checkpoints",
     "eval": "evaluate a model, or compare two, at tasks and files",
     "perplexity": "measure how well a model predicts a text",

@@ -181,9 +181,7 @@ def head_scores(
     def measured(weights: Tensor) -> Tensor:
         if weights.shape[2:] != (ids.shape[1], ids.shape[1]):
             return weights.new_empty(0)  # cross-attention, or an image's
-        return torch.stack(
-            [_mean(*measure(weights.float(), text)) for measure in MEASURES.values()]
-        )
+        return measures_of(weights, text)
 
     with capture(model, where, reduce=measured) as seen:
         call(model, inputs)
@@ -194,6 +192,11 @@ def head_scores(
             for number, measure in enumerate(MEASURES)
         }
     )
+
+
+def measures_of(weights: Tensor, text: Text) -> Tensor:
+    """Every measure of weights `[B, H, T, T]` over a text: `[measures, H]`."""
+    return torch.stack([_mean(*measure(weights.float(), text)) for measure in MEASURES.values()])
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:

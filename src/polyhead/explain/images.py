@@ -56,14 +56,10 @@ def _of_patches(weights: Tensor, grid: Grid, query: Grid | None) -> Tensor:
     return weights[:, :, row, before:].unflatten(-1, grid)
 
 
-def _of_windows(
-    model: TaskModel, name: str, weights: Tensor, grid: Grid, query: Grid | None
-) -> Tensor:
-    """Of a Swin: windows `[B n, H, M², M²]` joined to the grid of their stage."""
+def windows_of(model: TaskModel, name: str, weights: Tensor, grid: Grid) -> Windows:
+    """How a Swin's layer cut the grid of its stage; weights: its own, `[B n, H, M², M²]`."""
     path = name.split(".")
     stage_number, layer = int(path[path.index("stages") + 1]), int(path[path.index("layers") + 1])
-    for _ in range(stage_number):
-        grid = -(-grid[0] // 2), -(-grid[1] // 2)
     stage = model.backbone.get_submodule(f"stages.{stage_number}")
     assert isinstance(stage, SwinStage)
     is_small = min(grid) <= stage.edge
@@ -71,10 +67,27 @@ def _of_windows(
     shift = stage.edge // 2 if layer % 2 and not is_small else 0
     count = -(-grid[0] // edge) * -(-grid[1] // edge)
     like = weights.new_zeros(len(weights) // count, grid[0] * grid[1], 1)
-    windows = Windows.of(like, grid, edge, shift)
+    return Windows.of(like, grid, edge, shift)
+
+
+def stage_grid(grid: Grid, stage: int) -> Grid:
+    """The grid of a Swin's stage: each further one halves it."""
+    for _ in range(stage):
+        grid = -(-grid[0] // 2), -(-grid[1] // 2)
+    return grid
+
+
+def _of_windows(
+    model: TaskModel, name: str, weights: Tensor, grid: Grid, query: Grid | None
+) -> Tensor:
+    """Of a Swin: windows `[B n, H, M², M²]` joined to the grid of their stage."""
+    path = name.split(".")
+    grid = stage_grid(grid, int(path[path.index("stages") + 1]))
+    windows = windows_of(model, name, weights, grid)
+    edge, count = windows.edge, len(weights) // windows.num_images
     if query is None:
         if windows.filled is not None:
-            asks = windows.filled.view(count, 1, -1, 1).repeat(len(like), 1, 1, 1)
+            asks = windows.filled.view(count, 1, -1, 1).repeat(windows.num_images, 1, 1, 1)
             weights = weights * asks
         given = weights.sum(2) / (grid[0] * grid[1])
     else:

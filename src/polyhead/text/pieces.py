@@ -1,0 +1,20 @@
+"""Tokens as a reader would see them, one by one."""
+
+from collections.abc import Iterable
+
+from polyhead.text.tokenizer import Tokenizer
+
+
+def pieces(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
+    """The text of each id, the space before a word included; of a part of a letter, its bytes."""
+    return [_piece(tokenizer, i) for i in ids]
+
+
+def _piece(tokenizer: Tokenizer, i: int) -> str:
+    token = tokenizer.backend.id_to_token(i)
+    if token is None:
+        return f"<{i}>"
+    if token.startswith("▁"):  # SentencePiece's space, which decoding a single piece would drop
+        return " " + token[1:].replace("▁", " ")
+    text = tokenizer.backend.decode([i], skip_special_tokens=False)
+    return token if not text or "\ufffd" in text else text
