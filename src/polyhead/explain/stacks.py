@@ -3,6 +3,7 @@
 L layers, H heads, Q queries, K keys, h × w the grid of an image's patches.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -134,9 +135,7 @@ def _of_patches(tokens: Tokens) -> Measured:
         first, count = picture.first, grid[0] * grid[1]
         rows = torch.arange(count, device=weights.device) // grid[1]
         columns = torch.arange(count, device=weights.device) % grid[1]
-        apart = torch.hypot(
-            (rows[:, None] - rows).float(), (columns[:, None] - columns).float()
-        )
+        apart = torch.hypot((rows[:, None] - rows).float(), (columns[:, None] - columns).float())
         among = weights[:, :, first : first + count, first : first + count]
         shares = among / among.sum(-1, keepdim=True).clamp_min(1e-9)
         found["distance"] = (shares * apart).sum(-1).mean((0, 2)).cpu()
@@ -176,9 +175,8 @@ def _stack(
         for name, runs in seen.items()
         for (run, weights), measures in zip(runs.items(), found[name], strict=True)
     }
-    most = max(weights.shape[1] for weights, _ in layers.values())
     table = {
-        measure: [_padded(own[measure], most) for _, own in layers.values()]
+        measure: [_row(own[measure]) for _, own in layers.values()]
         for measure in next(iter(layers.values()))[1]
     }
     places: list[list[int]] | None = None
@@ -191,21 +189,13 @@ def _stack(
         ]
     return Stack(
         _name(group), sides.index(pair[0].side), sides.index(pair[1].side), list(layers),
-        torch.stack([_headed(weights, most, places is not None) for weights, _ in layers.values()]),
+        torch.stack([w[0] if places is None else w.transpose(0, 1) for w, _ in layers.values()]),
         places, table,
     )  # fmt: skip
 
 
-def _headed(weights: Tensor, most: int, has_windows: bool) -> Tensor:
-    """One layer's bytes `[H, ...]`, of as many heads as the widest layer has."""
-    own = weights.transpose(0, 1) if has_windows else weights[0]
-    missing = most - own.shape[0]
-    return torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own
-
-
-def _padded(values: Tensor, most: int) -> list[float | None]:
-    own = [round(value, 4) if value == value else None for value in values.tolist()]
-    return own + [None] * (most - len(own))
+def _row(values: Tensor) -> list[float | None]:
+    return [round(value, 4) if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _name(group: str) -> str:

@@ -12,7 +12,7 @@ from polyhead.explain.inputs import call
 from polyhead.explain.lens import LogitLens
 from polyhead.explain.page import Lens, Page, Side, Stack
 from polyhead.explain.reduce import Top
-from polyhead.explain.stacks import Reader, Tokens, stacks_of
+from polyhead.explain.stacks import Reader, stacks_of
 from polyhead.images import Processor
 from polyhead.models.model import TaskModel
 from polyhead.tasks.fit import kind_of
@@ -47,9 +47,9 @@ def inside(
     """
     reader = reader_of(model, tokenizer, text, second, image, processor, max_tokens)
     sides, stacks, tokens = stacks_of(model, reader, where)
-    if tokenizer is not None and kind_of(model) in ("decoder", "image-text"):
-        scores = _induction(model, tokenizer, where)
-        stacks = [_with_induction(stack, scores) for stack in stacks]
+    reads_on = tokenizer is not None and kind_of(model) in ("decoder", "image-text")
+    scores = _induction(model, tokenizer, where) if tokenizer is not None and reads_on else {}
+    stacks = [_with_induction(stack, scores) for stack in stacks]
     lens = None
     if tokenizer is not None and model.head_kind == "lm":
         lens, sides = _lens(model, tokenizer, reader, sides)
@@ -73,14 +73,11 @@ def _induction(model: TaskModel, tokenizer: Tokenizer, where: str) -> dict[str, 
 
 
 def _with_induction(stack: Stack, scores: dict[str, Tensor]) -> Stack:
+    """A text at hand may repeat nothing: what says how much a head does so is measured apart."""
     if not all(name in scores for name in stack.layers):
-        return stack
-    rows: list[list[float | None]] = [
-        [round(float(value), 4) for value in scores[name]] for name in stack.layers
-    ]
-    count = stack.weights.shape[1]
-    padded = [row + [None] * (count - len(row)) for row in rows]
-    return replace(stack, measures={"induction": padded, **_others(stack)})
+        return replace(stack, measures=_others(stack))
+    rows = [[round(float(value), 4) for value in scores[name]] for name in stack.layers]
+    return replace(stack, measures={"induction": rows, **_others(stack)})
 
 
 def _others(stack: Stack) -> dict[str, Sequence[Sequence[float | None]]]:
@@ -132,7 +129,11 @@ def _facts(
     if lens is not None and kind in ("decoder", "image-text"):
         best = lens.answers[-1][-1]
         facts["goes on with"] = ", ".join(f"{word!r} {share:.1%}" for word, share in best)
-    elif kind == "encoder-decoder" and tokenizer is not None and not isinstance(reader.inputs, Tensor):
+    elif (
+        kind == "encoder-decoder"
+        and tokenizer is not None
+        and not isinstance(reader.inputs, Tensor)
+    ):
         facts["writes"] = tokenizer.decode(reader.inputs["decoder_input_ids"][0].tolist())
     elif model.head_kind == "classify":
         facts["says"] = _classes(model, call(model, reader.inputs)[0])

@@ -5,6 +5,7 @@ T tokens, C channels.
 
 import base64
 from collections.abc import Sequence
+from dataclasses import replace
 from io import BytesIO
 from typing import cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError, DataError
 from polyhead.explain.heads import Text
-from polyhead.explain.page import Picture, Side
+from polyhead.explain.page import Side
 from polyhead.explain.stacks import Reader, Tokens, patches
 from polyhead.generate.seq2seq import start_id
 from polyhead.images import Processor
@@ -67,9 +68,11 @@ def reader_of(
         raise ConfigError(f"max_tokens is {max_tokens}; a text needs 2 or more")
     pixels = None if processor is None or image is None else processor(image).to(model.device)
     if kind == "vision":
-        assert pixels is not None and processor is not None
+        assert pixels is not None
+        assert processor is not None
         return Reader(pixels, {"": _patches(model, pixels, processor)})
-    assert text is not None and tokenizer is not None
+    assert text is not None
+    assert tokenizer is not None
     check_texts([text])
     if kind == "encoder-decoder":
         return _of_pair(model, tokenizer, text, second, max_tokens)
@@ -89,8 +92,12 @@ def _encoded(
     if second is not None:
         check_texts([second], "second text")
     limits = [limit for limit in (most, model.config.max_tokens) if limit is not None]
-    cut = {} if most is None else {"max_len": min(limits), "truncate": True}
-    batch = tokenizer([text], None if second is None else [second], **cut)
+    batch = tokenizer(
+        [text],
+        None if second is None else [second],
+        max_len=None if most is None else min(limits),
+        truncate=most is not None,
+    )
     _check_length(batch.input_ids.shape[1])
     return inputs(model, batch)
 
@@ -140,10 +147,11 @@ def _of_image_text(
     assert picture is not None
     words = _words(tokenizer, row)
     names = list(words.side.tokens)
-    if picture.rows * picture.columns == count:
-        first = picture.first
-        names[at : at + count] = tower.side.tokens[first : first + count]
-        side = Side(names, Picture(picture.src, picture.rows, picture.columns, at))
+    # What stands before the patches is read as well, or left out.
+    before = count - picture.rows * picture.columns
+    if before in (0, picture.first):
+        names[at : at + count] = tower.side.tokens[picture.first - before :]
+        side = Side(names, replace(picture, first=at + before))
         words = Tokens(side, words.text)
     named = {"input_ids": row, "pixel_values": pixels}
     return Reader(named, {"vision": tower, "language": words})
@@ -173,10 +181,7 @@ def _before(model: TaskModel) -> Sequence[str]:
     """What stands before the patches."""
     tower = getattr(model.backbone, "vision", model.backbone)
     names = {"class_token": "[CLS]", "distillation_token": "[DIST]"}
-    found = [name for own, name in names.items() if getattr(tower, own, None) is not None]
-    registers = getattr(tower, "registers", None)
-    count = 0 if not isinstance(registers, Tensor) else registers.shape[-2]
-    return [*found, *(f"[REG{i}]" for i in range(count))]
+    return [name for own, name in names.items() if hasattr(tower, own)]
 
 
 def _source(pixels: Tensor, processor: Processor) -> str:
@@ -185,7 +190,9 @@ def _source(pixels: Tensor, processor: Processor) -> str:
 
     values = pixels.float()
     if processor.norms:
-        mean, std = (torch.tensor(given)[:, None, None] for given in (processor.mean, processor.std))
+        mean, std = (
+            torch.tensor(given)[:, None, None] for given in (processor.mean, processor.std)
+        )
         values = values * std + mean
     values = values if processor.scale is None else values / processor.scale
     shown = values.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()

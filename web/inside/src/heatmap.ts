@@ -67,8 +67,9 @@ export function heatmap(store: Store, width: number, tell: (text: string) => voi
     const key = clamp(store.cell.key + step[1], 0, store.side("key").tokens.length - 1);
     if (from.includes(query) && to.includes(key)) return place(query, key);
     store.cell = { query, key };
-    store.scroll("query", windowAround(query, from[0]!, from.length));
-    store.scroll("key", windowAround(key, to[0]!, to.length));
+    // Windows that move together cannot follow both.
+    if (step[0]) store.scroll("query", windowAround(query, from[0]!, from.length));
+    else store.scroll("key", windowAround(key, to[0]!, to.length));
     store.focus("heatmap");
   }
 
