@@ -89,9 +89,11 @@ def _page(args: Args) -> "Page":
     from polyhead.images import Processor
     from polyhead.tasks.fit import kind_of
     from polyhead.tasks.inside import inside
+    from polyhead.tasks.looking import READ_IMAGES
 
     words = None if kind_of(model) == "vision" else tokenizer(path)
-    processor = None if args.image is None else Processor.load(path)
+    has_use = args.image is not None and kind_of(model) in READ_IMAGES
+    processor = Processor.load(path) if has_use else None
     with working("looking"):
         return inside(
             model, words, text, args.second, args.image, processor=processor, where=args.layers,

@@ -26,6 +26,7 @@ from polyhead.tasks.translate import Translator
 from polyhead.text.pieces import pieces
 from polyhead.text.tokenizer import Tokenizer
 
+READ_IMAGES = ("vision", "two towers", "image-text")
 _READS = {
     "decoder": "one text",
     "encoder": "one text, or two",
@@ -50,7 +51,7 @@ def reader_of(
     ConfigError for what a model of its kind does not read or lacks; DataError for empty texts.
     """
     kind = kind_of(model)
-    wants_text, wants_image = kind != "vision", kind in ("vision", "two towers", "image-text")
+    wants_text, wants_image = kind != "vision", kind in READ_IMAGES
     wrong = [
         (text is None and wants_text, "give it a text"),
         (text is not None and not wants_text, "leave the text out"),
