@@ -81,7 +81,7 @@ print(f"{len(KINDS)} models in {time.perf_counter() - began:.0f} s")
 # been read. Where the loss rises instead, positions have left what was taught.
 
 # %%
-rows = windows(held_out, READ, 48, seed=1)
+rows = windows(held_out, READ, 96, seed=1)
 found = {}
 with torch.no_grad():
     for kind, model in models.items():
@@ -97,11 +97,11 @@ for kind, curve in found.items():
 # %%
 figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
 for kind, curve in found.items():
-    smooth = curve.unfold(0, 16, 1).mean(-1)
-    axes.plot(range(8, 8 + len(smooth)), smooth, label=kind, linewidth=1.6)
+    smooth = curve.unfold(0, 32, 1).mean(-1)
+    axes.plot(range(16, 16 + len(smooth)), smooth, label=kind, linewidth=1.6)
 axes.axvline(TAUGHT, color="grey", linestyle=":", label="as far as was taught")
-axes.set(xlabel="position in the text", ylabel="bits a byte (mean of 16)", xscale="log")
-axes.set_xticks([8, 16, 32, 64, 128, 256, 512], [8, 16, 32, 64, 128, 256, 512])
+axes.set(xlabel="position in the text", ylabel="bits a byte (mean of 32)", xscale="log")
+axes.set_xticks([16, 32, 64, 128, 256, 512], [16, 32, 64, 128, 256, 512])
 axes.legend(ncols=2)
 plt.show()
 
