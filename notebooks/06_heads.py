@@ -121,4 +121,6 @@ def paris_beside_rome(logits: torch.Tensor) -> torch.Tensor:
 
 grid = patching_grid(model, clean, other, paris_beside_rome)
 names = pieces(tokenizer, other[0].tolist())
-plots.heatmap(grid.effect, [f"layer {i}" for i in range(30)], names, "how much of the answer one state brings back", signed=True)
+figure = plots.heatmap(grid.effect, [f"layer {i}" for i in range(30)], names, "how much of the answer one state brings back", signed=True)
+figure.axes[0].set(xlabel="token whose state is put in", ylabel="")
+figure
