@@ -1,6 +1,7 @@
 """A recorded step answers what the model's own forward answers, in every family of decoders."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,13 @@ def write(model: TaskModel, **named: Any) -> Engine:
     return engine
 
 
+def worst(differences: list[float], name: str, rounded: bool) -> float:
+    """The largest, or that of three quarters where rounding decides which experts a token takes:
+    of two that a last bit parts either may be taken, and what they say is far apart."""
+    share = 0.75 if rounded and "num_experts" in MODELS[name][1] else 1.0
+    return sorted(differences)[math.ceil(share * len(differences)) - 1]
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("form", FORMS)
 def test_of_every_decoder(name: str, form: str, differences: list[float]) -> None:
@@ -109,7 +117,8 @@ def test_of_every_decoder(name: str, form: str, differences: list[float]) -> Non
     assert engine.runner._recorded.head_reason == ""
     assert len(differences) > 10
     # Where activations are rounded, a last bit may move one of them by a whole step.
-    assert max(differences) < (2e-2 if form.startswith("int") else 1e-5)
+    rounded = form.startswith("int")
+    assert worst(differences, name, rounded) < (2e-2 if rounded else 1e-5)
     assert sorted(differences)[len(differences) // 2] < 1e-3
 
 
@@ -121,9 +130,7 @@ def test_in_bfloat16(name: str, form: str, kv: str, differences: list[float]) ->
     model = FORMS[form](shaken(ph.build(family, seed=0, **sizes)).eval().bfloat16())
     write(model, kv=kv)
     assert len(differences) > 10
-    # Of two experts that are chosen by a last bit either may be.
-    middle = sorted(differences)[len(differences) // 2]
-    assert (middle if name == "mixtral" else max(differences)) < 4e-2
+    assert worst(differences, name, rounded=True) < 4e-2
 
 
 @pytest.mark.parametrize("kv", ["model", "fp16", "int8"])
