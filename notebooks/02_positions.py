@@ -43,7 +43,13 @@ def made(kind: str) -> torch.nn.Module:
     longest = TAUGHT if kind == "learned" else READ
     sizes = dict(d_model=64, d_ff=256, num_layers=2, num_heads=4, max_seq_len=longest)
     return ph.build(
-        "transformer", kind="decoder", position=kind, vocab_size=256, norm_first=True, seed=0, **sizes
+        "transformer",
+        kind="decoder",
+        position=kind,
+        vocab_size=256,
+        norm_first=True,
+        seed=0,
+        **sizes,
     )
 
 
@@ -127,5 +133,7 @@ figure, both = plt.subplots(1, 2, figsize=(8, 4), layout="constrained")
 for axes, seen, name in zip(both, (near, far), ("alibi", "sinusoidal"), strict=True):
     (weights,) = seen.values()
     axes.imshow(weights[0].mean(0)[::4, ::4] ** 0.4, cmap="Blues")
-    axes.set(title=f"{name}: every fourth token, mean of heads", xlabel="is looked at", ylabel="looks")
+    axes.set(
+        title=f"{name}: every fourth token, mean of heads", xlabel="is looked at", ylabel="looks"
+    )
 plt.show()

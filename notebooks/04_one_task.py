@@ -61,7 +61,9 @@ class Pair:
             self.add(f"twenty {ONES[one]}" if one else "twenty", es, "00 10" if one else "00")
         elif rest:
             if one:
-                self.add(f"{TENS[tens]} {ONES[one]}", f"{DECENAS[tens]} y {unos[one]}", "00 12", "01 11")
+                self.add(
+                    f"{TENS[tens]} {ONES[one]}", f"{DECENAS[tens]} y {unos[one]}", "00 12", "01 11"
+                )
             else:
                 self.add(TENS[tens], DECENAS[tens], "00")
 
@@ -114,7 +116,15 @@ test_sources, test_targets = rows(test)
 # Each has four layers in all and about as many parameters.
 
 # %%
-SIZES = dict(vocab_size=len(names), d_model=96, d_ff=192, num_heads=4, norm_first=True, max_seq_len=S + T + 1, position="learned")
+SIZES = dict(
+    vocab_size=len(names),
+    d_model=96,
+    d_ff=192,
+    num_heads=4,
+    norm_first=True,
+    max_seq_len=S + T + 1,
+    position="learned",
+)
 
 
 def build(kind: str) -> torch.nn.Module:
@@ -126,7 +136,9 @@ def begun(target: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.full_like(target[:, :1], BEGIN), target[:, :-1]], 1)
 
 
-def logits_of(kind: str, model: torch.nn.Module, source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def logits_of(
+    kind: str, model: torch.nn.Module, source: torch.Tensor, target: torch.Tensor
+) -> torch.Tensor:
     """What is said of the target's places `[B, T, V]`."""
     if kind == "encoder-decoder":
         return model(source, begun(target), attention_mask=(source != PAD).long())
@@ -156,12 +168,16 @@ models, told = {}, {}
 for kind in ("encoder-decoder", "decoder", "encoder"):
     model = build(kind).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=STEPS, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=STEPS, pct_start=0.2
+    )
     began, curve = time.perf_counter(), []
     for step in range(STEPS):
         some = torch.randint(len(sources), (BATCH,), generator=torch.Generator().manual_seed(step))
         source, target = sources[some], targets[some]
-        loss = F.cross_entropy(logits_of(kind, model, source, target).transpose(1, 2), target, ignore_index=PAD)
+        loss = F.cross_entropy(
+            logits_of(kind, model, source, target).transpose(1, 2), target, ignore_index=PAD
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -172,8 +188,10 @@ for kind in ("encoder-decoder", "decoder", "encoder"):
     began = time.perf_counter()
     exact = right(written(kind, model, test_sources), test_targets)
     told[kind] = curve
-    print(f"{kind:<16}{model.num_parameters():>8,} parameters, taught {taught:3.0f} s, loss {curve[-1]:.4f}, "
-          f"{exact:.1%} of {len(test)} new numbers without mistake, written in {time.perf_counter() - began:.1f} s")
+    print(
+        f"{kind:<16}{model.num_parameters():>8,} parameters, taught {taught:3.0f} s, loss {curve[-1]:.4f}, "
+        f"{exact:.1%} of {len(test)} new numbers without mistake, written in {time.perf_counter() - began:.1f} s"
+    )
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
@@ -196,7 +214,9 @@ plt.show()
 # %%
 one = pair(431_002)
 source, target = rows([one])
-weights = alignment(models["encoder-decoder"], source, begun(target), where="backbone.decoder.layers.1.cross")
+weights = alignment(
+    models["encoder-decoder"], source, begun(target), where="backbone.decoder.layers.1.cross"
+)
 weights = weights[0, : len(one.es), : len(one.en)]
 plots.heatmap(weights, one.es, one.en, "layer 1, mean of heads")
 
@@ -214,7 +234,11 @@ for _ in range(8):
     counts = torch.zeros(V, V)
     for en, es in pairs_in:
         shares = table[en][:, es]
-        counts.index_put_((torch.tensor(en)[:, None], torch.tensor(es)[None]), shares / shares.sum(0), accumulate=True)
+        counts.index_put_(
+            (torch.tensor(en)[:, None], torch.tensor(es)[None]),
+            shares / shares.sum(0),
+            accumulate=True,
+        )
     table = counts / counts.sum(1, keepdim=True).clamp_min(1e-9)
 
 
@@ -232,12 +256,20 @@ def by_attention(one: Pair, where: str, heads: list[int] | None = None) -> Links
 
 marked = test[:200]
 sure, possible = [p.sure for p in marked], [p.possible for p in marked]
-print(f"model 1: {alignment_error_rate(map(by_counts, marked), sure, possible):.1%} alignment error")
+print(
+    f"model 1: {alignment_error_rate(map(by_counts, marked), sure, possible):.1%} alignment error"
+)
 for layer in (0, 1):
     where = f"backbone.decoder.layers.{layer}.cross"
     mean = alignment_error_rate([by_attention(p, where) for p in marked], sure, possible)
-    each = [alignment_error_rate([by_attention(p, where, [h]) for p in marked], sure, possible) for h in range(4)]
-    print(f"cross-attention of layer {layer}: {mean:.1%} by the mean of heads; by head " + ", ".join(f"{e:.1%}" for e in each))
+    each = [
+        alignment_error_rate([by_attention(p, where, [h]) for p in marked], sure, possible)
+        for h in range(4)
+    ]
+    print(
+        f"cross-attention of layer {layer}: {mean:.1%} by the mean of heads; by head "
+        + ", ".join(f"{e:.1%}" for e in each)
+    )
 
 # %% [markdown]
 # Attention is no aligner by trade: a head may look a word ahead, or at the end of the source, and the answer

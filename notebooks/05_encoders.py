@@ -22,8 +22,13 @@ torch.manual_seed(0)
 text = pydocs()
 cut = int(len(text) * 0.9)
 tokenizer = ph.Tokenizer.train([text[:cut]], kind="wordpiece", vocab_size=4000, lowercase=True)
-learned, held_out = (torch.tensor(tokenizer.encode(part, add_special_tokens=False)) for part in (text[:cut], text[cut:]))
-print(f"{tokenizer.vocab_size} word pieces; {len(learned):,} tokens to learn from, {len(held_out):,} held out")
+learned, held_out = (
+    torch.tensor(tokenizer.encode(part, add_special_tokens=False))
+    for part in (text[:cut], text[cut:])
+)
+print(
+    f"{tokenizer.vocab_size} word pieces; {len(learned):,} tokens to learn from, {len(held_out):,} held out"
+)
 
 # %% [markdown]
 # ## Built alike
@@ -31,7 +36,14 @@ print(f"{tokenizer.vocab_size} word pieces; {len(learned):,} tokens to learn fro
 # The same width, depth and heads. `polyhead diff bert deberta-v3` shows part by part what differs.
 
 # %%
-SIZES = dict(vocab_size=tokenizer.vocab_size, d_model=128, d_ff=512, num_layers=4, num_heads=4, max_seq_len=128)
+SIZES = dict(
+    vocab_size=tokenizer.vocab_size,
+    d_model=128,
+    d_ff=512,
+    num_layers=4,
+    num_heads=4,
+    max_seq_len=128,
+)
 OWN = {"bert": {}, "albert": {"embedding_width": 64}, "deberta-v2": {"position_buckets": 32}}
 models = {name: ph.build(name, seed=0, **SIZES, **own) for name, own in OWN.items()}
 for name, model in models.items():
@@ -66,7 +78,9 @@ curves, seconds = {}, {}
 for name, model in models.items():
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=STEPS, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-3, total_steps=STEPS, pct_start=0.2
+    )
     began, curve = time.perf_counter(), []
     for step in range(STEPS):
         loss = loss_of(model, learned, step)
@@ -102,12 +116,17 @@ with torch.no_grad():
             began = time.perf_counter()
             model(read)
             times[name].append(time.perf_counter() - began)
-    reached = {name: statistics.mean(loss_of(model, held_out, seed).item() for seed in range(1000, 1020)) for name, model in models.items()}
+    reached = {
+        name: statistics.mean(loss_of(model, held_out, seed).item() for seed in range(1000, 1020))
+        for name, model in models.items()
+    }
 first = statistics.median(times["bert"])
 print(f"{'':<12}{'parameters':>12}{'held-out loss':>15}{'ms a step':>11}{'forward / bert':>16}")
 for name, model in models.items():
     forward = statistics.median(times[name]) / first
-    print(f"{name:<12}{model.num_parameters():>12,}{reached[name]:>15.3f}{1000 * seconds[name]:>11.0f}{forward:>16.2f}")
+    print(
+        f"{name:<12}{model.num_parameters():>12,}{reached[name]:>15.3f}{1000 * seconds[name]:>11.0f}{forward:>16.2f}"
+    )
 
 # %% [markdown]
 # ALBERT's few parameters save memory and little time: each depth is computed all the same. DeBERTa's own terms
@@ -128,7 +147,14 @@ for axes, name in zip(both, ("bert", "albert"), strict=True):
     axes.set(title=name, xlabel="depth", ylabel="depth", xticks=range(4), yticks=range(4))
     for i in range(4):
         for j in range(4):
-            axes.text(j, i, f"{alike[i, j]:.2f}", ha="center", va="center", color="white" if alike[i, j] > 0.6 else "black")
+            axes.text(
+                j,
+                i,
+                f"{alike[i, j]:.2f}",
+                ha="center",
+                va="center",
+                color="white" if alike[i, j] > 0.6 else "black",
+            )
 figure.colorbar(picture, ax=both)
 plt.show()
 
@@ -136,4 +162,6 @@ plt.show()
 # And what ALBERT's depths look at, to walk through; each has its own row of heads.
 
 # %%
-ph.inside(models["albert"], tokenizer, text[cut : cut + 200].replace("\n", " "), title="a small ALBERT")
+ph.inside(
+    models["albert"], tokenizer, text[cut : cut + 200].replace("\n", " "), title="a small ALBERT"
+)

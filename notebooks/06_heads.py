@@ -17,7 +17,9 @@ from polyhead.explain.patching import patching_grid
 from polyhead.text.pieces import pieces
 
 model, tokenizer = ph.load("smollm2-135m", dtype="float32"), ph.tokenizer("smollm2-135m")
-print(f"{model.config.num_layers} layers of {model.config.num_heads} heads, {model.num_parameters():,} parameters")
+print(
+    f"{model.config.num_layers} layers of {model.config.num_heads} heads, {model.num_parameters():,} parameters"
+)
 
 # %% [markdown]
 # ## A page to walk through
@@ -66,7 +68,9 @@ for _ in range(10):
     drawn = torch.randperm(270, generator=generator)[: len(heads)].tolist()
     rises.append(second_time([(i // 9, i % 9) for i in drawn]) - whole)
 without = second_time(heads) - whole
-print(f"whole {whole:.2f}; without the named {without:+.2f}; without others {min(rises):+.2f} to {max(rises):+.2f}")
+print(
+    f"whole {whole:.2f}; without the named {without:+.2f}; without others {min(rises):+.2f} to {max(rises):+.2f}"
+)
 assert without > 3 * sum(map(abs, rises)) / len(rises)
 
 # %% [markdown]
@@ -80,10 +84,21 @@ assert without > 3 * sum(map(abs, rises)) / len(rises)
 # %%
 prompt = torch.tensor([tokenizer.encode("The capital of France is")])
 tops = LogitLens(model).layers(prompt)
-table = {name.split(".")[2]: (pieces(tokenizer, top.indices[0, -1, :3].tolist()), top.values[0, -1, :3].exp()) for name, top in tops.items()}
+table = {
+    name.split(".")[2]: (
+        pieces(tokenizer, top.indices[0, -1, :3].tolist()),
+        top.values[0, -1, :3].exp(),
+    )
+    for name, top in tops.items()
+}
 for layer in list(table)[::3] + list(table)[-1:]:
     words, shares = table[layer]
-    print(f"layer {layer:>2}: " + ", ".join(f"{word!r} {share:.0%}" for word, share in zip(words, shares.tolist(), strict=True)))
+    print(
+        f"layer {layer:>2}: "
+        + ", ".join(
+            f"{word!r} {share:.0%}" for word, share in zip(words, shares.tolist(), strict=True)
+        )
+    )
 
 # %% [markdown]
 # ## Which part says so?
@@ -93,7 +108,9 @@ for layer in list(table)[::3] + list(table)[-1:]:
 
 # %%
 parts = direct_logit_attribution(model, prompt)
-print(f"logit {float(parts.total):.2f} = sum of {parts.heads[0].numel() + 2 * len(parts.ffn[0]) + 2} parts {float(parts.sum):.2f}")
+print(
+    f"logit {float(parts.total):.2f} = sum of {parts.heads[0].numel() + 2 * len(parts.ffn[0]) + 2} parts {float(parts.sum):.2f}"
+)
 best = parts.heads[0].flatten().topk(5)
 for value, place in zip(best.values.tolist(), best.indices.tolist(), strict=True):
     print(f"head {place // 9}.{place % 9}: {value:+.2f}")
@@ -121,6 +138,12 @@ def paris_beside_rome(logits: torch.Tensor) -> torch.Tensor:
 
 grid = patching_grid(model, clean, other, paris_beside_rome)
 names = pieces(tokenizer, other[0].tolist())
-figure = plots.heatmap(grid.effect, [f"layer {i}" for i in range(30)], names, "how much of the answer one state brings back", signed=True)
+figure = plots.heatmap(
+    grid.effect,
+    [f"layer {i}" for i in range(30)],
+    names,
+    "how much of the answer one state brings back",
+    signed=True,
+)
 figure.axes[0].set(xlabel="token whose state is put in", ylabel="")
 figure

@@ -13,36 +13,69 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import polyhead as ph
-from polyhead.explain import plots
-from polyhead.explain.flow import rollout
 from polyhead.explain.attribution import occlusion
+from polyhead.explain.flow import rollout
 from polyhead.explain.images import image_maps, over_image
 from polyhead.explain.inputs import logit
 
 digits = load_digits()
 pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
-train_x, test_x, train_y, test_y = train_test_split(pixels, digits.target, test_size=0.25, random_state=0, stratify=digits.target)
+train_x, test_x, train_y, test_y = train_test_split(
+    pixels, digits.target, test_size=0.25, random_state=0, stratify=digits.target
+)
 processor = ph.Processor(size=None, mean=(0.5,), std=(0.5,))
 SIZES = {
     "vit": dict(patch_size=2, d_model=64, d_ff=128, num_layers=4, num_heads=4),
-    "swin": dict(patch_size=1, d_model=32, depths=(2, 2), num_heads=(2, 4), window=4, path_dropout=0.0),
+    "swin": dict(
+        patch_size=1, d_model=32, depths=(2, 2), num_heads=(2, 4), window=4, path_dropout=0.0
+    ),
 }
 
 
 def moved(image: np.ndarray) -> list[np.ndarray]:
-    return [image, np.roll(image, 1, 0), np.roll(image, -1, 0), np.roll(image, 1, 1), np.roll(image, -1, 1)]
+    return [
+        image,
+        np.roll(image, 1, 0),
+        np.roll(image, -1, 0),
+        np.roll(image, 1, 1),
+        np.roll(image, -1, 1),
+    ]
 
 
 models, EPOCHS = {}, {"vit": 6, "swin": 12}
-rows = [{"image": one, "label": str(label)} for image, label in zip(train_x, train_y, strict=True) for one in moved(image)]
+rows = [
+    {"image": one, "label": str(label)}
+    for image, label in zip(train_x, train_y, strict=True)
+    for one in moved(image)
+]
 for family, sizes in SIZES.items():
-    model = ph.build(family, head="classify", seed=0, labels=tuple("0123456789"), image_size=8, num_channels=1, init_std=0.1, **sizes)
-    config = ph.TrainConfig(epochs=EPOCHS[family], batch_size=64, lr=2e-3, warmup=50, weight_decay=0.05, validate_every=0, checkpoint_every=0, out=family)
+    model = ph.build(
+        family,
+        head="classify",
+        seed=0,
+        labels=tuple("0123456789"),
+        image_size=8,
+        num_channels=1,
+        init_std=0.1,
+        **sizes,
+    )
+    config = ph.TrainConfig(
+        epochs=EPOCHS[family],
+        batch_size=64,
+        lr=2e-3,
+        warmup=50,
+        weight_decay=0.05,
+        validate_every=0,
+        checkpoint_every=0,
+        out=family,
+    )
     fitted = ph.Trainer(model, processor, config, objective="image-classify", quiet=True).fit(rows)
     models[family] = ph.load(fitted["checkpoint"])
     with torch.no_grad():
         accuracy = (models[family](processor(list(test_x))).argmax(-1).numpy() == test_y).mean()
-    print(f"{family}: {models[family].num_parameters():,} parameters, {accuracy:.1%} of {len(test_y)} digits it has not seen")
+    print(
+        f"{family}: {models[family].num_parameters():,} parameters, {accuracy:.1%} of {len(test_y)} digits it has not seen"
+    )
 
 # %% [markdown]
 # `make recipe NAME=digits` trains them to the end; its figures are in `docs/results.md`.
@@ -70,7 +103,7 @@ plt.show()
 # shifted by two: outside the window there is nothing.
 
 # %%
-names = [name for name in image_maps(models["swin"], images)][:2]
+names = list(image_maps(models["swin"], images))[:2]
 figure, both = plt.subplots(1, 2, figsize=(6, 3), layout="constrained")
 for axes, name in zip(both, names, strict=True):
     found = image_maps(models["swin"], images, query=(3, 3), where=name)[name]
@@ -94,9 +127,16 @@ lost = occlusion(models["vit"], images, logit(), patch=2, by=float(images.min())
 figure, grid = plt.subplots(2, 3, figsize=(6.4, 4.4), layout="constrained")
 for row, own in zip(range(2), grid, strict=True):
     last = list(maps.values())[-1][row].mean(0)
-    for axes, values, title in zip(own, (last, reached[row], lost[row].clamp_min(0)), ("last layer", "rollout", "occlusion"), strict=True):
+    for axes, values, title in zip(
+        own,
+        (last, reached[row], lost[row].clamp_min(0)),
+        ("last layer", "rollout", "occlusion"),
+        strict=True,
+    ):
         axes.imshow(test_x[chosen[row]], cmap="gray")
-        axes.imshow(over_image(values.view(1, *values.shape[-2:]), 8, 8)[0], cmap="inferno", alpha=0.6)
+        axes.imshow(
+            over_image(values.view(1, *values.shape[-2:]), 8, 8)[0], cmap="inferno", alpha=0.6
+        )
         axes.set(title=title if row == 0 else "", xticks=[], yticks=[])
 plt.show()
 
@@ -106,4 +146,6 @@ plt.show()
 # Point at a patch: what it looks at lights up. Choose heads on the left.
 
 # %%
-ph.inside(models["vit"], image=test_x[chosen[1]], processor=processor, title="a ViT that reads an eight")
+ph.inside(
+    models["vit"], image=test_x[chosen[1]], processor=processor, title="a ViT that reads an eight"
+)

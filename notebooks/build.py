@@ -13,10 +13,10 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 HERE = Path(__file__).parent
-LONGEST_S = 240  # of one notebook; they are made to take half of it on two cores
+LONGEST_S = 600  # of one cell; a whole notebook is made to take two minutes on two idle cores
 
 
 def main() -> int:
@@ -55,7 +55,7 @@ def build(path: Path, check: bool) -> bool:
         )  # fmt: skip
         try:
             client.execute()
-        except CellExecutionError as error:
+        except (CellExecutionError, CellTimeoutError) as error:
             print(f"{path.stem}: {error}", file=sys.stderr)
             return False
     print(f"{path.stem}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -64,11 +64,16 @@ def build(path: Path, check: bool) -> bool:
         return same(notebook, pair)
     for cell in notebook.cells:
         cell.metadata = {}
-        # What a terminal would overwrite is no output worth keeping.
         if cell.cell_type == "code":
-            cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if not is_progress(output)]
     nbformat.write(notebook, pair)
     return True
+
+
+def is_progress(output: nbformat.NotebookNode) -> bool:
+    """Whether it tells how far something is, which is of no use once it is done."""
+    told = output.get("data", {}).get("text/plain", "")
+    return output.get("name") == "stderr" or told.startswith("step ")
 
 
 def same(notebook: nbformat.NotebookNode, pair: Path) -> bool:
