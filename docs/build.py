@@ -59,7 +59,11 @@ def write(path: Path, text: str) -> None:
 
 
 def linked(text: str, depth: int) -> str:
-    """A page `depth` - 1 folders down, with links from the files that it names to their docs."""
+    """A page `depth` - 1 folders down, with links from the files that it names to their docs.
+
+    Links to notebooks, which lie beside docs/ in the sources, are to their pages in the site.
+    """
+    text = text.replace(f"]({'../' * depth}notebooks/", f"]({'../' * (depth - 1)}notebooks/")
 
     def link(match: re.Match[str]) -> str:
         module = f"polyhead.{match[1].replace('/', '.')}"
