@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.explain.models import FAMILIES, IDS, answer, inputs_of, made
+from tests.explain.models import FAMILIES, IDS, SIZES, answer, inputs_of, made
 
 import polyhead as ph
 from polyhead.explain.lens import LogitLens, direct_logit_attribution
@@ -24,6 +24,46 @@ def test_after_the_last_layer_it_is_the_answer(name: str) -> None:
     torch.testing.assert_close(last.values, best.values, atol=1e-5, rtol=1e-5)
     assert torch.equal(last.indices, best.indices)
     assert len(tops) == (1 if name == "swin" else 2 if name == "vit" else 3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_by_layer_are_captured(name: str) -> None:
+    model, inputs = made(name), inputs_of(name)
+    logits = answer(model, inputs)
+    lens = LogitLens(model)
+    with torch.no_grad():
+        with ph.capture(model, "*", ("logits", "residual")) as seen:
+            unchanged = answer(model, inputs)
+        assert torch.equal(logits, unchanged)
+        by_layer = seen["logits"]
+        assert by_layer
+        assert set(by_layer) <= set(seen["residual"])
+        for place, found in by_layer.items():
+            assert torch.equal(found, lens(seen["residual"][place]))
+    torch.testing.assert_close(list(by_layer.values())[-1], logits, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_reduced_and_not_replaced() -> None:
+    model = made("llama")
+    with ph.capture(model, "layers.1", "logits", lambda logits: logits.argmax(-1)) as seen:
+        answer(model, IDS)
+    assert seen["backbone.layers.1"].shape == IDS.shape
+    with (
+        pytest.raises(ph.ConfigError, match="replace its residual"),
+        ph.replace(model, "layers.1", "logits", torch.zeros(1)),
+    ):
+        pass
+    classifier = ph.build("llama", head="classify", **SIZES)
+    with (
+        pytest.raises(ph.ConfigError, match="no block with a head above it that reads tokens"),
+        ph.capture(classifier, "*", "logits"),
+    ):
+        pass
+    with (
+        pytest.raises(ph.ConfigError, match="no block with a head"),
+        ph.capture(model.backbone, "*", "logits"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biases", "gpt2", "gpt2-untied", "mixtral"])

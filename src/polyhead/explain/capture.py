@@ -36,7 +36,8 @@ def capture(
             (`*.layers.[0-3].attention`).
     what:   of `KINDS`: weights or scores `[B, H, Q, K]`, queries, heads `[B, H, T, D]`, keys,
             values `[B, G, K, D]`, attention_out, ffn_out, residual, residual_in `[B, T, E]`,
-            neurons `[B, T, F]`, routing `[B, T, N]`. Of several, `seen[what][name]`.
+            neurons `[B, T, F]`, routing `[B, T, N]`, logits `[B, T, V]`: what the head would say
+            of the stream after a block. Of several, `seen[what][name]`.
     reduce: what is kept: "mean" of the heads, "entropy", what each key "received", "top-5"; or a
             function. By name, weights are computed some queries at a time, so that long texts fit.
     graph:  keep what gradients need.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
+from polyhead.explain.answers import Answers, final_norm, stack_of
 from polyhead.explain.capture import capture
 from polyhead.explain.inputs import Inputs, call, token_ids
 from polyhead.explain.places import blocks
@@ -21,30 +22,16 @@ from polyhead.nn.head import LanguageHead
 from polyhead.nn.norm import RMSNorm
 
 
-class LogitLens:
+class LogitLens(Answers):
     """The head's answer to the residual stream as a layer leaves it (nostalgebraist 2020).
 
     The model's last norm comes before it, where it has one. ConfigError for a model without a
-    head, and where a layer's states are of another width than the last one's.
+    head, and where a layer's states are of another width than the last one's. `capture` of
+    "logits" keeps the same whole, by layer.
     """
 
     def __init__(self, model: TaskModel) -> None:
-        if model.head is None:
-            raise ConfigError("a lens answers by the model's head, and it was loaded without one")
-        self.model = model
-        self.last = list(blocks(model))[-1]
-        self.norm = final_norm(model)
-
-    def __call__(self, state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """`[B, T, E]` to logits `[B, T, V]`, or what the head answers."""
-        try:
-            normed = state if self.norm is None else self.norm(state)
-            return self.model.answer(normed, attention_mask)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"states of width {state.shape[-1]} are not what the head reads; look at the "
-                f"blocks of the last stage, such as {self.last}"
-            ) from error
+        super().__init__(model, list(blocks(model))[-1])
 
     @torch.no_grad()
     def layers(self, inputs: Inputs, k: int = 5, where: str | None = None) -> dict[str, Top]:
@@ -62,24 +49,6 @@ class LogitLens:
         with capture(self.model, where, "residual", read) as seen:
             call(self.model, inputs)
         return seen
-
-
-def stack_of(block: str) -> str:
-    """What the names of a block's stack begin with, as `backbone.decoder.layers.`."""
-    while block.rpartition(".")[2].isdigit():
-        block = block.rpartition(".")[0]
-    return f"{block}."
-
-
-def final_norm(model: TaskModel) -> nn.Module | None:
-    """The norm between the last block and the head; None where there is none."""
-    place = list(blocks(model))[-1]
-    while place:
-        place = place.rpartition(".")[0]
-        found = getattr(model.get_submodule(place), "norm", None) if place else None
-        if isinstance(found, nn.Module):
-            return found
-    return None
 
 
 @dataclass(frozen=True)
@@ -154,7 +123,7 @@ def _straight_blocks(model: TaskModel) -> list[str]:
 
 def _direction(model: TaskModel, last: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """What the stream `[B, E]` is multiplied with on the way to a logit, and what is added."""
-    head, norm = cast(LanguageHead, model.head), final_norm(model)
+    head, norm = cast(LanguageHead, model.head), final_norm(model, list(blocks(model))[-1])
     direction = head.weight[chosen].float() * head.scale
     bias = direction.new_zeros(len(direction))
     own: Tensor | None = getattr(head, "bias", None)

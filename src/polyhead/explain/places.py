@@ -1,6 +1,7 @@
 """What can be seen of a running model, where, and by what names.
 
-B batch, T tokens, H heads, G key/value heads, D their width, E the model's, F neurons, N experts.
+B batch, T tokens, H heads, G key/value heads, D their width, E the model's, F neurons, N experts,
+V vocabulary.
 """
 
 import re
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
+from polyhead.explain.answers import Answers, stack_of
 from polyhead.explain.attention import STAGES, look_into
 from polyhead.explain.look import Look
+from polyhead.models.model import TaskModel
 from polyhead.nn.attention import MultiHeadAttention
 from polyhead.nn.feedforward import FeedForward, GatedFeedForward
+from polyhead.nn.head import Head
 from polyhead.nn.moe import MixtureOfExperts
 
 Remove = Callable[[], None]
@@ -68,6 +72,25 @@ def _answer(model: nn.Module, place: str, look: Look) -> Remove:
     return model.get_submodule(place).register_forward_hook(see).remove
 
 
+def answering(model: nn.Module) -> dict[str, nn.Module]:
+    """Blocks whose stream the head can be asked of, each token by itself: those of its stack."""
+    head = getattr(model, "head", None)
+    if not isinstance(model, TaskModel) or not isinstance(head, Head) or head.needs_mask:
+        return {}
+    last = next(reversed(blocks(model)), "")
+    return {name: part for name, part in blocks(model).items() if name.startswith(stack_of(last))}
+
+
+def _logits(model: nn.Module, place: str, look: Look) -> Remove:
+    assert isinstance(model, TaskModel)
+    answers = Answers(model, next(reversed(blocks(model))))
+
+    def see(_: nn.Module, __: object, y: Tensor) -> None:
+        look(answers(y))
+
+    return model.get_submodule(place).register_forward_hook(see).remove
+
+
 def _input(model: nn.Module, place: str, look: Look) -> Remove:
     def see(_: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         found = look(given[0])
@@ -109,13 +132,14 @@ KINDS: dict[str, Kind] = {
     "attention_out": Kind("attention", attentions, _answer),
     "residual": Kind("block", blocks, _answer),
     "residual_in": Kind("block", blocks, _input),
+    "logits": Kind("block with a head above it that reads tokens", answering, _logits),
     "neurons": Kind("feed-forward layer", feed_forwards, _neurons),
     "ffn_out": Kind("feed-forward layer", writers, _answer),
     "routing": Kind("mixture of experts", mixtures, _routing),
 }
 """scores, weights `[B, H, Q, K]`, queries, heads `[B, H, T, D]`, keys, values `[B, G, K, D]`;
-what attention and feed-forward layers write, what blocks read and give `[B, T, E]`; what neurons
-answer `[B, T, F]`; a router's logits `[B, T, N]`."""
+what attention and feed-forward layers write, what blocks read and give `[B, T, E]`; what the head
+would say of that `[B, T, V]`; what neurons answer `[B, T, F]`; a router's logits `[B, T, N]`."""
 
 
 def kind_of(what: str) -> Kind:

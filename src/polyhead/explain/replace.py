@@ -25,6 +25,8 @@ def replace(
     shape; or by name for each place, as `capture` gave it of another run; or a function of what was
     computed. Raises ConfigError where nothing has such a name, and where a shape does not fit.
     """
+    if what == "logits":
+        raise ConfigError("logits of a layer are read by nothing after it; replace its residual")
     owners = chosen(model, where, what)
     if isinstance(by, Mapping) and not any(_place(name) in owners for name in by):
         raise ConfigError(

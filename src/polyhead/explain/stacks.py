@@ -13,11 +13,11 @@ from torch import Tensor
 
 from polyhead.explain import heads as text_heads
 from polyhead.explain import reduce
+from polyhead.explain.answers import stack_of
 from polyhead.explain.capture import Seen, capture
 from polyhead.explain.heads import Text
 from polyhead.explain.images import stage_grid, windows_of
 from polyhead.explain.inputs import Inputs, call
-from polyhead.explain.lens import stack_of
 from polyhead.explain.packing import bytes_of
 from polyhead.explain.page import Picture, Side, Stack
 from polyhead.explain.places import chosen

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError, DataError, FileError
+from polyhead.explain.answers import stack_of
 from polyhead.explain.capture import capture
 from polyhead.explain.inputs import Inputs, call, counted_tokens
-from polyhead.explain.lens import LogitLens, stack_of
+from polyhead.explain.lens import LogitLens
 from polyhead.explain.places import chosen
 from polyhead.explain.reduce import Top
 from polyhead.files.safetensors import SafetensorsFile
