@@ -5,9 +5,10 @@ from typing import Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening, read_text
+from polyhead.cli.common import read_text
 from polyhead.cli.texts import lines_of, print_json, print_table, progress
 from polyhead.errors import DataError
+from polyhead.tasks.opening import Opening
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening, decoded, note
+from polyhead.cli.common import decoded, note
 from polyhead.cli.settings import Settings, config_of, named, with_own
 from polyhead.errors import ConfigError, PolyheadError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.generate.chat import Chat

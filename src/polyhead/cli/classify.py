@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening
 from polyhead.cli.texts import lines_of, note_cut, pairs_of, print_json, print_table, progress
 from polyhead.errors import ConfigError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.models.model import TaskModel

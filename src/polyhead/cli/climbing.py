@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from polyhead.cli.common import note
 from polyhead.cli.corpora import SplitText, corpus, split
-from polyhead.cli.opening import note
 from polyhead.cli.starting import make_tokenizer
 from polyhead.errors import DataError
 from polyhead.generate.config import GenerationConfig

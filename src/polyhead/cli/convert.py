@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from polyhead.cli.opening import device_named, model_path, note, working
+from polyhead.cli.common import note, working
 from polyhead.cli.placing import (
     carry_over,
     check_places,
@@ -18,6 +18,7 @@ from polyhead.cli.placing import (
     tokenizer_metadata,
 )
 from polyhead.errors import ConfigError
+from polyhead.tasks.opening import device_named, model_path
 
 if TYPE_CHECKING:
     import torch

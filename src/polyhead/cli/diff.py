@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.opening import note
+from polyhead.cli.common import note
 
 if TYPE_CHECKING:
     from polyhead.cli.anatomy import Fact

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import Opening, note
+from polyhead.cli.common import note
 from polyhead.cli.texts import lines_of, note_cut, print_json, print_table, progress
 from polyhead.errors import ConfigError, FileError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     import numpy as np

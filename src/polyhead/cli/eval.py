@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import Opening, note
+from polyhead.cli.common import note
 from polyhead.cli.texts import print_table, progress
 from polyhead.errors import ConfigError, FileError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.tasks.evaluate.result import Difference, Metric, Result

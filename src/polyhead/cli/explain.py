@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening, note, working
+from polyhead.cli.common import note, working
 from polyhead.cli.texts import print_json
 from polyhead.cli.translate import whole
 from polyhead.errors import ConfigError, FileError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.explain.page import Finding, Page

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from polyhead.cli.opening import device_named, model_path, note, working
+from polyhead.cli.common import note, working
 from polyhead.cli.placing import carry_over
 from polyhead.errors import ConfigError
+from polyhead.tasks.opening import device_named, model_path
 
 TOLERANCE = 1e-4
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening
 from polyhead.cli.texts import lines_of, print_json, print_table, progress
+from polyhead.tasks.opening import Opening
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import Opening, read_text
+from polyhead.cli.common import read_text
 from polyhead.cli.settings import Settings, config_of, named, with_own
 from polyhead.errors import DataError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.text.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from polyhead.cli.opening import note
+from polyhead.cli.common import note
 from polyhead.errors import ConfigError, FileError
 
 NGRAM = "ngram"

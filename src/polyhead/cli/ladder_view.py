@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from polyhead.cli.opening import note
+from polyhead.cli.common import note
 from polyhead.train.log import read_log
 from polyhead.train.report import Chart, Point, Report, write_report
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from polyhead.cli.opening import model_path
 from polyhead.errors import ConfigError
+from polyhead.tasks.opening import model_path
 
 if TYPE_CHECKING:
     from polyhead.models.config import Config

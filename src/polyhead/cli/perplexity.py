@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening, read_text, working
+from polyhead.cli.common import read_text, working
+from polyhead.tasks.opening import Opening
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from polyhead.cli.opening import note
+from polyhead.cli.common import note
 from polyhead.errors import FileError, PolyheadError
 
 if TYPE_CHECKING:

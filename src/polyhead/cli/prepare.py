@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import note, working
+from polyhead.cli.common import note, working
 from polyhead.cli.watch import Watch
 from polyhead.errors import ConfigError
 
@@ -100,9 +100,9 @@ def run(args: Args) -> int:
 def _tokenizer(args: Args, texts: Any) -> "Tokenizer":
     """The tokenizer of a model, or a new one; what is gone on with has its own."""
     from polyhead.adapt.load import tokenizer
-    from polyhead.cli.opening import model_path
     from polyhead.cli.starting import make_tokenizer
     from polyhead.files.hub import resolve
+    from polyhead.tasks.opening import model_path
     from polyhead.text.tokenizer import Tokenizer
     from polyhead.text.train import KINDS
     from polyhead.train.tokens import is_prepared

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from polyhead.cli.opening import note
+from polyhead.cli.common import note
 from polyhead.cli.settings import with_own
 from polyhead.cli.texts import print_json
 from polyhead.cli.watch import Watch

@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from polyhead.cli.opening import given_fields
+from polyhead.cli.common import given_fields
 from polyhead.generate.config import GenerationConfig
 
 # All but `trie`, which no words of a command line can say.

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening, working
+from polyhead.cli.common import working
 from polyhead.cli.texts import lines_of, note_cut, print_json, print_table
 from polyhead.errors import DataError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.tasks.similar import Match

@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from polyhead.cli.opening import model_path, working
+from polyhead.cli.common import working
 from polyhead.errors import ConfigError
+from polyhead.tasks.opening import model_path
 from polyhead.train.config import TrainConfig
 
 if TYPE_CHECKING:

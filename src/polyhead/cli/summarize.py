@@ -5,9 +5,9 @@ from typing import Annotated
 
 import tyro
 
-from polyhead.cli.opening import Opening
 from polyhead.cli.translate import Writing, rewrite, whole
 from polyhead.errors import DataError
+from polyhead.tasks.opening import Opening
 
 
 @dataclass(frozen=True)

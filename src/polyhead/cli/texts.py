@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.cells import cell_len, set_cell_size
 
-from polyhead.cli.opening import note, read_text
+from polyhead.cli.common import note, read_text
 from polyhead.errors import DataError
 
 _WORTH_A_BAR_S = 1.0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from polyhead.cli.opening import given_fields, note
+from polyhead.cli.common import given_fields, note
 from polyhead.cli.starting import FAMILIES, USUAL_FAMILY
 from polyhead.errors import ConfigError, FileError
 from polyhead.train.config import TrainConfig

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from polyhead.cli.opening import Opening, read_text
+from polyhead.cli.common import read_text
 from polyhead.cli.texts import note_cut, print_json, progress
 from polyhead.errors import DataError
+from polyhead.tasks.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.cli.summarize import Args as SummaryArgs

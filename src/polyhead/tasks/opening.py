@@ -1,13 +1,12 @@
-"""What verbs share: opening a model with its tokenizer, reading text, and words on stderr."""
+"""Opening a model as it is to run: resolved, loaded, in few bits, with an adapter, laid out."""
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from polyhead.errors import ConfigError, DataError, FileError
+from polyhead.errors import ConfigError
 from polyhead.files.spinner import spinner
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Opening:
         self, name: str, inputs: Sequence[str] = (), *, writes: bool = False
     ) -> "tuple[TaskModel, Path]":
         """A model, ready to run, and where it lies; packed where many texts or images await it."""
-        with working(f"loading {name}"):
+        with spinner(f"loading {name}", quiet=not sys.stderr.isatty()):
             from polyhead.adapt.load import load
             from polyhead.files.hub import resolve
 
@@ -127,41 +126,3 @@ def model_path(path: Path) -> Path:
         chosen = latest(path) if best_score(path) is None else best(path)
         return chosen or path
     return path
-
-
-def read_text(name: str) -> str:
-    """The text of a UTF-8 file; "-" is standard input."""
-    try:
-        raw = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-    except OSError as error:
-        raise FileError(f"cannot read {name}: {error.strerror}") from None
-    return decoded(raw, name)
-
-
-def decoded(raw: bytes, name: str) -> str:
-    """UTF-8 as text, without a byte order mark; `name` is where it came from."""
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        source = "standard input" if name == "-" else name
-        raise DataError(f"{source} is not UTF-8 ({error.reason}); convert it first") from None
-
-
-def given_fields(argv: Sequence[str], names: Sequence[str]) -> set[str]:
-    """Which of a config's fields the command line names."""
-    flags = {word.partition("=")[0].replace("_", "-") for word in argv}
-    return {
-        name
-        for name in names
-        if flags & {f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}"}
-    }
-
-
-def note(text: str) -> None:
-    """A line on standard error."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def working(text: str) -> AbstractContextManager[None]:
-    """A spinner on a terminal's standard error, once the work has taken a second."""
-    return spinner(text, quiet=not sys.stderr.isatty())

@@ -7,11 +7,11 @@ import torch
 from tests.compress.test_blocks import packed_parts, write_blocks
 
 import polyhead as ph
-from polyhead.cli import opening
-from polyhead.cli.opening import Opening
 from polyhead.compress.formats import PackedWeight
 from polyhead.kernels.native import library
 from polyhead.kernels.products import LaidOut
+from polyhead.tasks import opening
+from polyhead.tasks.opening import Opening
 
 
 @pytest.fixture(scope="module")
