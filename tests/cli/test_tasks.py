@@ -109,7 +109,7 @@ def test_much_work_is_done_by_a_packed_model(cli, models, tmp_path, monkeypatch,
     words = [verb.split()[0], *(word.format(**files) for word in VERBS[verb]), "--json"]
     found = cli(*words)
     assert (found.code, len(packings)) == (0, 1), found.err
-    monkeypatch.setattr("polyhead.tasks.opening._WORTH_PACKING", 1e9)
+    monkeypatch.setattr("polyhead.serve.opening._WORTH_PACKING", 1e9)
     plain = cli(*words)
     assert len(packings) == 1
     assert numbers(records(plain.out)) == pytest.approx(

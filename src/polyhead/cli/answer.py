@@ -8,7 +8,7 @@ import tyro
 from polyhead.cli.common import read_text
 from polyhead.cli.texts import lines_of, print_json, print_table, progress
 from polyhead.errors import DataError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import tyro
 from polyhead.cli.common import decoded, note
 from polyhead.cli.settings import Settings, config_of, named, with_own
 from polyhead.errors import ConfigError, PolyheadError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.generate.chat import Chat

@@ -9,7 +9,7 @@ import tyro
 
 from polyhead.cli.texts import lines_of, note_cut, pairs_of, print_json, print_table, progress
 from polyhead.errors import ConfigError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.models.model import TaskModel

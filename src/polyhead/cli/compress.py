@@ -13,7 +13,7 @@ from polyhead.cli.common import read_text, working
 from polyhead.cli.placing import carry_over, check_places, ends, size_of, tokenizer_metadata
 from polyhead.cli.texts import print_table, progress
 from polyhead.errors import ConfigError, PolyheadError
-from polyhead.tasks.opening import Dtype, device_named, model_path
+from polyhead.serve.opening import Dtype, device_named, model_path
 
 if TYPE_CHECKING:
     from torch import Tensor

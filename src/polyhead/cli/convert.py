@@ -18,7 +18,7 @@ from polyhead.cli.placing import (
     tokenizer_metadata,
 )
 from polyhead.errors import ConfigError
-from polyhead.tasks.opening import device_named, model_path
+from polyhead.serve.opening import device_named, model_path
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import tyro
 from polyhead.cli.common import note
 from polyhead.cli.texts import lines_of, note_cut, print_json, print_table, progress
 from polyhead.errors import ConfigError, FileError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     import numpy as np

@@ -12,7 +12,7 @@ import tyro
 from polyhead.cli.common import note
 from polyhead.cli.texts import print_table, progress
 from polyhead.errors import ConfigError, FileError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.tasks.evaluate.result import Difference, Metric, Result

@@ -11,7 +11,7 @@ from polyhead.cli.common import note, working
 from polyhead.cli.texts import print_json
 from polyhead.cli.translate import whole
 from polyhead.errors import ConfigError, FileError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.explain.page import Finding, Page

@@ -10,7 +10,7 @@ import tyro
 from polyhead.cli.common import note, working
 from polyhead.cli.placing import carry_over
 from polyhead.errors import ConfigError
-from polyhead.tasks.opening import device_named, model_path
+from polyhead.serve.opening import device_named, model_path
 
 TOLERANCE = 1e-4
 

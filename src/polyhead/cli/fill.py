@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from polyhead.cli.texts import lines_of, print_json, print_table, progress
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import tyro
 from polyhead.cli.common import read_text
 from polyhead.cli.settings import Settings, config_of, named, with_own
 from polyhead.errors import DataError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.text.tokenizer import Tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from polyhead.errors import ConfigError
-from polyhead.tasks.opening import model_path
+from polyhead.serve.opening import model_path
 
 if TYPE_CHECKING:
     from polyhead.models.config import Config

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from polyhead.cli.common import read_text, working
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 
 @dataclass(frozen=True)

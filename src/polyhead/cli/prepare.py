@@ -102,7 +102,7 @@ def _tokenizer(args: Args, texts: Any) -> "Tokenizer":
     from polyhead.adapt.load import tokenizer
     from polyhead.cli.starting import make_tokenizer
     from polyhead.files.hub import resolve
-    from polyhead.tasks.opening import model_path
+    from polyhead.serve.opening import model_path
     from polyhead.text.tokenizer import Tokenizer
     from polyhead.text.train import KINDS
     from polyhead.train.tokens import is_prepared

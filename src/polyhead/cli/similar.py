@@ -9,7 +9,7 @@ import tyro
 from polyhead.cli.common import working
 from polyhead.cli.texts import lines_of, note_cut, print_json, print_table
 from polyhead.errors import DataError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.tasks.similar import Match

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from polyhead.cli.common import working
 from polyhead.errors import ConfigError
-from polyhead.tasks.opening import model_path
+from polyhead.serve.opening import model_path
 from polyhead.train.config import TrainConfig
 
 if TYPE_CHECKING:

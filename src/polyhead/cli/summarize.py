@@ -7,7 +7,7 @@ import tyro
 
 from polyhead.cli.translate import Writing, rewrite, whole
 from polyhead.errors import DataError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 
 @dataclass(frozen=True)

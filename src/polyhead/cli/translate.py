@@ -10,7 +10,7 @@ import tyro
 from polyhead.cli.common import read_text
 from polyhead.cli.texts import note_cut, print_json, progress
 from polyhead.errors import DataError
-from polyhead.tasks.opening import Opening
+from polyhead.serve.opening import Opening
 
 if TYPE_CHECKING:
     from polyhead.cli.summarize import Args as SummaryArgs

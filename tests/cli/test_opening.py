@@ -10,8 +10,8 @@ import polyhead as ph
 from polyhead.compress.formats import PackedWeight
 from polyhead.kernels.native import library
 from polyhead.kernels.products import LaidOut
-from polyhead.tasks import opening
-from polyhead.tasks.opening import Opening
+from polyhead.serve import opening
+from polyhead.serve.opening import Opening
 
 
 @pytest.fixture(scope="module")
