@@ -27,6 +27,7 @@ VERBS = {
     "compare": "set training runs beside each other, as a table and a page",
     "generate": "write with a model: prompts in, answers out",
     "chat": "talk with a model, turn by turn",
+    "serve": "answer over HTTP, in OpenAI's words",
     "classify": "say the class of texts, of pairs of texts, or of images",
     "tag": "find names and other tags of words in texts",
     "answer": "find the answers to questions in a text",

@@ -69,12 +69,7 @@ def with_own(
     if not own:
         return config
     flags = {name: value for name, value in asdict(config).items() if name in given}
-    if "do_sample" in own:
-        return GenerationConfig.from_hf(own, **flags)
-    # Without do_sample, transformers would be greedy; the file says nothing about it, so neither
-    # do we: only where the text ends is taken from it.
-    ends = {} if own.get("eos_token_id") is None else {"stop_token_ids": own["eos_token_id"]}
-    return GenerationConfig(**(ends | flags))
+    return GenerationConfig.recommended(own, **flags)
 
 
 def _grouped() -> type[Any]:

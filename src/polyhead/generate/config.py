@@ -179,6 +179,18 @@ class GenerationConfig:
         return first + self.forced_prefix_ids
 
     @classmethod
+    def recommended(cls, own: Mapping[str, Any], **changes: Any) -> Self:
+        """What a checkpoint's `generation_config.json` recommends, with changes that win over it.
+
+        Without do_sample, transformers would be greedy; the file says nothing about it, so neither
+        do we: only where the text ends is taken from it.
+        """
+        if "do_sample" in own:
+            return cls.from_hf(own, **changes)
+        ends = {} if own.get("eos_token_id") is None else {"stop_token_ids": own["eos_token_id"]}
+        return cls(**(ends | changes))
+
+    @classmethod
     def from_hf(
         cls, raw: Mapping[str, Any], *, encoder_decoder: bool = False, **changes: Any
     ) -> Self:

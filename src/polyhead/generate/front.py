@@ -31,6 +31,7 @@ class Handle:
         self._front, self.request = front, request
         self._pieces: SimpleQueue[str | None] = SimpleQueue()  # None ends it
         self._done = threading.Event()
+        self._afterwards: list[Callable[[Request], None]] = []
         self._listener, request.on_text = request.on_text, self._hear
 
     def __iter__(self) -> Iterator[str]:
@@ -61,10 +62,19 @@ class Handle:
         if self._listener is not None:
             self._listener(piece)
 
+    def then(self, call: Callable[[Request], None]) -> None:
+        """Call this with the request once it is done, in the engine's thread, or now if it is."""
+        self._front.call(lambda _: call(self.request) if self._done.is_set() else self._wait(call))
+
+    def _wait(self, call: Callable[[Request], None]) -> None:
+        self._afterwards.append(call)
+
     def finish(self) -> None:
         """Nothing more comes; the engine's thread says so."""
         self._done.set()
         self._pieces.put(None)
+        for call in self._afterwards:
+            call(self.request)
 
 
 class EngineThread:

@@ -1,0 +1,202 @@
+"""The routes, over a backend."""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from polyhead.serve.backend import Backend
+from polyhead.serve.config import ServeConfig
+from polyhead.serve.errors import ApiError
+from polyhead.serve.guard import Guard, Keys
+from polyhead.serve.messages import Done, Piece
+from polyhead.serve.protocol import Chat, Completion, Detokenize, Drawing, Tokenize
+from polyhead.serve.texts import ChatShape, CompletionShape, Shape, answered, events
+
+
+def create(config: ServeConfig, backend: Backend) -> Any:
+    """The application; it ends the backend, which is started beside it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await backend.drain(config.grace)
+        await backend.close()
+
+    app = FastAPI(title="Polyhead", lifespan=lifespan, docs_url=None, redoc_url=None)
+    _errors(app)
+    _state(app, backend)
+    _texts(app, config, backend)
+    _tokens(app, backend)
+    keys = None if config.keys is None else Keys(Path(config.keys))
+    return Guard(app, keys, config.max_body)
+
+
+def _state(app: FastAPI, backend: Backend) -> None:
+    began = int(time.time())
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the server itself answers."""
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Whether requests are taken: 503 while models load, or while it ends."""
+        status = "ready" if backend.is_ready else "draining" if backend.is_draining else "loading"
+        return JSONResponse({"status": status}, 200 if backend.is_ready else 503)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """What is served."""
+        return {"object": "list", "data": [_card(name) for name in backend.models]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        """One of them."""
+        _known(backend, name)
+        return _card(name)
+
+    def _card(name: str) -> dict[str, Any]:
+        about = dict(backend.models[name])
+        return {"id": name, "object": "model", "created": began, "owned_by": "polyhead", **about}
+
+
+def _tokens(app: FastAPI, backend: Backend) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: Tokenize) -> Any:
+        """The ids of a text, or of a conversation by the model's template."""
+        _known(backend, body.model)
+        return await backend.result(body.model, "tokenize", body.given())
+
+    @app.post("/detokenize")
+    async def detokenize(body: Detokenize) -> Any:
+        """The text of ids."""
+        _known(backend, body.model)
+        return await backend.result(body.model, "detokenize", {"tokens": body.tokens})
+
+
+def _texts(app: FastAPI, config: ServeConfig, backend: Backend) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: Completion, request: Request) -> Any:
+        """Text that goes on from prompts."""
+        given = {"prompts": body.prompts(), "settings": body.settings()}
+        return await write(CompletionShape(), body, given, body.logprobs is not None, request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: Chat, request: Request) -> Any:
+        """The next message of a conversation."""
+        given = {"messages": body.messages, "settings": body.settings()}
+        return await write(ChatShape(), body, given, body.logprobs, request)
+
+    async def write(
+        shape: Shape, body: Drawing, given: dict[str, Any], logs: bool, request: Request
+    ) -> Any:
+        _known(backend, body.model)
+        given |= {"n": body.n, "stream": body.stream}
+        answers = _timed(backend.answers(body.model, "write", given), config.timeout)
+        if not body.stream:
+            # Polled for, as an answer that nobody waits for keeps others waiting.
+            return answered(shape, body.model, await _whole(answers, request))
+        # What is wrong with a request is known before anything is said of it.
+        first = await anext(answers)
+        counts = body.stream_options is not None and body.stream_options.include_usage
+        said = events(shape, body.model, _from(first, answers), counts, logs)
+        return StreamingResponse(_sent(said, answers), media_type="text/event-stream")
+
+
+async def _whole(answers: AsyncGenerator[Piece | Done], request: Request) -> Any:
+    """The result, unless whoever asked goes away; then the job is cancelled."""
+
+    async def last() -> Any:
+        async with aclosing(answers):
+            return [told async for told in answers][-1].result  # pyright: ignore
+
+    work = asyncio.ensure_future(last())
+    try:
+        while not work.done():
+            await asyncio.wait([work], timeout=0.25)
+            if not work.done() and await request.is_disconnected():
+                raise ApiError(408, "whoever asked has gone")
+        return work.result()
+    finally:
+        work.cancel()
+
+
+async def _from(
+    first: Piece | Done, rest: AsyncGenerator[Piece | Done]
+) -> AsyncGenerator[Piece | Done]:
+    yield first
+    async for told in rest:
+        yield told
+
+
+async def _sent(
+    said: AsyncGenerator[str], answers: AsyncGenerator[Piece | Done]
+) -> AsyncGenerator[str]:
+    """Events as they go over the wire; an error after the first is the last of them."""
+    async with aclosing(answers), aclosing(said):
+        try:
+            async for data in said:
+                yield f"data: {data}\n\n"
+        except ApiError as error:
+            yield f"data: {JSONResponse(error.body()).body.decode()}\n\n"
+
+
+async def _timed(
+    answers: AsyncGenerator[Piece | Done], seconds: float
+) -> AsyncGenerator[Piece | Done]:
+    """The same, ended with 408 after so many seconds."""
+    end = asyncio.get_running_loop().time() + seconds
+    async with aclosing(answers):
+        while True:
+            try:
+                async with asyncio.timeout_at(end):
+                    told = await anext(answers)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise ApiError(
+                    408, f"the answer took more than {seconds:g} seconds", code="timeout"
+                ) from None
+            yield told
+
+
+def _known(backend: Backend, name: str) -> None:
+    if name not in backend.models:
+        there = ", ".join(backend.models) or "none yet"
+        raise ApiError(
+            404, f"there is no model {name!r}; there is {there}", "model", "model_not_found"
+        )
+
+
+def _errors(app: FastAPI) -> None:
+    def told(error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body(), error.status, error.headers)
+
+    @app.exception_handler(ApiError)
+    async def ours(_: Request, error: ApiError) -> JSONResponse:
+        return told(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part != "body"]
+        param = ".".join(place) or None
+        message = f"{param}: {first['msg']}" if param else str(first["msg"])
+        return told(ApiError(400, message, param, str(first["type"])))
+
+    @app.exception_handler(HTTPException)
+    async def plain(_: Request, error: HTTPException) -> JSONResponse:
+        return told(ApiError(error.status_code, str(error.detail), headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
+        return told(ApiError(500, "something went wrong with this request; it is in the log"))

@@ -1,0 +1,174 @@
+"""The front's end of the pipe: jobs out, what comes of them in, and a worker that comes back."""
+
+import asyncio
+import itertools
+import multiprocessing
+import threading
+from collections.abc import AsyncGenerator, Mapping
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from polyhead.errors import ConfigError
+from polyhead.serve import worker
+from polyhead.serve.errors import ApiError, busy, lost, not_ready
+from polyhead.serve.messages import Cancel, Done, Failed, Job, Piece, Plan, Ready, Refused
+
+_AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # before a start that follows so many that ended at once
+
+
+class Backend:
+    """One worker, started again when it ends, and the requests that wait for it.
+
+    room: requests that may be on their way, at work and waiting. Everything here runs in one event
+    loop, but for a thread that reads the pipe.
+    """
+
+    def __init__(self, plan: Plan, room: int) -> None:
+        self.plan, self.room = plan, room
+        self.models: Mapping[str, Mapping[str, Any]] = {}
+        self.restarts = 0
+        self.is_draining = False
+        self._numbers = itertools.count()
+        self._waiting: dict[int, asyncio.Queue[Any]] = {}
+        self._ready = asyncio.Event()
+        self._refused: str | None = None
+        self._process: BaseProcess | None = None
+        self._pipe: Connection | None = None
+        self._is_closing = False
+        self._soon: asyncio.Task[None] | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the worker has its models and takes requests."""
+        return self._ready.is_set() and not self.is_draining
+
+    @property
+    def at_work(self) -> int:
+        """Requests on their way."""
+        return len(self._waiting)
+
+    async def start(self) -> None:
+        """Start the worker and wait for its models. Errors: ConfigError that says why not."""
+        self._begin()
+        await self._ready.wait()
+        if self._refused is not None:
+            raise ConfigError(self._refused)
+
+    async def answers(
+        self, model: str, what: str, given: Mapping[str, Any]
+    ) -> AsyncGenerator[Piece | Done]:
+        """What comes of a job, piece by piece; the last is `Done`. Left early, it is cancelled.
+
+        Errors: ApiError where there is no room, no worker, or the worker says so.
+        """
+        if len(self._waiting) >= self.room:
+            raise busy(len(self._waiting))
+        if not self.is_ready:
+            raise not_ready(self.is_draining)
+        number, queue = next(self._numbers), asyncio.Queue[Any]()
+        self._waiting[number] = queue
+        is_done = False
+        try:
+            self._send(Job(number, model, what, given))
+            while not is_done:
+                told = await queue.get()
+                is_done = not isinstance(told, Piece)
+                if isinstance(told, ApiError):
+                    raise told
+                if isinstance(told, Failed):
+                    raise _as_error(told)
+                yield told
+        finally:
+            del self._waiting[number]
+            if not is_done:
+                self._send(Cancel(number, model))
+
+    async def result(self, model: str, what: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What a job came to."""
+        async for told in self.answers(model, what, given):
+            if isinstance(told, Done):
+                return told.result
+        raise lost()
+
+    async def drain(self, grace: float) -> None:
+        """Take nothing more, and wait so many seconds for what is at work."""
+        self.is_draining = True
+        end = asyncio.get_running_loop().time() + grace
+        while self._waiting and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """End the worker."""
+        self._is_closing = True
+        if self._pipe is not None:
+            self._pipe.close()
+        process = self._process
+        if process is not None:
+            await asyncio.to_thread(process.join, 5)
+            if process.is_alive():
+                process.kill()
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=worker.main, args=(theirs, self.plan), name="polyhead-worker", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        loop = asyncio.get_running_loop()
+        named = {"target": self._listen, "args": (self._pipe, loop), "daemon": True}
+        threading.Thread(name="polyhead-hear", **named).start()
+
+    def _listen(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            while True:
+                loop.call_soon_threadsafe(self._take, pipe.recv())
+        except (EOFError, OSError):
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._end)
+
+    def _take(self, batch: list[Any]) -> None:
+        for told in batch:
+            if isinstance(told, Ready):
+                self.models = told.models
+                self._ready.set()
+            elif isinstance(told, Refused):
+                self._refused = told.message
+                self._is_closing = True
+                self._ready.set()
+            elif (queue := self._waiting.get(told.number)) is not None:
+                queue.put_nowait(told)
+
+    def _end(self) -> None:
+        """The worker is gone: those who wait hear of it, and another is started."""
+        if self._is_closing:
+            return
+        early = not self._ready.is_set()
+        self._ready.clear()
+        for queue in self._waiting.values():
+            queue.put_nowait(lost())
+        self.restarts += 1
+        wait = _AGAIN_S[min(self.restarts, len(_AGAIN_S) - 1)] if early else 0.0
+        self._soon = asyncio.get_running_loop().create_task(self._again(wait))
+
+    async def _again(self, wait: float) -> None:
+        await asyncio.sleep(wait)
+        if not self._is_closing:
+            self._begin()
+
+    def _send(self, what: Job | Cancel) -> None:
+        if self._pipe is None:
+            raise lost()
+        try:
+            self._pipe.send(what)
+        except OSError:
+            if isinstance(what, Job):
+                raise lost() from None
+
+
+def _as_error(told: Failed) -> ApiError:
+    if told.is_ours:
+        return ApiError(500, "something went wrong with this request; it is in the server's log")
+    return ApiError(400, told.message, told.param)

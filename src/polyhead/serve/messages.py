@@ -1,0 +1,74 @@
+"""What the front and the worker say to each other: plain values, over one pipe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a worker loads. models: served name to what `Opening` opens; opening, engine: fields."""
+
+    models: Mapping[str, str]
+    opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    engine: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to do for one request. what: a method of the model's service."""
+
+    number: int
+    model: str
+    what: str
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Nobody waits for this any longer."""
+
+    number: int
+    model: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of the text of one choice, and what is known of its tokens."""
+
+    number: int
+    choice: int
+    text: str
+    logprobs: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a job."""
+
+    number: int
+    result: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why nothing came of it. is_ours: a fault of the server, of which nothing is told."""
+
+    number: int
+    message: str
+    param: str | None = None
+    is_ours: bool = False
+
+
+@dataclass(frozen=True)
+class Ready:
+    """All models are loaded: what each can do, by its served name."""
+
+    models: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A model cannot be served, and why."""
+
+    message: str

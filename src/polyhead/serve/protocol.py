@@ -1,0 +1,158 @@
+"""What clients send, in OpenAI's words, with a limit on every field."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_TEXT = 1_000_000  # characters
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**24)]], Field(min_length=1, max_length=2**20)]
+
+
+class Body(BaseModel):
+    """No field but those that are named."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(Body):
+    """include_usage: a last chunk with what was counted."""
+
+    include_usage: bool = False
+
+
+class Drawing(Body):
+    """What all requests for text share. Fields beyond OpenAI's are named as in GenerationConfig."""
+
+    model: Name
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: int = Field(1, ge=1, le=16)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: (
+        Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+        | None
+    ) = None
+    user: Annotated[str, Field(max_length=512)] | None = None
+    top_k: int | None = Field(None, ge=0, lt=2**24)
+    min_p: float | None = Field(None, ge=0, le=1)
+    typical_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    min_tokens: int | None = Field(None, ge=0, lt=2**24)
+    ignore_eos: bool | None = None
+    stop_token_ids: Ids | None = None
+
+    def drawn(self) -> dict[str, Any]:
+        """The fields of GenerationConfig that were said."""
+        same = (
+            "seed", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
+            "presence_penalty", "frequency_penalty", "ignore_eos", "logit_bias", "stop_token_ids",
+        )  # fmt: skip
+        said: dict[str, Any] = {name: getattr(self, name) for name in same}
+        said["stop"] = (self.stop,) if isinstance(self.stop, str) else self.stop
+        said["min_new_tokens"] = self.min_tokens
+        return {name: value for name, value in said.items() if value is not None}
+
+
+class Completion(Drawing):
+    """`/v1/completions`."""
+
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=64)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=64)]
+    )
+    max_tokens: int | None = Field(16, ge=0, lt=2**24)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+
+    def prompts(self) -> list[Any]:
+        """Texts or ids, one a prompt."""
+        is_one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        return [self.prompt] if is_one else list(self.prompt)
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of GenerationConfig."""
+        said = self.drawn() | {"logprobs": self.logprobs, "max_new_tokens": self.max_tokens}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+class JsonSchema(Body):
+    """A schema that the answer follows."""
+
+    name: Annotated[str, Field(max_length=64)] = "answer"
+    description: Text | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """text, any JSON object, JSON of a schema, or text of a grammar (as `GenerationConfig`'s)."""
+
+    type: Literal["text", "json_object", "json_schema", "grammar"]
+    json_schema: JsonSchema | None = None
+    grammar: Annotated[str, Field(max_length=65_536)] | None = None
+
+
+class Chat(Drawing):
+    """`/v1/chat/completions`."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+    max_tokens: int | None = Field(None, ge=1, lt=2**24)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**24)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Chat":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs to be true")
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of GenerationConfig."""
+        most = self.max_completion_tokens or self.max_tokens
+        said: dict[str, Any] = self.drawn() | {"max_new_tokens": most}
+        if self.logprobs:
+            said["logprobs"] = self.top_logprobs or 0
+        wanted = self.response_format
+        if wanted is not None and wanted.type == "json_object":
+            said["json_schema"] = {"type": "object"}
+        elif wanted is not None and wanted.type == "json_schema" and wanted.json_schema:
+            said["json_schema"] = wanted.json_schema.schema_
+        elif wanted is not None and wanted.type == "grammar":
+            said["grammar"] = wanted.grammar
+        return {name: value for name, value in said.items() if value is not None}
+
+
+class Tokenize(Body):
+    """`/tokenize`: a prompt, or messages."""
+
+    model: Name
+    prompt: Text | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> "Tokenize":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("send either prompt or messages")
+        return self
+
+    def given(self) -> dict[str, Any]:
+        """What the worker reads."""
+        return {"messages": self.messages} if self.messages else {"prompts": [self.prompt]}
+
+
+class Detokenize(Body):
+    """`/detokenize`."""
+
+    model: Name
+    tokens: Ids

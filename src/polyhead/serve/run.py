@@ -1,0 +1,62 @@
+"""From a plan to a server that listens, and to its end."""
+
+import asyncio
+import logging
+import socket
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from polyhead.errors import ConfigError
+from polyhead.serve.app import create
+from polyhead.serve.backend import Backend
+from polyhead.serve.config import ServeConfig
+from polyhead.serve.messages import Plan
+
+
+def serve(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
+    """Listen until a signal says to end; requests at work are finished first.
+
+    told: hears the address, and when the models are loaded. Errors: ConfigError for a model that
+    cannot be served, and for an address that is taken.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)
+    asyncio.run(_served(config, plan, told))
+
+
+async def _served(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
+    backend = Backend(plan, config.max_rows + config.max_waiting)
+    listening = _listening(config)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            create(config, backend), log_config=None, access_log=False, server_header=False,
+            timeout_graceful_shutdown=round(config.grace), ws="none",
+        )
+    )  # fmt: skip
+    host, port = listening.getsockname()[:2]
+    told(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}; loading")
+    running = asyncio.ensure_future(server.serve(sockets=[listening]))
+    try:
+        await backend.start()
+        told(f"ready: {', '.join(backend.models)}")
+    except ConfigError:
+        server.should_exit = True
+        await running
+        raise
+    await running
+
+
+def _listening(config: ServeConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((config.host, config.port))
+    except OSError as error:
+        found.close()
+        raise ConfigError(
+            f"cannot listen at {config.host}:{config.port}: {error.strerror}; name another --port"
+        ) from None
+    return found

@@ -1,0 +1,201 @@
+"""What a worker does with a model: one service for each kind, a method for each thing asked."""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, Protocol
+
+from polyhead.errors import ConfigError, PolyheadError
+from polyhead.generate.config import GenerationConfig
+from polyhead.generate.engine import Engine
+from polyhead.generate.engine_config import EngineConfig
+from polyhead.generate.front import EngineThread, Handle
+from polyhead.generate.prompts import encode_chat, encode_prompt
+from polyhead.generate.request import Request
+from polyhead.generate.result import Generation, TokenLogprob
+from polyhead.generate.sampling.seeds import row_seeds
+from polyhead.models.model import TaskModel
+from polyhead.serve.messages import Done, Failed, Piece
+from polyhead.text.tokenizer import Tokenizer
+
+Say = Callable[[Any], None]
+
+
+class Service(Protocol):
+    """A model at work. Its public methods take a job's number, what is given, and how to answer."""
+
+    def about(self) -> dict[str, Any]:
+        """What it can do, for those who ask for models."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """Let go of a job."""
+        ...
+
+    def close(self) -> None:
+        """End."""
+        ...
+
+
+class Writing:
+    """A decoder and its engine."""
+
+    def __init__(self, model: TaskModel, tokenizer: Tokenizer, config: EngineConfig) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.front = EngineThread(Engine(model, tokenizer, config))
+        self._at_work: dict[int, list[Handle]] = {}
+
+    def about(self) -> dict[str, Any]:
+        """Its kind, and the tokens that it takes."""
+        engine = self.front.engine
+        return {
+            "kind": "decoder", "chats": self.tokenizer.chat_template is not None,
+            "max_tokens": engine.memory.longest(0, 1), "parameters": self.model.num_parameters(),
+        }  # fmt: skip
+
+    def write(self, number: int, given: Mapping[str, Any], say: Say) -> None:
+        """Go on from prompts, or from a conversation: `n` choices for each.
+
+        given: prompts, or messages and tools; n; settings of GenerationConfig; stream.
+        """
+        prompts = self._prompts(given)
+        config = self._config(given["settings"])
+        choices = _Choices(number, len(prompts), given["n"], self.tokenizer, say)
+        handles: list[Handle] = []
+        try:
+            for ids in prompts:
+                for seed in row_seeds([config] * given["n"], [ids] * given["n"], True):
+                    listener = choices.listener(len(handles)) if given["stream"] else None
+                    handle = self.front.submit(ids, config, seeds=[seed], on_text=listener)
+                    choices.requests[len(handles)].set_result(handle.request)
+                    handles.append(handle)
+        except Exception:
+            for handle in handles:
+                handle.cancel()
+            raise
+        self._at_work[number] = handles
+        for choice, handle in enumerate(handles):
+            handle.then(partial(self._end, number, choices, choice))
+
+    def tokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
+        """The ids of a text or of a conversation."""
+        (ids,) = self._prompts(given)
+        say(
+            Done(
+                number,
+                {"tokens": ids, "count": len(ids), "max_model_len": self.about()["max_tokens"]},
+            )
+        )
+
+    def detokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
+        """The text of ids."""
+        encode_prompt(given["tokens"], None, self.front.engine.intake.vocab_size)
+        say(
+            Done(
+                number,
+                {"prompt": self.tokenizer.decode(given["tokens"], skip_special_tokens=False)},
+            )
+        )
+
+    def cancel(self, number: int) -> None:
+        """End its texts as far as they came."""
+        for handle in self._at_work.pop(number, ()):
+            handle.cancel()
+
+    def close(self) -> None:
+        """End the engine's thread."""
+        self.front.close()
+
+    def _end(self, number: int, choices: "_Choices", choice: int, request: Request) -> None:
+        if choices.end(choice, request):
+            self._at_work.pop(number, None)
+
+    def _prompts(self, given: Mapping[str, Any]) -> list[list[int]]:
+        if "messages" in given:
+            if self.tokenizer.chat_template is None:
+                raise ConfigError("this model has no chat template; use /v1/completions")
+            return [encode_chat(given["messages"], self.tokenizer, given.get("tools"))]
+        vocab_size = self.front.engine.intake.vocab_size
+        return [encode_prompt(one, self.tokenizer, vocab_size) for one in given["prompts"]]
+
+    def _config(self, settings: Mapping[str, Any]) -> GenerationConfig:
+        most = self.front.engine.memory.longest(0, 1)
+        said = {name: value for name, value in settings.items() if value is not None}
+        said.setdefault("max_new_tokens", most)
+        return GenerationConfig.recommended(self.model.generation, **said)
+
+
+class _Choices:
+    """The texts of one job, heard in the engine's thread."""
+
+    def __init__(
+        self, number: int, num_prompts: int, n: int, tokenizer: Tokenizer, say: Say
+    ) -> None:
+        count, self.num_prompts = num_prompts * n, num_prompts
+        self.number, self.tokenizer, self.say = number, tokenizer, say
+        self.results: list[Generation | None] = [None] * count
+        self.left, self.told = count, [0] * count
+        self.requests: list[Future[Request]] = [Future() for _ in range(count)]
+        self.has_failed = False
+
+    def listener(self, choice: int) -> Callable[[str], None]:
+        """Sends each piece of a choice as it becomes certain, with the tokens since the last."""
+
+        def hear(text: str) -> None:
+            (written,) = self.requests[choice].result().texts[:1] or [None]
+            new = [] if written is None else written.logprobs[self.told[choice] :]
+            self.told[choice] += len(new)
+            self.say(Piece(self.number, choice, text, tuple(self._logprob(one) for one in new)))
+
+        return hear
+
+    def end(self, choice: int, request: Request) -> bool:
+        """Take what came of a choice; whether that was the last."""
+        self.left -= 1
+        if request.error is not None and not self.has_failed:
+            self.has_failed = True
+            self.say(failure(self.number, request.error))
+        elif request.results:
+            self.results[choice] = request.results[0]
+        if not self.left and not self.has_failed:
+            found = [self._told(result) for result in self.results if result is not None]
+            prompts = [result.prompt_tokens for result in self.results if result is not None]
+            self.say(
+                Done(
+                    self.number,
+                    {
+                        "choices": found,
+                        "prompt_tokens": prompts,
+                        "num_prompts": self.num_prompts,
+                        "found": request.found,
+                    },
+                )
+            )
+        return not self.left
+
+    def _told(self, result: Generation) -> dict[str, Any]:
+        logprobs = result.logprobs
+        return {
+            "text": str(result), "finish_reason": result.finish_reason,
+            "tokens": len(result.token_ids),
+            "logprobs": None if logprobs is None else [self._logprob(each) for each in logprobs],
+        }  # fmt: skip
+
+    def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
+        return {
+            **self._token(found.token_id), "logprob": found.logprob,
+            "top": [{**self._token(i), "logprob": value} for i, value in found.top],
+        }  # fmt: skip
+
+    def _token(self, token_id: int) -> dict[str, Any]:
+        return {
+            "id": token_id,
+            "token": self.tokenizer.decode([token_id], skip_special_tokens=False),
+        }
+
+
+def failure(number: int, error: Exception) -> Failed:
+    """What may be told of an error: all of the user's, nothing of ours."""
+    if isinstance(error, PolyheadError):
+        return Failed(number, str(error))
+    return Failed(number, f"{type(error).__name__}: {error}", is_ours=True)
