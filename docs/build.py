@@ -25,7 +25,7 @@ ROOT = DOCS.parent
 OUT = ROOT / "build" / "docs"
 FLOORS = (
     "nn", "text", "images", "files", "models", "compress", "explain", "export", "adapt", "kernels",
-    "generate", "train", "tasks",
+    "generate", "train", "tasks", "serve",
 )  # fmt: skip
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 FILE = re.compile(rf"(?<!\[)`(?:polyhead/)?((?:{'|'.join(FLOORS)})/[\w/]+)\.py`")

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,10 @@ def _texts(app: FastAPI, config: ServeConfig, backend: Backend) -> None:
     @app.post("/v1/chat/completions")
     async def chat(body: Chat, request: Request) -> Any:
         """The next message of a conversation."""
-        given = {"messages": body.messages, "settings": body.settings()}
+        given = {
+            "messages": [message.said() for message in body.messages],
+            "settings": body.settings(),
+        }
         return await write(ChatShape(), body, given, body.logprobs, request)
 
     async def write(
@@ -177,6 +180,11 @@ def _known(backend: Backend, name: str) -> None:
         )
 
 
+def _telling(errors: Sequence[Any]) -> Any:
+    """The first that says more than that a field is of another kind, or the first."""
+    return next((one for one in errors if not str(one["type"]).endswith("_type")), errors[0])
+
+
 def _errors(app: FastAPI) -> None:
     def told(error: ApiError) -> JSONResponse:
         return JSONResponse(error.body(), error.status, error.headers)
@@ -187,9 +195,12 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        param = ".".join(place) or None
+        first = _telling(error.errors())
+        # Where a field may be of several kinds, the name of a kind stands among those of fields.
+        place = [
+            str(part) for part in first["loc"] if str(part).isidentifier() or part in range(2**20)
+        ]
+        param = ".".join(place[1:]) or None
         message = f"{param}: {first['msg']}" if param else str(first["msg"])
         return told(ApiError(400, message, param, str(first["type"])))
 

@@ -4,11 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 404: "invalid_request_error",
-    408: "timeout_error", 413: "invalid_request_error", 422: "invalid_request_error",
-    429: "rate_limit_error", 500: "server_error", 503: "server_error",
-}  # fmt: skip
+TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
 _PATH = re.compile(r"(?<![\w.])(?:/[\w.@+-]+){2,}/?|[A-Za-z]:\\\S+|0x[0-9a-fA-F]{6,}")
 
 
@@ -32,7 +28,8 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """`{"error": {"message", "type", "param", "code"}}`."""
-        said = {"message": self.message, "type": TYPES.get(self.status, "server_error")}
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        said = {"message": self.message, "type": TYPES.get(self.status, usual)}
         return {"error": {**said, "param": self.param, "code": self.code}}
 
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from starlette.exceptions import HTTPException
+
 from polyhead.errors import FileError
 from polyhead.serve.errors import ApiError
 
@@ -88,6 +90,8 @@ class Guard:
             await self.app(scope, self._limited(receive, headers), answer)
         except ApiError as error:
             await refuse(error, answer)
+        except HTTPException as error:
+            await refuse(ApiError(error.status_code, error.detail), answer)
         finally:
             line = {
                 "request": request_id, "method": scope["method"], "path": scope["path"],
@@ -108,9 +112,8 @@ class Guard:
         return owner
 
     def _limited(self, receive: Any, headers: Mapping[bytes, str]) -> Any:
-        too_large = ApiError(
-            413, f"the request is larger than {self.max_body} bytes", code="request_too_large"
-        )
+        # What reads the body makes a 400 of any other exception.
+        too_large = HTTPException(413, f"the request is larger than {self.max_body} bytes")
         said = headers.get(b"content-length", "0")
         if said.isdigit() and int(said) > self.max_body:
             raise too_large

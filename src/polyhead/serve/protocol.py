@@ -16,6 +16,38 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class TextPart(Body):
+    """Text among the parts of a message."""
+
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Body):
+    """One of a conversation. What developers say is the system's."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(max_length=256)] | None = None
+    name: Annotated[str, Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _speaks(self) -> "Message":
+        if self.content is None:
+            raise ValueError("content is missing; send a text")
+        return self
+
+    def said(self) -> dict[str, Any]:
+        """As templates read it."""
+        text = self.content
+        if isinstance(text, list):
+            text = "".join(part.text for part in text)
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]
+
+
 class StreamOptions(Body):
     """include_usage: a last chunk with what was counted."""
 
@@ -104,7 +136,7 @@ class ResponseFormat(Body):
 class Chat(Drawing):
     """`/v1/chat/completions`."""
 
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)]
+    messages: Messages
     max_tokens: int | None = Field(None, ge=1, lt=2**24)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**24)
     logprobs: bool = False
@@ -138,7 +170,7 @@ class Tokenize(Body):
 
     model: Name
     prompt: Text | None = None
-    messages: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
 
     @model_validator(mode="after")
     def _one(self) -> "Tokenize":
@@ -148,7 +180,9 @@ class Tokenize(Body):
 
     def given(self) -> dict[str, Any]:
         """What the worker reads."""
-        return {"messages": self.messages} if self.messages else {"prompts": [self.prompt]}
+        if self.messages is None:
+            return {"prompts": [self.prompt]}
+        return {"messages": [message.said() for message in self.messages]}
 
 
 class Detokenize(Body):

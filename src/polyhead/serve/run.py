@@ -1,10 +1,12 @@
 """From a plan to a server that listens, and to its end."""
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import uvicorn
 
@@ -29,7 +31,7 @@ def serve(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
 async def _served(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
     backend = Backend(plan, config.max_rows + config.max_waiting)
     listening = _listening(config)
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             create(config, backend), log_config=None, access_log=False, server_header=False,
             timeout_graceful_shutdown=round(config.grace), ws="none",
@@ -37,6 +39,9 @@ async def _served(config: ServeConfig, plan: Plan, told: Callable[[str], None]) 
     )  # fmt: skip
     host, port = listening.getsockname()[:2]
     told(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}; loading")
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.end)
     running = asyncio.ensure_future(server.serve(sockets=[listening]))
     try:
         await backend.start()
@@ -46,6 +51,19 @@ async def _served(config: ServeConfig, plan: Plan, told: Callable[[str], None]) 
         await running
         raise
     await running
+
+
+class _Server(uvicorn.Server):
+    """Ends as it is told to, and leaves the process to end with 0."""
+
+    def end(self) -> None:
+        """Once: after what is at work; again: at once."""
+        self.force_exit, self.should_exit = self.should_exit, True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None]:
+        """Signals are taken by the event loop, and are not raised again at the end."""
+        yield
 
 
 def _listening(config: ServeConfig) -> socket.socket:
