@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -225,3 +227,9 @@ def test_no_path_or_address_leaves(message: str) -> None:
     told = ApiError(400, message).message
     assert "[...]" in told
     assert not any(part in told for part in ("home", "7f32", "models"))
+
+
+def test_the_front_goes_without_torch() -> None:
+    words = "import sys; import polyhead.serve.run; print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert told.stdout == "False\n"

@@ -10,7 +10,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from polyhead.errors import ConfigError
-from polyhead.serve import worker
 from polyhead.serve.errors import ApiError, busy, lost, not_ready
 from polyhead.serve.messages import Cancel, Done, Failed, Job, Piece, Plan, Ready, Refused
 
@@ -113,7 +112,7 @@ class Backend:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
-            target=worker.main, args=(theirs, self.plan), name="polyhead-worker", daemon=True
+            target=_work, args=(theirs, self.plan), name="polyhead-worker", daemon=True
         )
         self._process.start()
         theirs.close()
@@ -166,6 +165,13 @@ class Backend:
         except OSError:
             if isinstance(what, Job):
                 raise lost() from None
+
+
+def _work(pipe: Connection, plan: Plan) -> None:
+    """Where the worker begins; the front itself goes without torch."""
+    from polyhead.serve.worker import main
+
+    main(pipe, plan)
 
 
 def _as_error(told: Failed) -> ApiError:
