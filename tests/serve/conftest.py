@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,11 @@ def start(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[St
     """Starts a server with these flags, and waits until it is ready."""
     with contextlib.ExitStack() as stack:
 
-        def begin(*flags: str, waits: bool = True) -> Server:
+        def begin(*flags: str, models: Sequence[object] = (), waits: bool = True) -> Server:
             log = tmp_path_factory.mktemp("log") / "log.txt"
             words = [sys.executable, "-m", "polyhead.cli.main", "serve", f"tiny={folder}"]
             process = subprocess.Popen(
-                [*words, "--port", "0", *flags], text=True, stderr=log.open("w"),
+                [*words, *map(str, models), "--port", "0", *flags], text=True, stderr=log.open("w"),
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )  # fmt: skip
             stack.callback(process.wait)

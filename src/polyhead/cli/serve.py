@@ -18,13 +18,14 @@ Settings = Annotated[ServeConfig, tyro.conf.arg(name="")]
 
 @dataclass(frozen=True)
 class Args:
-    """Serve models that write text to any client that speaks OpenAI's HTTP.
+    """Serve models to any client that speaks OpenAI's HTTP: those that write, and those that read.
 
-    Routes: /v1/models, /v1/chat/completions and /v1/completions (whole or streamed), /tokenize,
-    /detokenize, /health, /ready. Ctrl-C or SIGTERM finishes what is at work and ends.
+    Routes: /v1/models, /v1/chat/completions and /v1/completions (whole or streamed),
+    /v1/embeddings, /v1/rerank, /classify, /tag, /fill, /answer, /tokenize, /detokenize, /health,
+    /ready. Ctrl-C or SIGTERM finishes what is at work and ends.
 
     Examples:
-      polyhead serve smollm2-135m
+      polyhead serve smollm2-135m minilm-l6
       polyhead serve chat=runs/chat base=smollm2-135m --port 8080 --keys keys.txt
       POLYHEAD_PORT=8080 polyhead serve smollm2-135m --quantize int4 --max-rows 32
     """

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
+from polyhead.serve import tasks
 from polyhead.serve.backend import Backend
 from polyhead.serve.config import ServeConfig
 from polyhead.serve.errors import ApiError
@@ -33,8 +34,9 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     app = FastAPI(title="Polyhead", lifespan=lifespan, docs_url=None, redoc_url=None)
     _errors(app)
     _state(app, backend)
-    _texts(app, config, backend)
+    _texts(app, backend)
     _tokens(app, backend)
+    tasks.add(app, backend)
     keys = None if config.keys is None else Keys(Path(config.keys))
     return Guard(app, keys, config.max_body)
 
@@ -61,7 +63,7 @@ def _state(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
-        _known(backend, name)
+        backend.check(name)
         return _card(name)
 
     def _card(name: str) -> dict[str, Any]:
@@ -73,17 +75,15 @@ def _tokens(app: FastAPI, backend: Backend) -> None:
     @app.post("/tokenize")
     async def tokenize(body: Tokenize) -> Any:
         """The ids of a text, or of a conversation by the model's template."""
-        _known(backend, body.model)
         return await backend.result(body.model, "tokenize", body.given())
 
     @app.post("/detokenize")
     async def detokenize(body: Detokenize) -> Any:
         """The text of ids."""
-        _known(backend, body.model)
         return await backend.result(body.model, "detokenize", {"tokens": body.tokens})
 
 
-def _texts(app: FastAPI, config: ServeConfig, backend: Backend) -> None:
+def _texts(app: FastAPI, backend: Backend) -> None:
     @app.post("/v1/completions")
     async def completions(body: Completion, request: Request) -> Any:
         """Text that goes on from prompts."""
@@ -102,9 +102,8 @@ def _texts(app: FastAPI, config: ServeConfig, backend: Backend) -> None:
     async def write(
         shape: Shape, body: Drawing, given: dict[str, Any], logs: bool, request: Request
     ) -> Any:
-        _known(backend, body.model)
         given |= {"n": body.n, "stream": body.stream}
-        answers = _timed(backend.answers(body.model, "write", given), config.timeout)
+        answers = backend.answers(body.model, "write", given)
         if not body.stream:
             # Polled for, as an answer that nobody waits for keeps others waiting.
             return answered(shape, body.model, await _whole(answers, request))
@@ -151,33 +150,6 @@ async def _sent(
                 yield f"data: {data}\n\n"
         except ApiError as error:
             yield f"data: {JSONResponse(error.body()).body.decode()}\n\n"
-
-
-async def _timed(
-    answers: AsyncGenerator[Piece | Done], seconds: float
-) -> AsyncGenerator[Piece | Done]:
-    """The same, ended with 408 after so many seconds."""
-    end = asyncio.get_running_loop().time() + seconds
-    async with aclosing(answers):
-        while True:
-            try:
-                async with asyncio.timeout_at(end):
-                    told = await anext(answers)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise ApiError(
-                    408, f"the answer took more than {seconds:g} seconds", code="timeout"
-                ) from None
-            yield told
-
-
-def _known(backend: Backend, name: str) -> None:
-    if name not in backend.models:
-        there = ", ".join(backend.models) or "none yet"
-        raise ApiError(
-            404, f"there is no model {name!r}; there is {there}", "model", "model_not_found"
-        )
 
 
 def _telling(errors: Sequence[Any]) -> Any:

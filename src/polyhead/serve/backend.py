@@ -1,6 +1,7 @@
 """The front's end of the pipe: jobs out, what comes of them in, and a worker that comes back."""
 
 import asyncio
+import contextlib
 import itertools
 import multiprocessing
 import threading
@@ -10,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from polyhead.errors import ConfigError
-from polyhead.serve.errors import ApiError, busy, lost, not_ready
+from polyhead.serve.errors import ApiError, busy, late, lost, not_ready
 from polyhead.serve.messages import Cancel, Done, Failed, Job, Piece, Plan, Ready, Refused
 
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # before a start that follows so many that ended at once
@@ -19,12 +20,12 @@ _AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # before a start that follows so many that end
 class Backend:
     """One worker, started again when it ends, and the requests that wait for it.
 
-    room: requests that may be on their way, at work and waiting. Everything here runs in one event
-    loop, but for a thread that reads the pipe.
+    room: requests that may be on their way, at work and waiting. timeout: seconds that one may
+    take. Everything here runs in one event loop, but for a thread that reads the pipe.
     """
 
-    def __init__(self, plan: Plan, room: int) -> None:
-        self.plan, self.room = plan, room
+    def __init__(self, plan: Plan, room: int, timeout: float = 600.0) -> None:
+        self.plan, self.room, self.timeout = plan, room, timeout
         self.models: Mapping[str, Mapping[str, Any]] = {}
         self.restarts = 0
         self.is_draining = False
@@ -65,23 +66,35 @@ class Backend:
             raise busy(len(self._waiting))
         if not self.is_ready:
             raise not_ready(self.is_draining)
+        self.check(model)
         number, queue = next(self._numbers), asyncio.Queue[Any]()
         self._waiting[number] = queue
-        is_done = False
+        is_done, end = False, asyncio.get_running_loop().time() + self.timeout
         try:
             self._send(Job(number, model, what, given))
             while not is_done:
-                told = await queue.get()
+                async with asyncio.timeout_at(end):
+                    told = await queue.get()
                 is_done = not isinstance(told, Piece)
                 if isinstance(told, ApiError):
                     raise told
                 if isinstance(told, Failed):
                     raise _as_error(told)
                 yield told
+        except TimeoutError:
+            raise late(self.timeout) from None
         finally:
             del self._waiting[number]
             if not is_done:
                 self._send(Cancel(number, model))
+
+    def check(self, name: str) -> None:
+        """ApiError for a model that is not there."""
+        if name not in self.models:
+            there = ", ".join(self.models) or "none yet"
+            raise ApiError(
+                404, f"there is no model {name!r}; there is {there}", "model", "model_not_found"
+            )
 
     async def result(self, model: str, what: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """What a job came to."""
@@ -121,12 +134,12 @@ class Backend:
         threading.Thread(name="polyhead-hear", **named).start()
 
     def _listen(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        try:
+        # What a pipe says that is closed while it is read depends on the moment.
+        with contextlib.suppress(EOFError, OSError, TypeError, ValueError):
             while True:
                 loop.call_soon_threadsafe(self._take, pipe.recv())
-        except (EOFError, OSError):
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(self._end)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(self._end)
 
     def _take(self, batch: list[Any]) -> None:
         for told in batch:

@@ -60,3 +60,8 @@ def not_ready(is_draining: bool) -> ApiError:
     return ApiError(
         503, f"{said}; try again in a moment", code="not_ready", headers={"Retry-After": "5"}
     )
+
+
+def late(seconds: float) -> ApiError:
+    """It took too long."""
+    return ApiError(408, f"the answer took more than {seconds:g} seconds", code="timeout")

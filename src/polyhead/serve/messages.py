@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from polyhead.errors import PolyheadError
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """Something to do for one request. what: a method of the model's service."""
+    """Something to do for one request. what: one of the works of the model's service."""
 
     number: int
     model: str
@@ -72,3 +74,30 @@ class Refused:
     """A model cannot be served, and why."""
 
     message: str
+
+
+class Service(Protocol):
+    """A model at work. Jobs are answered by `say`, from any thread, now or later."""
+
+    def about(self) -> dict[str, Any]:
+        """What it can do, for those who ask for models."""
+        ...
+
+    def do(self, number: int, what: str, given: Mapping[str, Any], say: Any) -> None:
+        """A job. What it raises is an answer, too."""
+        ...
+
+    def cancel(self, number: int) -> None:
+        """Let go of a job."""
+        ...
+
+    def close(self) -> None:
+        """End."""
+        ...
+
+
+def failure(number: int, error: Exception) -> Failed:
+    """What may be told of an error: all of the user's, nothing of ours."""
+    if isinstance(error, PolyheadError):
+        return Failed(number, str(error))
+    return Failed(number, f"{type(error).__name__}: {error}", is_ours=True)

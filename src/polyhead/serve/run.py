@@ -29,7 +29,7 @@ def serve(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
 
 
 async def _served(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
-    backend = Backend(plan, config.max_rows + config.max_waiting)
+    backend = Backend(plan, config.max_rows + config.max_waiting, config.timeout)
     listening = _listening(config)
     server = _Server(
         uvicorn.Config(

@@ -9,8 +9,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 from polyhead.errors import ConfigError, PolyheadError
-from polyhead.serve.messages import Cancel, Job, Plan, Ready, Refused
-from polyhead.serve.services import Service, Writing, failure
+from polyhead.serve.messages import Cancel, Job, Plan, Ready, Refused, Service, failure
 
 _END = object()
 
@@ -38,21 +37,26 @@ def main(pipe: Connection, plan: Plan) -> None:
 def opened(name: str, plan: Plan) -> Service:
     """A model and what serves it. Errors: ConfigError for a kind that nothing here serves."""
     from polyhead.generate.engine_config import EngineConfig
-    from polyhead.models.model import require_causal
+    from polyhead.kernels import pack
     from polyhead.serve.opening import Opening
+    from polyhead.serve.reading import Reading
+    from polyhead.serve.writing import Writing
+    from polyhead.tasks.fit import kind_of
 
     model, tokenizer = Opening(**plan.opening).open(name, writes=True)
-    require_causal(model)
-    if model.head_kind != "lm":
-        raise ConfigError(f"{name} has no language head; only what writes text is served yet")
-    return Writing(model, tokenizer, EngineConfig(**plan.engine))
+    kind = kind_of(model)
+    if kind == "decoder" and model.head_kind == "lm":
+        return Writing(model, tokenizer, EngineConfig(**plan.engine))
+    if kind in ("encoder", "decoder"):
+        return Reading(pack(model) if model.device.type == "cpu" else model, tokenizer)
+    raise ConfigError(f"{model.config.model_type} is of the kind {kind}, which is not served yet")
 
 
 def _answer(pipe: Connection, services: Mapping[str, Service], say: "_Sender") -> None:
     while True:
         try:
             asked = pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         if isinstance(asked, Cancel):
             services[asked.model].cancel(asked.number)
@@ -62,7 +66,7 @@ def _answer(pipe: Connection, services: Mapping[str, Service], say: "_Sender") -
 
 def _do(service: Service, job: Job, say: "_Sender") -> None:
     try:
-        getattr(service, job.what)(job.number, job.given, say)
+        service.do(job.number, job.what, job.given, say)
     # Whatever a model raises is for the one who asked; the others go on.
     except Exception as error:
         told = failure(job.number, error)

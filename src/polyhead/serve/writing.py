@@ -1,11 +1,11 @@
-"""What a worker does with a model: one service for each kind, a method for each thing asked."""
+"""A model that writes: texts that go on from prompts and conversations, many side by side."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
-from polyhead.errors import ConfigError, PolyheadError
+from polyhead.errors import ConfigError
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import EngineConfig
@@ -15,26 +15,10 @@ from polyhead.generate.request import Request
 from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.models.model import TaskModel
-from polyhead.serve.messages import Done, Failed, Piece
+from polyhead.serve.messages import Done, Piece, failure
 from polyhead.text.tokenizer import Tokenizer
 
 Say = Callable[[Any], None]
-
-
-class Service(Protocol):
-    """A model at work. Its public methods take a job's number, what is given, and how to answer."""
-
-    def about(self) -> dict[str, Any]:
-        """What it can do, for those who ask for models."""
-        ...
-
-    def cancel(self, number: int) -> None:
-        """Let go of a job."""
-        ...
-
-    def close(self) -> None:
-        """End."""
-        ...
 
 
 class Writing:
@@ -53,7 +37,14 @@ class Writing:
             "max_tokens": engine.memory.longest(0, 1), "parameters": self.model.num_parameters(),
         }  # fmt: skip
 
-    def write(self, number: int, given: Mapping[str, Any], say: Say) -> None:
+    def do(self, number: int, what: str, given: Mapping[str, Any], say: Say) -> None:
+        """One of the works below. Errors: ConfigError for one that is none."""
+        works = {"write": self._write, "tokenize": self._tokenize, "detokenize": self._detokenize}
+        if what not in works:
+            raise ConfigError("this model writes and does not read; name one that does")
+        works[what](number, given, say)
+
+    def _write(self, number: int, given: Mapping[str, Any], say: Say) -> None:
         """Go on from prompts, or from a conversation: `n` choices for each.
 
         given: prompts, or messages and tools; n; settings of GenerationConfig; stream.
@@ -77,7 +68,7 @@ class Writing:
         for choice, handle in enumerate(handles):
             handle.then(partial(self._end, number, choices, choice))
 
-    def tokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
+    def _tokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
         """The ids of a text or of a conversation."""
         (ids,) = self._prompts(given)
         say(
@@ -87,7 +78,7 @@ class Writing:
             )
         )
 
-    def detokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
+    def _detokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
         """The text of ids."""
         encode_prompt(given["tokens"], None, self.front.engine.intake.vocab_size)
         say(
@@ -192,10 +183,3 @@ class _Choices:
             "id": token_id,
             "token": self.tokenizer.decode([token_id], skip_special_tokens=False),
         }
-
-
-def failure(number: int, error: Exception) -> Failed:
-    """What may be told of an error: all of the user's, nothing of ours."""
-    if isinstance(error, PolyheadError):
-        return Failed(number, str(error))
-    return Failed(number, f"{type(error).__name__}: {error}", is_ours=True)
