@@ -22,7 +22,6 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -202,46 +201,30 @@ for name, made in forms.items():
 # %% [markdown]
 # ## Answering over HTTP
 #
-# Twenty lines of the standard library are a server: JSON in, JSON out, one model for all threads. That is
-# enough to see what a service costs besides its model: the time of one request when nobody else asks, and
-# what eight clients at once wait for. (`polyhead classify posts "..."` answers the same on the command line.)
+# `polyhead serve posts` is the saved directory as a service: the front takes requests, a process behind it
+# holds the model. What a service costs besides its model is the time of one request when nobody else asks, and
+# what eight clients at once wait for.
 
 # %%
-served, one_at_a_time = readers["bfloat16"], threading.Lock()
-
-
-class Answers(BaseHTTPRequestHandler):
-    """A post in, its rating out."""
-
-    def do_POST(self) -> None:
-        try:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["text"]
-            with (
-                one_at_a_time
-            ):  # threads within a product are worth more than products side by side
-                status, body = 200, {"rating": float(rate(served, [asked])[0])}
-        except (KeyError, TypeError, ValueError, ph.PolyheadError) as error:
-            status, body = 400, {"error": f"send a JSON object with a text: {error}"}
-        payload = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    def log_message(self, *_: object) -> None:
-        """No line a request."""
-
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-address = f"http://127.0.0.1:{server.server_port}"
+command = [sys.executable, "-m", "polyhead.cli.main", "serve", "posts", "--port", "0"]
+server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+told = ""
+while "ready: " not in told:
+    told += server.stderr.readline() or f"the server ended: {server.wait()}; ready: no"
+print(told)
+address = told.partition("listening at ")[2].partition(";")[0]
+threading.Thread(target=server.stderr.read, daemon=True).start()  # a line for each request
 
 
 def ask(text: str) -> tuple[float, float]:
     """The rating of a post, and the milliseconds it took to hear it."""
+    body = json.dumps({"model": "posts", "input": text}).encode()
+    asked = urllib.request.Request(
+        f"{address}/classify", body, {"Content-Type": "application/json"}
+    )
     began = time.perf_counter()
-    with urllib.request.urlopen(address, json.dumps({"text": text}).encode()) as answer:
-        rating = json.load(answer)["rating"]
+    with urllib.request.urlopen(asked) as answer:
+        rating = json.load(answer)["data"][0]["score"]
     return rating, 1000 * (time.perf_counter() - began)
 
 
@@ -255,8 +238,11 @@ for clients in (1, 8):
         f"{clients} at once: {200 / (time.perf_counter() - began):.0f} requests/s, "
         f"median {np.median(every):.0f} ms, 99 of 100 within {np.percentile(every, 99):.0f} ms"
     )
-served_ratings = np.array([rating for rating, _ in answers])
-print(
-    f"the served ratings are the reader's: within {np.abs(served_ratings - found[:200]).max():.2f} (bfloat16)"
-)
-server.shutdown()
+away = np.abs(np.array([rating for rating, _ in answers]) - found[:200]).max()
+print(f"what is served is what was measured: within {away:.0e}")
+server.terminate()
+print(f"ended with {server.wait()}")
+
+# %% [markdown]
+# A client of many posts sends them together (`"input": [...]`), which is read as one batch; the table above says
+# what that is worth. [docs/serving.md](../docs/serving.md) has keys, limits and what happens when things go wrong.
