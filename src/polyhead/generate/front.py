@@ -81,10 +81,11 @@ class EngineThread:
     """`submit` from any thread; the engine is touched by its own thread alone.
 
     An error inside a step ends the requests that were at work with it; the next ones are served.
+    after: called in the engine's thread after each step, once all was told of it.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, after: Callable[[], None] | None = None) -> None:
+        self.engine, self._after = engine, after
         self._handles: dict[Request, Handle] = {}
         self._calls: list[tuple[Callable[[Engine], Any], Future[Any]]] = []
         self._changed = threading.Condition()
@@ -143,6 +144,8 @@ class EngineThread:
                 self._answer()
                 self._step()
                 self._deliver()
+                if self._after is not None:
+                    self._after()
         finally:
             self._end()
 

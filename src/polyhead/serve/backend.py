@@ -1,10 +1,8 @@
 """The front's end of the pipe: jobs out, what comes of them in, and a worker that comes back."""
 
 import asyncio
-import contextlib
 import itertools
 import multiprocessing
-import threading
 from collections.abc import AsyncGenerator, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,7 +19,7 @@ class Backend:
     """One worker, started again when it ends, and the requests that wait for it.
 
     room: requests that may be on their way, at work and waiting. timeout: seconds that one may
-    take. Everything here runs in one event loop, but for a thread that reads the pipe.
+    take. Everything here runs in one event loop.
     """
 
     def __init__(self, plan: Plan, room: int, timeout: float = 600.0) -> None:
@@ -113,7 +111,8 @@ class Backend:
     async def close(self) -> None:
         """End the worker."""
         self._is_closing = True
-        if self._pipe is not None:
+        if self._pipe is not None and not self._pipe.closed:
+            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
             self._pipe.close()
         process = self._process
         if process is not None:
@@ -130,16 +129,16 @@ class Backend:
         self._process.start()
         theirs.close()
         loop = asyncio.get_running_loop()
-        named = {"target": self._listen, "args": (self._pipe, loop), "daemon": True}
-        threading.Thread(name="polyhead-hear", **named).start()
+        loop.add_reader(self._pipe.fileno(), self._listen, self._pipe, loop)
 
     def _listen(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        # What a pipe says that is closed while it is read depends on the moment.
-        with contextlib.suppress(EOFError, OSError, TypeError, ValueError):
-            while True:
-                loop.call_soon_threadsafe(self._take, pipe.recv())
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(self._end)
+        """Take what the pipe has; it is called again while there is more."""
+        try:
+            self._take(pipe.recv())
+        except (EOFError, OSError):
+            loop.remove_reader(pipe.fileno())
+            pipe.close()
+            self._end()
 
     def _take(self, batch: list[Any]) -> None:
         for told in batch:

@@ -24,10 +24,13 @@ Work = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 class Reading:
-    """An encoder and what its head can do; jobs wait in one line, so that each has all cores."""
+    """An encoder and what its head can do; jobs wait in one line, so that each has all cores.
 
-    def __init__(self, model: TaskModel, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    flush: sends what was said.
+    """
+
+    def __init__(self, model: TaskModel, tokenizer: Tokenizer, flush: Callable[[], None]) -> None:
+        self.model, self.tokenizer, self._flush = model, tokenizer, flush
         self._jobs: SimpleQueue[tuple[int, Work, Mapping[str, Any], Say] | None] = SimpleQueue()
         self._wanted: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="polyhead-read", daemon=True)
@@ -72,6 +75,7 @@ class Reading:
             # Whatever a model raises is for the one who asked.
             except Exception as error:
                 say(failure(number, error))
+            self._flush()
 
     def _vectors(self, texts: Sequence[str], dimensions: int | None = None) -> Tensor:
         found = embed(self.model, self.tokenizer, list(texts), truncate_dim=dimensions)

@@ -148,8 +148,10 @@ async def events(
     if counts:
         head["usage"] = None
 
-    def chunk(*choices: dict[str, Any], **more: Any) -> str:
-        return json.dumps({**head, "choices": choices, **more}, ensure_ascii=False)
+    opening = json.dumps(head)[:-1]  # the same in every event
+
+    def chunk(*choices: dict[str, Any]) -> str:
+        return f'{opening}, "choices": {json.dumps(choices, ensure_ascii=False)}}}'
 
     begun: set[int] = set()
     told: dict[int, int] = {}
@@ -172,7 +174,8 @@ async def events(
                 yield chunk(shape.more(index, "", rest))
             yield chunk(shape.last(index, found["finish_reason"]))
         if counts:
-            yield chunk(usage=usage(heard.result))
+            last = {**head, "choices": [], "usage": usage(heard.result)}
+            yield json.dumps(last)
     yield "[DONE]"
 
 

@@ -1,17 +1,15 @@
 """The process that holds the models. It speaks over one pipe, and ends when that does."""
 
+import contextlib
 import signal
 import sys
 import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.serve.messages import Cancel, Job, Plan, Ready, Refused, Service, failure
-
-_END = object()
 
 
 def main(pipe: Connection, plan: Plan) -> None:
@@ -20,21 +18,21 @@ def main(pipe: Connection, plan: Plan) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     say = _Sender(pipe)
     try:
-        services = {name: opened(model, plan) for name, model in plan.models.items()}
+        services = {name: opened(model, plan, say) for name, model in plan.models.items()}
     except PolyheadError as error:
         say(Refused(str(error)))
-        say.close()
+        say.flush()
         return
     say(Ready({name: service.about() for name, service in services.items()}))
+    say.flush()
     try:
         _answer(pipe, services, say)
     finally:
         for service in services.values():
             service.close()
-        say.close()
 
 
-def opened(name: str, plan: Plan) -> Service:
+def opened(name: str, plan: Plan, say: "_Sender") -> Service:
     """A model and what serves it. Errors: ConfigError for a kind that nothing here serves."""
     from polyhead.generate.engine_config import EngineConfig
     from polyhead.kernels import pack
@@ -46,9 +44,9 @@ def opened(name: str, plan: Plan) -> Service:
     model, tokenizer = Opening(**plan.opening).open(name, writes=True)
     kind = kind_of(model)
     if kind == "decoder" and model.head_kind == "lm":
-        return Writing(model, tokenizer, EngineConfig(**plan.engine))
+        return Writing(model, tokenizer, EngineConfig(**plan.engine), say.flush)
     if kind in ("encoder", "decoder"):
-        return Reading(pack(model) if model.device.type == "cpu" else model, tokenizer)
+        return Reading(pack(model) if model.device.type == "cpu" else model, tokenizer, say.flush)
     raise ConfigError(f"{model.config.model_type} is of the kind {kind}, which is not served yet")
 
 
@@ -62,6 +60,7 @@ def _answer(pipe: Connection, services: Mapping[str, Service], say: "_Sender") -
             services[asked.model].cancel(asked.number)
         elif isinstance(asked, Job):
             _do(services[asked.model], asked, say)
+        say.flush()
 
 
 def _do(service: Service, job: Job, say: "_Sender") -> None:
@@ -76,33 +75,20 @@ def _do(service: Service, job: Job, say: "_Sender") -> None:
 
 
 class _Sender:
-    """Says things from any thread. What comes while something is sent goes together after it."""
+    """Says things from any thread; they are kept until somebody flushes, and go together.
+
+    Where the front is slow to read, whoever flushes waits.
+    """
 
     def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._said: SimpleQueue[Any] = SimpleQueue()
-        self._thread = threading.Thread(target=self._send, name="polyhead-say", daemon=True)
-        self._thread.start()
+        self._pipe, self._said, self._lock = pipe, list[Any](), threading.Lock()
 
     def __call__(self, what: Any) -> None:
-        self._said.put(what)
+        self._said.append(what)
 
-    def close(self) -> None:
-        """Once all is sent."""
-        self._said.put(_END)
-        self._thread.join()
-
-    def _send(self) -> None:
-        is_open = True
-        while is_open:
-            batch = [self._said.get()]
-            try:
-                while True:
-                    batch.append(self._said.get_nowait())
-            except Empty:
-                pass
-            is_open = _END not in batch
-            try:
-                self._pipe.send([what for what in batch if what is not _END])
-            except OSError:
-                return
+    def flush(self) -> None:
+        """Send what was said since the last time."""
+        with self._lock, contextlib.suppress(OSError):  # nobody listens any more
+            if self._said:
+                batch, self._said = self._said, []
+                self._pipe.send(batch)

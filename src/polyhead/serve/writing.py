@@ -22,11 +22,17 @@ Say = Callable[[Any], None]
 
 
 class Writing:
-    """A decoder and its engine."""
+    """A decoder and its engine. flush: sends what was said, once a step."""
 
-    def __init__(self, model: TaskModel, tokenizer: Tokenizer, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: TaskModel,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        flush: Callable[[], None],
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.front = EngineThread(Engine(model, tokenizer, config))
+        self.front = EngineThread(Engine(model, tokenizer, config), flush)
         self._at_work: dict[int, list[Handle]] = {}
 
     def about(self) -> dict[str, Any]:
