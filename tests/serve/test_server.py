@@ -233,3 +233,39 @@ def test_the_front_goes_without_torch() -> None:
     words = "import sys; import polyhead.serve.run; print('torch' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert told.stdout == "False\n"
+
+
+def test_what_prometheus_is_told(start: Start) -> None:
+    server = start()
+
+    def told() -> dict[str, float]:
+        text = httpx.get(f"{server.url}/metrics").text
+        lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+
+    def named(name: str, **labels: str) -> str:
+        inside = ",".join(f'{k}="{v}"' for k, v in sorted({**labels, "model_name": "tiny"}.items()))
+        return f"vllm:{name}{{{inside}}}"
+
+    body = SHORT | {"ignore_eos": True, "prompt": ["once", "upon"], "n": 2}
+    assert post(server, body).status_code == 200
+    assert post(server, SHORT | {"ignore_eos": True, "stream": True}).status_code == 200
+    assert post(server, SHORT | {"logit_bias": {"9999": 1}}).status_code == 400
+    found = told()
+    assert found[named("prompt_tokens_total")] == 4 + 4 + 4
+    assert found[named("generation_tokens_total")] == 4 * 4 + 4
+    assert found[named("request_success_total", finished_reason="length")] == 5
+    assert found[named("request_failure_total", status="400")] == 1
+    assert found[named("e2e_request_latency_seconds_count")] == 2
+    assert found[named("time_to_first_token_seconds_count")] == 1
+    assert found[named("num_requests_running")] == 0
+    assert found[named("kv_cache_usage_perc")] == 0
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json=LONG | {"stream": True, "ignore_eos": True}
+    ) as answer:
+        next(answer.iter_lines())
+        until(lambda: told()[named("num_requests_running")] == 1)
+        assert told()[named("kv_cache_usage_perc")] > 0
+    until(lambda: told()[named("num_requests_running")] == 0)
+    os.kill(*server.workers(), signal.SIGKILL)
+    until(lambda: told()["polyhead:worker_restarts_total"] == 1)

@@ -91,6 +91,14 @@ class Memory:
         return not self.states and self.sources is None and bool(self.kinds)
 
     @property
+    def used(self) -> float:
+        """The share of blocks that texts hold, of the kind of layer that has the least free."""
+        return max(
+            (1 - tables.pool.num_free / max(1, tables.pool.num_blocks - 1)
+             for tables in self.kinds.values()), default=0.0,
+        )  # fmt: skip
+
+    @property
     def num_free_rows(self) -> int:
         return len(self._free)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from polyhead.serve import tasks
@@ -54,6 +54,11 @@ def _state(app: FastAPI, backend: Backend) -> None:
         """Whether requests are taken: 503 while models load, or while it ends."""
         status = "ready" if backend.is_ready else "draining" if backend.is_draining else "loading"
         return JSONResponse({"status": status}, 200 if backend.is_ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Counts for Prometheus, by vLLM's names."""
+        return Response(backend.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from polyhead.errors import ConfigError
 from polyhead.serve.errors import ApiError, busy, late, lost, not_ready
-from polyhead.serve.messages import Cancel, Done, Failed, Job, Piece, Plan, Ready, Refused
+from polyhead.serve.messages import Cancel, Done, Failed, Job, Piece, Plan, Ready, Refused, Stats
+from polyhead.serve.metrics import Metrics
 
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # before a start that follows so many that ended at once
 
@@ -24,6 +25,7 @@ class Backend:
 
     def __init__(self, plan: Plan, room: int, timeout: float = 600.0) -> None:
         self.plan, self.room, self.timeout = plan, room, timeout
+        self.metrics = Metrics()
         self.models: Mapping[str, Mapping[str, Any]] = {}
         self.restarts = 0
         self.is_draining = False
@@ -66,7 +68,7 @@ class Backend:
             raise not_ready(self.is_draining)
         self.check(model)
         number, queue = next(self._numbers), asyncio.Queue[Any]()
-        self._waiting[number] = queue
+        self._waiting[number], watch = queue, self.metrics.watch(model)
         is_done, end = False, asyncio.get_running_loop().time() + self.timeout
         try:
             self._send(Job(number, model, what, given))
@@ -78,9 +80,17 @@ class Backend:
                     raise told
                 if isinstance(told, Failed):
                     raise _as_error(told)
+                if isinstance(told, Done):
+                    watch.done(told.result)
+                else:
+                    watch.piece(told.choice)
                 yield told
         except TimeoutError:
+            watch.failed(408)
             raise late(self.timeout) from None
+        except ApiError as error:
+            watch.failed(error.status)
+            raise
         finally:
             del self._waiting[number]
             if not is_done:
@@ -145,6 +155,8 @@ class Backend:
             if isinstance(told, Ready):
                 self.models = told.models
                 self._ready.set()
+            elif isinstance(told, Stats):
+                self.metrics.stand(told)
             elif isinstance(told, Refused):
                 self._refused = told.message
                 self._is_closing = True
@@ -161,6 +173,7 @@ class Backend:
         for queue in self._waiting.values():
             queue.put_nowait(lost())
         self.restarts += 1
+        self.metrics.lost()
         wait = _AGAIN_S[min(self.restarts, len(_AGAIN_S) - 1)] if early else 0.0
         self._soon = asyncio.get_running_loop().create_task(self._again(wait))
 

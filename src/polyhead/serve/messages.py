@@ -63,6 +63,16 @@ class Failed:
 
 
 @dataclass(frozen=True)
+class Stats:
+    """How the engine of a model stands. cache: share of keys and values that are held."""
+
+    model: str
+    running: int
+    waiting: int
+    cache: float
+
+
+@dataclass(frozen=True)
 class Ready:
     """All models are loaded: what each can do, by its served name."""
 
@@ -74,6 +84,18 @@ class Refused:
     """A model cannot be served, and why."""
 
     message: str
+
+
+class Sender(Protocol):
+    """Says things, which go out together when it is flushed."""
+
+    def __call__(self, what: Any) -> None:
+        """Keep it until then."""
+        ...
+
+    def flush(self) -> None:
+        """Send what was said."""
+        ...
 
 
 class Service(Protocol):

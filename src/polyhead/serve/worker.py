@@ -18,7 +18,7 @@ def main(pipe: Connection, plan: Plan) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     say = _Sender(pipe)
     try:
-        services = {name: opened(model, plan, say) for name, model in plan.models.items()}
+        services = {name: opened(name, plan, say) for name in plan.models}
     except PolyheadError as error:
         say(Refused(str(error)))
         say.flush()
@@ -33,7 +33,7 @@ def main(pipe: Connection, plan: Plan) -> None:
 
 
 def opened(name: str, plan: Plan, say: "_Sender") -> Service:
-    """A model and what serves it. Errors: ConfigError for a kind that nothing here serves."""
+    """What serves the model of this name. Errors: ConfigError for a kind that nothing serves."""
     from polyhead.generate.engine_config import EngineConfig
     from polyhead.kernels import pack
     from polyhead.serve.opening import Opening
@@ -41,10 +41,10 @@ def opened(name: str, plan: Plan, say: "_Sender") -> Service:
     from polyhead.serve.writing import Writing
     from polyhead.tasks.fit import kind_of
 
-    model, tokenizer = Opening(**plan.opening).open(name, writes=True)
+    model, tokenizer = Opening(**plan.opening).open(plan.models[name], writes=True)
     kind = kind_of(model)
     if kind == "decoder" and model.head_kind == "lm":
-        return Writing(model, tokenizer, EngineConfig(**plan.engine), say.flush)
+        return Writing(name, model, tokenizer, EngineConfig(**plan.engine), say)
     if kind in ("encoder", "decoder"):
         return Reading(pack(model) if model.device.type == "cpu" else model, tokenizer, say.flush)
     raise ConfigError(f"{model.config.model_type} is of the kind {kind}, which is not served yet")

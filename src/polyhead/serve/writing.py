@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from polyhead.errors import ConfigError
@@ -15,24 +16,22 @@ from polyhead.generate.request import Request
 from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.models.model import TaskModel
-from polyhead.serve.messages import Done, Piece, failure
+from polyhead.serve.messages import Done, Piece, Sender, Stats, failure
 from polyhead.text.tokenizer import Tokenizer
 
 Say = Callable[[Any], None]
+_OFTEN_S = 0.1
 
 
 class Writing:
-    """A decoder and its engine. flush: sends what was said, once a step."""
+    """A decoder and its engine, served by a name; what is said goes out once a step."""
 
     def __init__(
-        self,
-        model: TaskModel,
-        tokenizer: Tokenizer,
-        config: EngineConfig,
-        flush: Callable[[], None],
+        self, name: str, model: TaskModel, tokenizer: Tokenizer, config: EngineConfig, say: Sender
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.front = EngineThread(Engine(model, tokenizer, config), flush)
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self._say, self._told = say, 0.0
+        self.front = EngineThread(Engine(model, tokenizer, config), self._after_step)
         self._at_work: dict[int, list[Handle]] = {}
 
     def about(self) -> dict[str, Any]:
@@ -93,6 +92,14 @@ class Writing:
                 {"prompt": self.tokenizer.decode(given["tokens"], skip_special_tokens=False)},
             )
         )
+
+    def _after_step(self) -> None:
+        engine, now = self.front.engine, monotonic()
+        if now - self._told > _OFTEN_S or not engine.has_work:
+            self._told = now
+            lines = engine.scheduler
+            self._say(Stats(self.name, len(lines.running), len(lines.waiting), engine.memory.used))
+        self._say.flush()
 
     def cancel(self, number: int) -> None:
         """End its texts as far as they came."""
