@@ -81,3 +81,23 @@ def test_cross_attention_has_no_such_kinds() -> None:
 def test_images_have_no_tokens() -> None:
     with pytest.raises(ph.ConfigError, match="this needs texts"):
         head_scores(made("vit"), {"pixel_values": inputs_of("vit")})
+
+
+def test_padding_on_the_left_changes_no_measure() -> None:
+    model, alone = made("llama"), IDS[:1]
+    pad = torch.zeros(1, 3, dtype=torch.long)
+    inputs = {
+        "input_ids": torch.cat([pad, alone], 1),
+        "attention_mask": torch.cat([pad, torch.ones_like(alone)], 1),
+    }
+    ours, theirs = head_scores(model, inputs), head_scores(model, alone)
+    for measure in MEASURES:
+        torch.testing.assert_close(ours.table(measure), theirs.table(measure), atol=1e-5, rtol=0)
+
+
+def test_attention_that_is_not_of_the_text_is_left_out() -> None:
+    model = made("t5")
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
+    names = list(head_scores(model, inputs)["sink"])
+    assert names
+    assert all(".encoder." in name for name in names)

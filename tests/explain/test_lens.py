@@ -6,6 +6,7 @@ from tests.explain.models import FAMILIES, IDS, SIZES, answer, inputs_of, made
 
 import polyhead as ph
 from polyhead.explain.lens import LogitLens, direct_logit_attribution
+from polyhead.explain.tuned import TunedLens
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -100,3 +101,22 @@ def test_other_stages_and_no_head_are_refused() -> None:
         LogitLens(swin).layers(inputs_of("swin"), 3, "stages.0")
     with pytest.raises(ph.ConfigError, match="loaded without one"):
         LogitLens(ph.build("bert", head="none", vocab_size=31, d_model=16, d_ff=24, num_heads=2))
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [("lstm", dict(vocab_size=31, d_model=16, num_layers=1)), ("bigram", dict(vocab_size=31))],
+)
+def test_a_model_without_blocks_has_no_lens(family: str, sizes: dict[str, int]) -> None:
+    with pytest.raises(ph.ConfigError, match="has no stack of blocks"):
+        LogitLens(ph.build(family, **sizes))
+
+
+def test_what_a_tuned_lens_cannot_tell() -> None:
+    with pytest.raises(ph.ConfigError, match="is of a language head"):
+        TunedLens(ph.build("llama", head="classify", **SIZES))
+    lens = TunedLens(made("albert"))
+    with pytest.raises(ph.ConfigError, match="serves several depths"):
+        lens.layers(IDS)
+    t5 = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    assert TunedLens(made("t5")).fit([t5])

@@ -18,6 +18,12 @@ class Answers:
     def __init__(self, model: TaskModel, last: str) -> None:
         if model.head is None:
             raise ConfigError("a lens answers by the model's head, and it was loaded without one")
+        kind = getattr(model.config, "kind", "")
+        if not last or kind == "two towers":
+            raise ConfigError(
+                f"{model.config.model_type} has no stack of blocks whose states its head reads; a "
+                "lens is of one with such a stack, as an encoder or a decoder"
+            )
         self.model, self.last, self.norm = model, last, final_norm(model, last)
 
     def __call__(self, state: Tensor, attention_mask: Tensor | None = None) -> Tensor:

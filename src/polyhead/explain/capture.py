@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
-from polyhead.explain.look import Look, Named, counted
+from polyhead.explain.look import Look, Named, check_runs, counted
 from polyhead.explain.places import KINDS, chosen, kind_of
-from polyhead.explain.reduce import Kept, Reduce, Reduction, reduction
+from polyhead.explain.reduce import Kept, Reduce, Reduction, check_fit, reduction
 from polyhead.explain.room import require_room
 
 _LITTLE = 2**28  # bytes that are kept unasked
@@ -95,15 +95,20 @@ def _captured(
     kinds = [what] if isinstance(what, str) else list(what)
     if not kinds:
         raise ConfigError(f"what is empty; choose of {', '.join(KINDS)}")
+    for one in kinds:
+        check_fit(one, reduce)
     owners = {one: list(chosen(model, where, one)) for one in kinds}
+    looks: list[Named] = []
     with ExitStack() as stack:
         runs = stack.enter_context(counted(model, [*chain.from_iterable(owners.values())]))
         for one, places in owners.items():
             room = _Room(one, len(places))
             for place in places:
                 look = _Keep(Named(runs, one, place, where), how, graph, note, room)
+                looks.append(look.named)
                 stack.callback(kind_of(one).take(model, place, look))
         yield
+        check_runs(looks)
 
 
 class _Room:

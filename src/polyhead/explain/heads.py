@@ -32,7 +32,7 @@ Measure = Callable[[Tensor, Text], tuple[Tensor, Tensor]]
 
 
 class Head(NamedTuple):
-    """One head, by its attention's number among all and name, and what it was found by."""
+    """One head, by its attention's number among those measured and name, and its measure."""
 
     layer: int
     head: int
@@ -73,8 +73,13 @@ def _all(text: Text) -> Tensor:
 
 
 def _later(text: Text) -> Tensor:
-    """Tokens that have one before them."""
-    return text.keep & (torch.arange(text.ids.shape[1], device=text.ids.device) > 0)
+    """Tokens that have one before them, on whichever side the padding is."""
+    return text.keep & (text.keep.cumsum(1) > 1)
+
+
+def _first(text: Text) -> Tensor:
+    """Where each text begins, `[B]`."""
+    return text.keep.int().argmax(1)
 
 
 def _at(weights: Tensor, offset: int) -> Tensor:
@@ -99,7 +104,8 @@ def _distance(weights: Tensor, text: Text) -> tuple[Tensor, Tensor]:
 
 
 def _sink(weights: Tensor, text: Text) -> tuple[Tensor, Tensor]:
-    return weights[..., 0], _later(text)
+    index = _first(text)[:, None, None, None].expand(*weights.shape[:3], 1)
+    return weights.gather(-1, index)[..., 0], _later(text)
 
 
 def _itself(weights: Tensor, text: Text) -> tuple[Tensor, Tensor]:
@@ -136,7 +142,7 @@ def _induction(weights: Tensor, text: Text) -> tuple[Tensor, Tensor]:
 def _delimiter(weights: Tensor, text: Text) -> tuple[Tensor, Tensor]:
     """On marks, separators and ends, but for the first token."""
     marks = text.delimiters.clone()
-    marks[:, 0] = False
+    marks[torch.arange(len(marks), device=marks.device), _first(text)] = False
     return _of(weights, marks[:, None].expand(-1, weights.shape[2], -1), text)
 
 
@@ -185,13 +191,24 @@ def head_scores(
 
     with capture(model, where, reduce=measured) as seen:
         call(model, inputs)
-    found = {name: values.cpu() for name, values in seen.items() if len(values)}
+    found = {
+        name: values.cpu()
+        for name, values in seen.items()
+        if len(values) and not _is_elsewhere(name, inputs)
+    }
     return HeadScores(
         {
             measure: {name: values[number] for name, values in found.items()}
             for number, measure in enumerate(MEASURES)
         }
     )
+
+
+def _is_elsewhere(name: str, inputs: Inputs) -> bool:
+    """Whether an attention is not of the text: of a decoder that reads one, of an image's tower."""
+    parts = name.split(".")
+    reads = not isinstance(inputs, Tensor) and "decoder_input_ids" in inputs
+    return "vision" in parts or (reads and ("decoder" in parts or "cross" in parts))
 
 
 def measures_of(weights: Tensor, text: Text) -> Tensor:

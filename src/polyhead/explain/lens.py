@@ -31,7 +31,7 @@ class LogitLens(Answers):
     """
 
     def __init__(self, model: TaskModel) -> None:
-        super().__init__(model, list(blocks(model))[-1])
+        super().__init__(model, next(reversed(blocks(model)), ""))
 
     @torch.no_grad()
     def layers(self, inputs: Inputs, k: int = 5, where: str | None = None) -> dict[str, Top]:

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from polyhead.errors import ConfigError
 from polyhead.explain.reduce import Kept, Reduction
 from polyhead.nn.embedding import TokenEmbedding
 from polyhead.nn.patches import PatchEmbedding
@@ -44,14 +45,28 @@ class Named:
     def __init__(self, runs: Runs, what: str, place: str, where: str = "") -> None:
         self.runs, self.what, self.place = runs, what, place
         self.wanted = where.partition("@")[2]
+        self.most, self.is_found = 0, False
 
     def __call__(self) -> str | None:
         """The name of the run that is on; None where it is not wanted."""
         count = self.runs[self.what, self.place]
         self.runs[self.what, self.place] += 1
+        self.most = max(self.most, count + 1)
         if self.wanted and not fnmatchcase(str(count), self.wanted):
             return None
+        self.is_found = True
         return f"{self.place}@{count}" if count else self.place
+
+
+def check_runs(names: Sequence[Named]) -> None:
+    """ConfigError where a run was wanted, forwards were run, and none of them had it."""
+    ran = [name for name in names if name.most]
+    if ran and not any(name.is_found for name in ran):
+        first = ran[0]
+        raise ConfigError(
+            f"there was no run {first.wanted!r} of {first.place}, which runs {first.most} times a "
+            f"forward; name one from 0 to {first.most - 1} after the @"
+        )
 
 
 @contextmanager

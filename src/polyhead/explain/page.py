@@ -171,6 +171,8 @@ class Page:
         path = Path(path)
         if path.exists() and not force:
             raise FileError(f"{path} is there; pass --force (force=True) to write over it")
+        if path.exists() and not path.is_file():
+            raise FileError(f"{path} is no file; name another")
         try:
             with atomic_file(path) as file:
                 file.write(self.html().encode("utf-8", "replace"))

@@ -189,7 +189,8 @@ def in_short(names: Iterable[str]) -> list[str]:
 
 
 def attention_at(model: nn.Module, layer: str | int) -> str:
-    """The name of an attention: by its number in order, or by what names it alone."""
+    """The name of an attention: by its number in order, or by what names it alone, with the run
+    after an @ where one is named."""
     names = list(attentions(model))
     if isinstance(layer, int):
         if not -len(names) <= layer < len(names):
@@ -198,4 +199,5 @@ def attention_at(model: nn.Module, layer: str | int) -> str:
     found = list(chosen(model, layer, "weights"))
     if len(found) > 1:
         raise ConfigError(f"{layer!r} names {len(found)} attentions: {', '.join(in_short(found))}")
-    return found[0]
+    run = layer.partition("@")[2]
+    return f"{found[0]}@{run}" if run else found[0]

@@ -118,3 +118,12 @@ def reduction(asked: str | Reduce | None) -> Reduce | None:
     raise ConfigError(
         f"reduce is {asked!r}; use {', '.join(NAMED)}, top-5 or another number, or a function"
     )
+
+
+def check_fit(what: str, how: str | Reduce | None) -> None:
+    """ConfigError for a reduction, by name, of what it says nothing of: but for "top-5", all are
+    of weights."""
+    if isinstance(how, str) and not how.startswith("top-") and what != "weights":
+        raise ConfigError(
+            f"reduce={how!r} is of attention's weights; of {what} keep 'top-5', or give a function"
+        )

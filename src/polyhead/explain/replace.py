@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
-from polyhead.explain.look import Look, Named, counted
+from polyhead.explain.look import Look, Named, check_runs, counted
 from polyhead.explain.places import attention_at, chosen, kind_of
 from polyhead.nn.attention import MultiHeadAttention
 
@@ -33,24 +33,28 @@ def replace(
             f"by names {', '.join(by) or 'nothing'}, and {where!r} means {', '.join(owners)}: "
             "capture and replace the same places"
         )
+    looks: list[Named] = []
     with ExitStack() as stack:
         runs = stack.enter_context(counted(model, list(owners)))
         for place in owners:
             look = _Replace(Named(runs, what, place, where), by)
+            looks.append(look.named)
             stack.callback(kind_of(what).take(model, place, look))
         yield
+        check_runs(looks)
 
 
 @contextmanager
 def knock_out(model: nn.Module, heads: Heads) -> Generator[None]:
     """Let some heads find nothing: what they would add is zero.
 
-    heads: such as `[(3, 0), ("decoder.layers.1.cross", 5)]`.
+    heads: such as `[(3, 0), ("decoder.layers.1.cross", 5)]`. A layer that serves several depths, as
+    ALBERT's, loses the head at all of them, or by `...attention@1` at one.
     """
     by_place: dict[str, list[int]] = {}
     for layer, head in heads:
         place = attention_at(model, layer)
-        count = _attention(model, place).num_heads
+        count = _attention(model, _place(place)).num_heads
         if not 0 <= head < count:
             raise ConfigError(f"head {head} of {place}, which has {count}; count from 0")
         by_place.setdefault(place, []).append(head)

@@ -15,7 +15,8 @@ def require_room(num_bytes: int, device: torch.device, what: str) -> None:
     if free is not None and num_bytes > free:
         raise ConfigError(
             f"{what} would take {_sized(num_bytes)} and {_sized(free)} are free: name fewer "
-            "layers, or keep less of each with reduce='top-5', 'entropy', 'received' or 'mean'"
+            "layers, or keep less of each with reduce='top-5' (of weights also 'entropy', "
+            "'received' or 'mean')"
         )
 
 

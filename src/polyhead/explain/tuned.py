@@ -3,7 +3,7 @@
 B rows, T tokens, E the model's width, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +21,7 @@ from polyhead.explain.reduce import Top
 from polyhead.files.safetensors import SafetensorsFile
 from polyhead.files.safetensors_write import write_file
 from polyhead.models.model import TaskModel
+from polyhead.nn.head import LanguageHead, MaskedLanguageHead
 
 
 class TunedLens(nn.Module):
@@ -33,6 +34,8 @@ class TunedLens(nn.Module):
     def __init__(self, model: TaskModel) -> None:
         super().__init__()
         self.lens = LogitLens(model)
+        if not isinstance(model.head, (LanguageHead, MaskedLanguageHead)):
+            raise ConfigError("a tuned lens is of a language head, which answers at every token")
         self.where = f"{stack_of(self.lens.last)}*"
         names = list(chosen(model, self.where, "residual"))
         self.names = names[:-1]
@@ -70,7 +73,8 @@ class TunedLens(nn.Module):
             picked = torch.randperm(len(self.names), generator=draw)[:layers_at_once].tolist()
             with torch.no_grad(), capture(self.lens.model, self.where, "residual") as seen:
                 wanted = call(self.lens.model, batch).float().log_softmax(-1)
-            keep = counted_tokens(batch)
+            _check_runs(seen)
+            keep = _counted(batch, wanted)
             optimizer.zero_grad()
             total = 0.0
             for number in picked:
@@ -89,6 +93,7 @@ class TunedLens(nn.Module):
         """The likeliest k answers after each block, as `LogitLens.layers`: log-probabilities."""
         with capture(self.lens.model, self.where, "residual") as seen:
             call(self.lens.model, inputs)
+        _check_runs(seen)
         found: dict[str, Top] = {}
         for name in (*self.names, self.lens.last):
             said = self(seen[name], name).float().log_softmax(-1)
@@ -121,6 +126,21 @@ class TunedLens(nn.Module):
                 for kind, value in part.named_parameters():
                     value.copy_(tensors[f"{name}.{kind}"])
         return lens
+
+
+def _check_runs(seen: Collection[str]) -> None:
+    if any("@" in name for name in seen):
+        raise ConfigError(
+            "a block of this model serves several depths, which a tuned lens cannot tell apart; "
+            "use LogitLens"
+        )
+
+
+def _counted(batch: Inputs, answers: Tensor) -> Tensor:
+    """Which tokens that are answered at are no padding: of a decoder that reads a text, all."""
+    keep = counted_tokens(batch)
+    is_read = not isinstance(batch, Tensor) and "decoder_input_ids" in batch
+    return torch.ones(answers.shape[:2], dtype=torch.bool, device=keep.device) if is_read else keep
 
 
 def _divergence(said: Tensor, wanted: Tensor) -> Tensor:
