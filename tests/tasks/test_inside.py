@@ -243,3 +243,31 @@ def test_weights_of_ones_own() -> None:
         page_of(weights[None], list("wxyz"))
     with pytest.raises(ph.ConfigError, match="one shape"):
         page_of({"a": weights[0], "b": weights[0, :, :2]}, list("wxyz"), list("abcde"))
+
+
+@pytest.mark.parametrize(
+    ("family", "where", "names", "numbers"),
+    [
+        ("llama", "layers.2", ["backbone.layers.2.attention"], [2]),
+        ("albert", "*@1", ["backbone.layers.0.0.attention@1"], [1]),
+        (
+            "albert",
+            "*",
+            [f"backbone.layers.0.0.attention{run}" for run in ("", "@1", "@2")],
+            [0, 1, 2],
+        ),
+    ],
+)
+def test_layers_that_are_left_out_are_counted(
+    family: str, where: str, names: list[str], numbers: list[int]
+) -> None:
+    tokenizer = ph.Tokenizer.train(["once upon a time"], kind="bytes")
+    sizes = dict(vocab_size=tokenizer.vocab_size, d_model=16, d_ff=24, num_layers=3, num_heads=2)
+    model = ph.build(family, seed=0, **sizes).eval()
+    page = ph.inside(model, tokenizer, "once upon a time", where=where)
+    (stack,) = page.stacks
+    assert list(stack.layers) == names
+    assert list(stack.numbers) == numbers
+    assert page.data()["stacks"][0]["numbers"] == numbers
+    told = [finding.text for finding in page.findings if "the most is" in finding.text]
+    assert all(any(f"layer {number}," in text for number in numbers) for text in told)

@@ -77,7 +77,7 @@ def run(args: Args) -> int:
     for name, value in page.facts.items():
         print(f"{name}: {value}")
     for finding in page.findings:
-        print(f"\n{finding.title}: {finding.text}{_named(finding)}")
+        print(f"\n{finding.title}: {finding.text}{_named(page, finding)}")
     if out is not None:
         note(f"{out}: {out.stat().st_size / 1e6:.2f} MB; open it in a browser")
     return 0
@@ -102,10 +102,11 @@ def _page(args: Args) -> "Page":
         )  # fmt: skip
 
 
-def _named(finding: "Finding") -> str:
+def _named(page: "Page", finding: "Finding") -> str:
     if not finding.heads:
         return ""
-    heads = [f"{layer}.{head}" for layer, head in finding.heads[:_NAMED]]
+    stack = page.stacks[finding.stack]
+    heads = [f"{stack.number(layer)}.{head}" for layer, head in finding.heads[:_NAMED]]
     values = [f"{value:.2f}" for value in finding.values[:_NAMED]]
     more = ", ..." if len(finding.heads) > _NAMED else ""
     pairs = ", ".join(f"{head} ({value})" for head, value in zip(heads, values, strict=True))
@@ -129,7 +130,7 @@ def _finding(page: "Page", finding: "Finding") -> dict[str, object]:
         "text": finding.text,
         "stack": stack.name,
         "heads": [
-            {"layer": layer, "head": head, "name": name, "value": value}
+            {"layer": stack.number(layer), "head": head, "name": name, "value": value}
             for (layer, head), name, value in zip(
                 finding.heads, finding.names, finding.values, strict=True
             )

@@ -138,15 +138,21 @@ class _Keep(Look):
         self.reduction = how if isinstance(how, Reduction) and not graph else None
 
     def __call__(self, x: Tensor) -> None:
+        name = self.named()
+        if name is None:
+            return
         x = x if self.graph else x.detach()
         if self.how is not None:
-            self.keep(self.how(x))
+            self._keep(name, self.how(x))
         else:
             # What lies in a cache is overwritten later.
-            self.keep(x.clone() if self.named.what in ("keys", "values") else x)
+            self._keep(name, x.clone() if self.named.what in ("keys", "values") else x)
 
     def keep(self, kept: Kept) -> None:
         name = self.named()
         if name is not None:
-            self.room.take(kept)
-            self.note(self.named.what, name, kept)
+            self._keep(name, kept)
+
+    def _keep(self, name: str, kept: Kept) -> None:
+        self.room.take(kept)
+        self.note(self.named.what, name, kept)

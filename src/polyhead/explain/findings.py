@@ -82,7 +82,7 @@ def _finding(number: int, stack: Stack, kind: _Kind, text: Text | None, where: s
         (layer, head), most = ranked[0]
         words = f"No head gives {kind.least:.0%} of its weight {kind.does}"
         if kind.measure != "positional":
-            words += f"; the most is {most:.2f}, layer {layer}, head {head}"
+            words += f"; the most is {most:.2f}, layer {stack.number(layer)}, head {head}"
         return Finding(kind.title + where, words + ".", number)
     count = f"{len(best)} of {len(ranked)} heads give" if len(best) > 1 else "One head gives"
     words = f"{count} {kind.least:.0%} or more of their weight {kind.does}. {kind.means}"

@@ -59,6 +59,7 @@ class Stack:
 
     weights: bytes `[L, H, Q, K]` as of `packing.bytes_of`, or, of windows, `[L, H, n, M², M²]`
     with, for each layer, the place in them where each token stands. measures: `[L][H]` by name.
+    numbers: of the layers among all of their kind, where some were left out.
     """
 
     name: str
@@ -68,6 +69,11 @@ class Stack:
     weights: Tensor
     places: Sequence[Sequence[int]] | None = None
     measures: Mapping[str, Sequence[Sequence[float | None]]] = field(default_factory=dict)
+    numbers: Sequence[int] = ()
+
+    def number(self, layer: int) -> int:
+        """What readers call a layer."""
+        return self.numbers[layer] if self.numbers else layer
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ class Page:
                     "queries": stack.queries,
                     "keys": stack.keys,
                     "layers": list(stack.layers),
+                    "numbers": [stack.number(layer) for layer in range(len(stack.layers))],
                     "heads": stack.weights.shape[1],
                     "weights": text,
                     "least": least,

@@ -4,7 +4,7 @@ L layers, H heads, Q queries, K keys, h × w the grid of an image's patches.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -69,15 +69,14 @@ def stacks_of(
     seen: dict[str, Seen] = {}
     found: dict[str, list[dict[str, Tensor]]] = {}
     with ExitStack() as looking:
+        run = where.partition("@")[1:]
         for name in chosen(model, where, "weights"):
             found[name] = []
             each = _kept(_measured(*reader.sides(name)), found[name])
-            seen[name] = looking.enter_context(capture(model, name, reduce=each))
+            seen[name] = looking.enter_context(capture(model, "".join((name, *run)), reduce=each))
         call(model, reader.inputs)
-    groups: dict[str, list[str]] = {}
-    for name in seen:
-        block, _, part = name.rpartition(".")
-        groups.setdefault(f"{stack_of(block)}{part}", []).append(name)
+    groups = _grouped(seen)
+    everywhere = _grouped(chosen(model, "*", "weights"))
     sides: list[Side] = []
     stacks: list[Stack] = []
     looking_tokens: list[Tokens] = []
@@ -89,10 +88,33 @@ def stacks_of(
             if tokens.side not in sides:
                 sides.append(tokens.side)
         stacks.append(
-            _stack(model, group, {name: seen[name] for name in names}, found, sides, pair)
+            _stack(
+                model,
+                group,
+                {name: seen[name] for name in names},
+                found,
+                sides,
+                pair,
+                everywhere[group],
+            )
         )
         looking_tokens.append(pair[0])
     return sides, stacks, looking_tokens
+
+
+def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Attentions by the stack and the part of a block that they are."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        block, _, part = name.rpartition(".")
+        groups.setdefault(f"{stack_of(block)}{part}", []).append(name)
+    return groups
+
+
+def _number(run: str, runs: int, names: Sequence[str]) -> int:
+    """Of a layer among all: one that serves several depths stands for as many."""
+    place, _, depth = run.partition("@")
+    return names.index(place) * runs + int(depth or 0)
 
 
 def _kept(measured: Measured, found: list[dict[str, Tensor]]) -> Callable[[Tensor], Tensor]:
@@ -169,6 +191,7 @@ def _stack(
     found: dict[str, list[dict[str, Tensor]]],
     sides: Sequence[Side],
     pair: Sequence[Tokens],
+    names: Sequence[str],
 ) -> Stack:
     layers = {
         run: (weights, measures)
@@ -191,6 +214,7 @@ def _stack(
         _name(group), sides.index(pair[0].side), sides.index(pair[1].side), list(layers),
         torch.stack([w[0] if places is None else w.transpose(0, 1) for w, _ in layers.values()]),
         places, table,
+        [_number(run, len(runs), names) for runs in seen.values() for run in runs],
     )  # fmt: skip
 
 

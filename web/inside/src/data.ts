@@ -19,6 +19,7 @@ export interface Stack {
   queries: number; // which of the sides
   keys: number;
   layers: string[];
+  numbers: number[]; // what readers call the layers, as some may have been left out
   heads: number;
   /** Bytes [layers, heads, Q, K], or of windows [layers, heads, windows, edge², edge²]: gzip, base64. */
   weights: string;

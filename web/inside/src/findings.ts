@@ -27,7 +27,7 @@ function item(store: Store, finding: Finding): Element {
     h(
       "button",
       { type: "button", "data-key": `finding-${finding.title}-${layer}-${head}`, click: () => show(store, finding, layer, head) },
-      `${layer}.${head}`,
+      `${store.data.stacks[finding.stack]?.numbers[layer]}.${head}`,
     ),
   );
   return h(

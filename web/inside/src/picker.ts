@@ -51,7 +51,7 @@ function grid(store: Store, values: (number | null)[][]): SVGSVGElement {
           click: (event: MouseEvent) => choose(store, at, event.shiftKey || event.ctrlKey || event.metaKey),
           keydown: (event: KeyboardEvent) => move(store, at, event),
         },
-        s("title", {}, `layer ${layer} (${name}), head ${head}${said}`),
+        s("title", {}, `layer ${stack.numbers[layer]} (${name}), head ${head}${said}`),
       );
     }),
   );
@@ -62,7 +62,7 @@ function grid(store: Store, values: (number | null)[][]): SVGSVGElement {
         x: MARGIN - 5, y: 16 + (layer + 0.5) * CELL, class: "label end", role: "button", tabindex: -1,
         click: () => store.set({ heads: allOf(store, layer) }),
       },
-      s("title", {}, `all heads of ${name}`), String(layer),
+      s("title", {}, `all heads of ${name}`), String(stack.numbers[layer]),
     ),
   );
   const heads = Array.from({ length: stack.heads }, (_, head) =>
@@ -109,7 +109,7 @@ function move(store: Store, [layer, head]: Head, event: KeyboardEvent): void {
 
 function chosenNames(store: Store): string {
   const { heads } = store.state;
-  const names = heads.map(([layer, head]) => `${layer}.${head}`).join(", ");
+  const names = heads.map(([layer, head]) => `${store.stack.numbers[layer]}.${head}`).join(", ");
   const [layer] = heads[0] ?? [0];
   const one = heads.length === 1 ? ` (${shown(store.stack.layers[layer] ?? "")})` : ", their mean in heatmap and text";
   return `layer.head ${names}${one}`;
