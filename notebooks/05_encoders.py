@@ -2,7 +2,7 @@
 # # BERT, ALBERT and DeBERTa side by side
 #
 # Three encoders from the same parts. BERT is the plain one; ALBERT runs one layer at every depth and splits
-# the embedding in two factors, for a tenth of the parameters; DeBERTa's scores have terms of their own for
+# the embedding in two factors, for a third of the parameters; DeBERTa's scores have terms of their own for
 # relative positions. Here all three are built alike, learn the same masked bytes' pieces for the same
 # number of steps, and are compared by what each costs and what it reaches.
 
