@@ -7,6 +7,8 @@ import torch
 from tests.explain.models import IDS, answer, made
 
 import polyhead as ph
+from polyhead.explain.attribution import integrated_gradients, occlusion
+from polyhead.explain.lens import direct_logit_attribution
 from polyhead.explain.replace import without
 
 
@@ -50,3 +52,25 @@ def test_a_reduction_of_weights_is_of_weights(how: str) -> None:
     with ph.capture(model, "layers.1", "residual", "top-2") as seen:
         answer(model, IDS)
     assert seen["backbone.layers.1"].indices.shape == (*IDS.shape, 2)
+
+
+def test_padding_on_the_right_is_not_asked() -> None:
+    model, alone = made("gpt2"), IDS[:1]
+    pad = torch.zeros(1, 3, dtype=torch.long)
+    inputs = {
+        "input_ids": torch.cat([alone, pad], 1),
+        "attention_mask": torch.cat([torch.ones_like(alone), pad], 1),
+    }
+    for measured in (occlusion, lambda *given: integrated_gradients(*given).values):
+        ours = measured(model, inputs)[:, : alone.shape[1]]
+        torch.testing.assert_close(ours, measured(model, alone), atol=1e-4, rtol=1e-4)
+    padded, whole = (direct_logit_attribution(model, given) for given in (inputs, alone))
+    torch.testing.assert_close(padded.heads, whole.heads, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(padded.total, whole.total, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ph.ConfigError, match="at is 99"):
+        direct_logit_attribution(model, alone, at=99)
+
+
+def test_direct_attribution_in_half_precision() -> None:
+    found = direct_logit_attribution(made("gpt2").bfloat16(), IDS)
+    torch.testing.assert_close(found.sum, found.total.float(), atol=0.1, rtol=0.1)

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
-from polyhead.explain.inputs import Inputs, Target, call, counted_tokens, logit, token_ids
+from polyhead.explain.inputs import (
+    Inputs,
+    Target,
+    call,
+    counted_place,
+    counted_tokens,
+    logit,
+    mask_of_answers,
+    token_ids,
+)
 from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import TokenEmbedding
 
@@ -61,7 +70,7 @@ def integrated_gradients(
     with torch.enable_grad():
         whole = source.tensor(model, inputs)
         start = source.start(model, inputs, whole, baseline)
-        asked = target or _fixed(source.answer(model, inputs, whole))
+        asked = target or _fixed(source.answer(model, inputs, whole), inputs)
 
         def answer(points: Tensor) -> Tensor:
             logits = source.answer(model, _times(inputs, len(points)), points.flatten(0, 1))
@@ -131,7 +140,7 @@ def occlusion(
     edge in pixels. target: None is the likeliest answer, held fixed (Zeiler and Fergus 2014).
     """
     logits = call(model, inputs)
-    target = target or _fixed(logits)
+    target = target or _fixed(logits, inputs)
     whole = target(logits)
     key = "pixel_values" if _is_images(inputs) else "input_ids"
     x = inputs if isinstance(inputs, Tensor) else inputs[key]
@@ -237,10 +246,13 @@ def learned_embedding(model: TaskModel) -> AbstractContextManager[None]:
     return _first_answer(part, lambda x: x.detach().requires_grad_())
 
 
-def _fixed(logits: Tensor) -> Target:
-    """The likeliest answer of these logits, wherever the answer goes."""
-    last = logits[:, -1] if logits.dim() == 3 else logits
-    return logit(last.detach().argmax(-1))
+def _fixed(logits: Tensor, inputs: Inputs) -> Target:
+    """The likeliest answer of these logits, after the last token that counts, held fixed."""
+    mask = mask_of_answers(inputs)
+    if logits.dim() == 3:
+        keep = torch.ones(logits.shape[:2], device=logits.device) if mask is None else mask
+        logits = logits[torch.arange(len(logits)), counted_place(keep.bool(), -1)]
+    return logit(logits.detach().argmax(-1), attention_mask=mask)
 
 
 def _gauss(begin: float, end: float) -> tuple[Tensor, Tensor]:

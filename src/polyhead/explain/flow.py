@@ -11,7 +11,7 @@ from torch import Tensor
 from polyhead.errors import ConfigError
 from polyhead.explain.attribution import learned_embedding
 from polyhead.explain.capture import capture
-from polyhead.explain.inputs import Inputs, Target, call, logit
+from polyhead.explain.inputs import Inputs, Target, call, logit, mask_of_answers
 from polyhead.models.model import TaskModel
 
 Weights = Mapping[str, Tensor] | Iterable[Tensor]
@@ -76,7 +76,7 @@ def gradient_attention(
     through below (Chefer et al. 2021, equations 5 and 6). target: None is the likeliest answer.
     where: the layers of one stack, as of `capture`.
     """
-    target = target or logit()
+    target = target or logit(attention_mask=mask_of_answers(inputs))
     with torch.enable_grad(), capture(model, where, graph=True) as seen:
         # The weights must be part of a graph though no parameter may learn.
         with learned_embedding(model):

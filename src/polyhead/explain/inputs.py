@@ -40,14 +40,40 @@ def counted_tokens(inputs: Inputs) -> Tensor:
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
 
 
-def logit(of: int | Tensor | None = None, at: int = -1) -> Target:
+def mask_of_answers(inputs: Inputs) -> Tensor | None:
+    """Which tokens that are answered at count; None: all."""
+    if isinstance(inputs, Tensor):
+        return None
+    is_read = "decoder_input_ids" in inputs
+    return inputs.get("decoder_attention_mask" if is_read else "attention_mask")
+
+
+def counted_place(keep: Tensor, at: int) -> Tensor:
+    """Where the `at`-th token of each row that counts stands, from the end below 0: `[B]`.
+
+    keep: `[B, T]`. Errors: ConfigError for a row that has no such token.
+    """
+    numbers = keep.int().cumsum(1)
+    counts = numbers[:, -1:]
+    wanted = counts + at + 1 if at < 0 else torch.full_like(counts, at + 1)
+    if bool(((wanted < 1) | (wanted > counts)).any()):
+        raise ConfigError(f"at is {at}, and a row has {int(counts.min())} tokens; count from 0")
+    return (keep & (numbers == wanted)).int().argmax(1)
+
+
+def logit(
+    of: int | Tensor | None = None, at: int = -1, attention_mask: Tensor | None = None
+) -> Target:
     """The logit of a class, or of an id after the token `at`; None: of the likeliest one.
 
-    of: one for all rows, or `[B]`.
+    of: one for all rows, or `[B]`. attention_mask: `[B, T]`, so that `at` counts no padding.
     """
 
     def target(logits: Tensor) -> Tensor:
-        logits = logits[:, at] if logits.dim() == 3 else logits
+        if logits.dim() == 3:
+            every = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+            keep = every if attention_mask is None else attention_mask.bool().expand(every.shape)
+            logits = logits[torch.arange(len(logits)), counted_place(keep, at)]
         chosen = logits.detach().argmax(-1) if of is None else torch.as_tensor(of).to(logits.device)
         return logits.gather(-1, chosen.expand(len(logits))[:, None])[:, 0]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from polyhead.errors import ConfigError
 from polyhead.explain.answers import Answers, final_norm, stack_of
 from polyhead.explain.capture import capture
-from polyhead.explain.inputs import Inputs, call, token_ids
+from polyhead.explain.inputs import Inputs, call, counted_place, counted_tokens, token_ids
 from polyhead.explain.places import blocks
 from polyhead.explain.reduce import Top
 from polyhead.models.model import TaskModel
@@ -79,15 +79,22 @@ def direct_logit_attribution(
 ) -> Attribution:
     """What each head and feed-forward layer adds to a logit on the straight way to it.
 
-    of: an id, for all rows or `[B]`; None: the likeliest. at: the token after which. The last norm
+    of: an id, for all rows or `[B]`; None: the likeliest. at: the token after which, of those that
+    are no padding. The last norm
     is taken as the factor that it was (Elhage et al. 2021). Of decoders whose blocks add to the
     stream as they are (pre-norm: GPT-2, LLaMA, experts); others raise ConfigError.
     """
     names = _straight_blocks(model)
     whats = ("heads", "ffn_out", "residual", "residual_in")
     with capture(model, "*", whats) as seen:
-        logits = call(model, inputs)[:, at]
-    first, last = seen["residual_in"][names[0]][:, at], seen["residual"][names[-1]][:, at]
+        every = call(model, inputs)
+    place = counted_place(counted_tokens(inputs), at)
+
+    def of_token(x: Tensor) -> Tensor:
+        return x[torch.arange(len(x), device=x.device), place]
+
+    logits = of_token(every)
+    first, last = of_token(seen["residual_in"][names[0]]), of_token(seen["residual"][names[-1]])
     chosen = logits.argmax(-1) if of is None else torch.as_tensor(of, device=logits.device)
     chosen = chosen.expand(len(token_ids(inputs)))
     direction, bias = _direction(model, last, chosen)
@@ -96,12 +103,14 @@ def direct_logit_attribution(
     ffn: list[Tensor] = []
     for name in names:
         part = cast(MultiHeadAttention, model.get_submodule(f"{name}.attention"))
-        found = seen["heads"][f"{name}.attention"][:, :, at]  # [B, H, D]
+        found = of_token(seen["heads"][f"{name}.attention"].transpose(1, 2))  # [B, H, D]
         weight = part.out.weight.unflatten(1, (part.num_heads, -1))  # [E, H, D]
         heads.append(torch.einsum("bhd,ehd,be->bh", found.float(), weight.float(), direction))
         own: Tensor | None = getattr(part.out, "bias")  # noqa: B009
-        written.append(direction.new_zeros(len(direction)) if own is None else direction @ own)
-        ffn.append((seen["ffn_out"][f"{name}.ffn"][:, at] * direction).sum(-1))
+        written.append(
+            direction.new_zeros(len(direction)) if own is None else direction @ own.float()
+        )
+        ffn.append((of_token(seen["ffn_out"][f"{name}.ffn"]) * direction).sum(-1))
     return Attribution(
         (first * direction).sum(-1), torch.stack(heads, 1), torch.stack(written, 1),
         torch.stack(ffn, 1), bias, logits.gather(1, chosen[:, None])[:, 0],
