@@ -1,5 +1,6 @@
 """Pictures: what is written in them is there, whole, and lies on nothing else."""
 
+import io
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -127,3 +128,14 @@ def test_the_user_s_own_style_is_left_alone() -> None:
 def test_values_of_other_tokens_are_refused() -> None:
     with pytest.raises(ph.ConfigError, match=r"values \[5, 5\] do not belong to tokens \[4, 4\]"):
         plots.heatmap(weights(5, 5), tokens(4))
+
+
+def test_a_title_is_no_formula() -> None:
+    words = r"pay $\foo$ now, $x_"
+    figures = [
+        plots.heatmap(torch.eye(2), ["a", "b"], title=words),
+        plots.head_grid(torch.rand(2, 2, 2), ["a", "b"], title=words),
+        plots.over_images(torch.rand(3, 4, 4), torch.rand(2, 4, 4), titles=[words]),
+    ]
+    for figure in figures:
+        figure.savefig(io.BytesIO())

@@ -70,7 +70,7 @@ def heatmap(
     picture = _draw(axes, weights, "signed" if signed else "shares")
     _ticks(axes.set_yticks, queries, 72 * rows)
     _ticks(axes.set_xticks, keys, 72 * columns, rotation=90)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.set_ylabel("looks")
     axes.set_xlabel("is looked at")
     figure.colorbar(picture, ax=axes, shrink=0.8, pad=0.02)
@@ -97,7 +97,7 @@ def head_grid(
         _ticks(
             axes.set_xticks, tokens if number + columns >= len(weights) else (), 150, rotation=90
         )
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     return figure
 
 
@@ -114,7 +114,7 @@ def layer_heads(
     axes.set_yticks(range(0, layers, max(1, layers // 24)))
     axes.set_xlabel("head")
     axes.set_ylabel("layer")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     if heads <= 16:
         _write(axes, picture, table)
     figure.colorbar(picture, ax=axes, pad=0.02)
@@ -151,7 +151,7 @@ def lens_table(
     numbers = [str(len(layers) - 1 - number) for number in range(len(layers))]
     axes.set_yticks(range(len(layers)), numbers, fontsize=7)
     axes.set_ylabel("after layer")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     figure.colorbar(picture, ax=axes, pad=0.01, label="probability")
     return figure
 
@@ -168,7 +168,7 @@ def by_layer(table: Tensor, name: str, title: str = "", *, dark: bool = False) -
     axes.plot(range(len(table)), table.nanmean(1).cpu(), color=_LINE, linewidth=2)
     axes.set_xlabel("layer")
     axes.set_ylabel(name)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.set_ylim(bottom=min(0.0, float(table.nan_to_num().min())))
     axes.locator_params(axis="x", integer=True)
     return figure
@@ -201,7 +201,11 @@ def over_images(
                 extent=edges,
                 interpolation="bilinear",
             )
-            axes.set_title(titles[number - 1] if titles else f"{number - 1}", fontsize=8)
+            axes.set_title(
+                titles[number - 1] if number <= len(titles) else f"{number - 1}",
+                fontsize=8,
+                parse_math=False,
+            )
         axes.set_xlim(edges[:2])
         axes.set_ylim(edges[2:])
     return figure
@@ -222,7 +226,7 @@ def projection(
     axes.scatter(at[:, 0].tolist(), at[:, 1].tolist(), s=14, color=_LINE)
     axes.margins(0.12)
     _label(axes, at, _shown(labels, 24))
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.set_xlabel(f"the two directions hold {share:.0%} of the differences")
     return figure
 
