@@ -23,7 +23,7 @@ from polyhead.nn.patches import PatchEmbedding
 from polyhead.tasks.batching import check_texts, inputs
 from polyhead.tasks.fit import kind_of
 from polyhead.tasks.translate import Translator
-from polyhead.text.pieces import pieces
+from polyhead.text.pieces import is_mark, pieces
 from polyhead.text.tokenizer import Tokenizer
 
 READ_IMAGES = ("vision", "two towers", "image-text")
@@ -161,8 +161,7 @@ def _of_image_text(
 def _words(tokenizer: Tokenizer, ids: Tensor) -> Tokens:
     row = ids[0].tolist()
     names = pieces(tokenizer, row)
-    marks = [i in tokenizer.special_ids or not any(map(str.isalnum, name))
-             for i, name in zip(row, names, strict=True)]  # fmt: skip
+    marks = [is_mark(tokenizer, i) for i in row]
     delimiters = torch.tensor([marks], device=ids.device)
     return Tokens(Side(names), Text(ids, torch.ones_like(ids, dtype=torch.bool), delimiters))
 
