@@ -8,6 +8,7 @@ from tests.explain.models import IDS, answer, made
 
 import polyhead as ph
 from polyhead.explain.attribution import integrated_gradients, occlusion
+from polyhead.explain.flow import gradient_attention, rollout
 from polyhead.explain.lens import direct_logit_attribution
 from polyhead.explain.replace import without
 
@@ -74,3 +75,15 @@ def test_padding_on_the_right_is_not_asked() -> None:
 def test_direct_attribution_in_half_precision() -> None:
     found = direct_logit_attribution(made("gpt2").bfloat16(), IDS)
     torch.testing.assert_close(found.sum, found.total.float(), atol=0.1, rtol=0.1)
+
+
+def test_stacks_that_do_not_follow_one_another() -> None:
+    model = made("t5")
+    inputs = {"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}
+    with ph.capture(model) as seen:
+        answer(model, inputs)
+    with pytest.raises(ph.ConfigError, match="do not follow one another"):
+        rollout(seen)
+    with pytest.raises(ph.ConfigError, match="do not follow one another"):
+        gradient_attention(model, inputs)
+    assert gradient_attention(model, inputs, where="encoder").shape == (2, *IDS.shape[1:] * 2)

@@ -271,3 +271,12 @@ def test_layers_that_are_left_out_are_counted(
     assert page.data()["stacks"][0]["numbers"] == numbers
     told = [finding.text for finding in page.findings if "the most is" in finding.text]
     assert all(any(f"layer {number}," in text for number in numbers) for text in told)
+
+
+def test_a_model_that_answers_nothing_says_so() -> None:
+    tokenizer = ph.Tokenizer.train(["once upon a time"], kind="bytes")
+    model = ph.build("gpt2", vocab_size=tokenizer.vocab_size, d_model=16, num_layers=1, num_heads=2)
+    with torch.no_grad():
+        next(iter(model.parameters())).fill_(torch.nan)
+    with pytest.raises(ph.ConfigError, match="are not numbers"):
+        ph.inside(model.eval(), tokenizer, "once upon")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polyhead.errors import ConfigError
+from polyhead.explain.answers import stack_of
 from polyhead.explain.attribution import learned_embedding
 from polyhead.explain.capture import capture
 from polyhead.explain.inputs import Inputs, Target, call, logit, mask_of_answers
@@ -81,6 +82,7 @@ def gradient_attention(
         # The weights must be part of a graph though no parameter may learn.
         with learned_embedding(model):
             value = target(call(model, inputs)).sum()
+        _check_one_stack(seen)
         gradients = torch.autograd.grad(value, list(seen.values()))
     found: Tensor | None = None
     for weights, gradient in zip(seen.values(), gradients, strict=True):
@@ -91,7 +93,20 @@ def gradient_attention(
     return found
 
 
+def _check_one_stack(names: Iterable[str]) -> None:
+    """ConfigError for attentions of several stacks, which do not follow one another."""
+    places = [name.partition("@")[0].rpartition(".") for name in names]
+    stacks = {f"{stack_of(block)}{part}" for block, _, part in places}
+    if len(stacks) > 1:
+        raise ConfigError(
+            f"attentions of {', '.join(sorted(stacks))} do not follow one another; name the self-"
+            "attention of one stack, such as 'encoder'"
+        )
+
+
 def _layers(weights: Weights) -> list[Tensor]:
+    if isinstance(weights, Mapping):
+        _check_one_stack(weights)
     found = list(weights.values() if isinstance(weights, Mapping) else weights)
     sizes = {tuple(layer.shape[2:]) for layer in found}
     if len(sizes) > 1 or any(q != k for q, k in sizes):

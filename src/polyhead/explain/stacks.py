@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polyhead.errors import ConfigError
 from polyhead.explain import heads as text_heads
 from polyhead.explain import reduce
 from polyhead.explain.answers import stack_of
@@ -119,6 +120,8 @@ def _number(run: str, runs: int, names: Sequence[str]) -> int:
 
 def _kept(measured: Measured, found: list[dict[str, Tensor]]) -> Callable[[Tensor], Tensor]:
     def keep(weights: Tensor) -> Tensor:
+        if not bool(weights.isfinite().all()):
+            raise ConfigError("attention's weights are not numbers (NaN); the model is broken")
         found.append(measured(weights.float()))
         return bytes_of(weights)
 
