@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +123,9 @@ def test_one_that_goes_away_makes_room(start: Start) -> None:
             with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
                 next(answer.iter_lines())
         else:
-            with pytest.raises(httpx.ReadTimeout):
+            with pytest.raises(httpx.TimeoutException):
                 httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.05)
-    began = time.monotonic()
     assert until(lambda: post(server, SHORT).status_code == 200)
-    assert time.monotonic() - began < 5
 
 
 def test_more_than_there_is_room_for(start: Start) -> None:
@@ -137,7 +134,7 @@ def test_more_than_there_is_room_for(start: Start) -> None:
     retry: list[str] = []
 
     def ask() -> None:
-        answer = post(server, LONG | {"max_tokens": 300, "ignore_eos": True})
+        answer = post(server, LONG | {"ignore_eos": True})
         found.append(answer.status_code)
         if answer.status_code == 429:
             retry.append(answer.headers["retry-after"])
@@ -261,12 +258,26 @@ def test_what_prometheus_is_told(start: Start) -> None:
     assert found[named("num_requests_running")] == 0
     assert found[named("kv_cache_usage_perc")] == 0
     with httpx.stream(
-        "POST", f"{server.url}/v1/completions", json=LONG | {"stream": True, "ignore_eos": True}
+        "POST",
+        f"{server.url}/v1/completions",
+        json=LONG | {"stream": True, "ignore_eos": True, "n": 8},
     ) as answer:
         lines = answer.iter_lines()  # that is dropped, it hangs up
         next(lines)
-        until(lambda: told()[named("num_requests_running")] == 1)
+        until(lambda: told()[named("num_requests_running")] == 8)
         assert told()[named("kv_cache_usage_perc")] > 0
     until(lambda: told()[named("num_requests_running")] == 0)
     os.kill(*server.workers(), signal.SIGKILL)
     until(lambda: told()["polyhead:worker_restarts_total"] == 1)
+
+
+def test_what_is_larger_than_a_pipe_arrives_whole(start: Start) -> None:
+    server = start("--max-body", str(2**24))
+    tokens = [5] * 800_000
+    told = httpx.post(f"{server.url}/detokenize", json={"model": "tiny", "tokens": tokens})
+    assert told.status_code == 200
+    text = told.json()["prompt"]
+    body = {"model": "tiny", "prompt": text}
+    assert httpx.post(f"{server.url}/tokenize", json=body).json()["count"] > 100_000
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+    assert "polyhead:worker_restarts_total 0.0" in httpx.get(f"{server.url}/metrics").text

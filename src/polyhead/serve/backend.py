@@ -2,16 +2,14 @@
 
 import asyncio
 import itertools
-import multiprocessing
 from collections.abc import AsyncGenerator, Mapping
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 from polyhead.errors import ConfigError
 from polyhead.serve.errors import ApiError, busy, late, lost, not_ready
 from polyhead.serve.messages import Cancel, Done, Failed, Job, Piece, Plan, Ready, Refused, Stats
 from polyhead.serve.metrics import Metrics
+from polyhead.serve.wire import Wire
 
 _AGAIN_S = (0.0, 1.0, 5.0, 30.0)  # before a start that follows so many that ended at once
 
@@ -33,8 +31,7 @@ class Backend:
         self._waiting: dict[int, asyncio.Queue[Any]] = {}
         self._ready = asyncio.Event()
         self._refused: str | None = None
-        self._process: BaseProcess | None = None
-        self._pipe: Connection | None = None
+        self._wire: Wire | None = None
         self._is_closing = False
         self._soon: asyncio.Task[None] | None = None
 
@@ -121,34 +118,11 @@ class Backend:
     async def close(self) -> None:
         """End the worker."""
         self._is_closing = True
-        if self._pipe is not None and not self._pipe.closed:
-            asyncio.get_running_loop().remove_reader(self._pipe.fileno())
-            self._pipe.close()
-        process = self._process
-        if process is not None:
-            await asyncio.to_thread(process.join, 5)
-            if process.is_alive():
-                process.kill()
+        if self._wire is not None:
+            await self._wire.close()
 
     def _begin(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(theirs, self.plan), name="polyhead-worker", daemon=True
-        )
-        self._process.start()
-        theirs.close()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._pipe.fileno(), self._listen, self._pipe, loop)
-
-    def _listen(self, pipe: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        """Take what the pipe has; it is called again while there is more."""
-        try:
-            self._take(pipe.recv())
-        except (EOFError, OSError):
-            loop.remove_reader(pipe.fileno())
-            pipe.close()
-            self._end()
+        self._wire = Wire(self.plan, self._take, self._end)
 
     def _take(self, batch: list[Any]) -> None:
         for told in batch:
@@ -183,20 +157,9 @@ class Backend:
             self._begin()
 
     def _send(self, what: Job | Cancel) -> None:
-        if self._pipe is None:
+        if self._wire is None:
             raise lost()
-        try:
-            self._pipe.send(what)
-        except OSError:
-            if isinstance(what, Job):
-                raise lost() from None
-
-
-def _work(pipe: Connection, plan: Plan) -> None:
-    """Where the worker begins; the front itself goes without torch."""
-    from polyhead.serve.worker import main
-
-    main(pipe, plan)
+        self._wire.send(what)
 
 
 def _as_error(told: Failed) -> ApiError:

@@ -56,6 +56,8 @@ def _answer(pipe: Connection, services: Mapping[str, Service], say: "_Sender") -
             asked = pipe.recv()
         except (EOFError, OSError):
             return
+        if asked is None:
+            return
         if isinstance(asked, Cancel):
             services[asked.model].cancel(asked.number)
         elif isinstance(asked, Job):
