@@ -33,4 +33,18 @@ autodoc_typehints_format = "short"
 autodoc_class_signature = "mixed"
 toc_object_entries = False  # each page would copy thousands of them
 python_maximum_signature_line_length = 80
+
+
+def setup(app):
+    """Sphinx calls this: modules whose source no page shows are not listed among those."""
+
+    def forget(app):
+        found = getattr(app.env, "_viewcode_modules", {})
+        for name in [name for name, source in found.items() if not source]:
+            del found[name]
+        return []
+
+    app.connect("html-collect-pages", forget, priority=100)
+
+
 copybutton_prompt_text = r"\$ "

@@ -117,5 +117,5 @@ def test_occlusion_of_tokens_and_patches() -> None:
     expected = logit(3)(answer(vit, IMAGES)) - logit(3)(answer(vit, image))
     torch.testing.assert_close(found[:, 1, 3], expected)
     assert found.shape == (2, 4, 4)
-    with pytest.raises(ph.ConfigError, match="edge of a patch"):
+    with pytest.raises(ph.ConfigError, match="name the edge"):
         occlusion(vit, IMAGES)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import polyhead as ph
+from polyhead.explain.images import image_maps
 
 transformers = pytest.importorskip("transformers")
 
@@ -180,3 +181,17 @@ def test_every_stage(name: str, tmp_path: Path) -> None:
         for i, x in enumerate(found.values()):
             expected = kept[what, i]
             assert near(flat(x, what), expected.reshape(flat(x, what).shape)), (what, i)
+
+
+@pytest.mark.parametrize("family", [test_clip, test_llava])
+def test_maps_of_the_tower_that_reads_images(family: Any, tmp_path: Path) -> None:
+    case = family.CASES[0]
+    case.make().save_pretrained(tmp_path)
+    images = test_llava.images(2) if family is test_llava else case.inputs()[1]
+    model = ph.load(tmp_path)
+    maps = image_maps(model, images)
+    with ph.capture(model, "vision") as seen:
+        model.backbone.vision(images)
+    assert list(maps) == list(seen)
+    for name, found in maps.items():
+        assert torch.equal(found.flatten(2), seen[name][:, :, 0, 1:])

@@ -33,6 +33,10 @@ def alignment(
     """
 
     def mean(weights: Tensor) -> Tensor:
+        if heads is not None and not (heads and all(0 <= h < weights.shape[1] for h in heads)):
+            raise ConfigError(
+                f"heads are {list(heads)} of {weights.shape[1]}; name one or more, from 0"
+            )
         return weights.float()[:, slice(None) if heads is None else list(heads)].mean(1)
 
     given = {"input_ids": input_ids, "decoder_input_ids": decoder_input_ids}

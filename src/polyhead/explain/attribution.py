@@ -4,7 +4,7 @@ B rows, T tokens, E the model's width.
 """
 
 from collections.abc import Callable, Generator, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -17,6 +17,7 @@ from polyhead.explain.inputs import (
     Inputs,
     Target,
     call,
+    check_differentiable,
     counted_place,
     counted_tokens,
     logit,
@@ -34,7 +35,7 @@ class Attributions:
     """What each token `[B, T]`, or each pixel's channel, adds to an answer beside a baseline's.
 
     values: the attributions. answer, baseline `[B]`: the target's values there. error `[B]`: how
-    far their difference is from the sum, relative to it.
+    far their difference is from the sum, relative to it; below fp32 it is mostly rounding.
     """
 
     values: Tensor
@@ -66,6 +67,7 @@ def integrated_gradients(
     None) norms turn all at once, and where routing to experts changes the answer jumps, which no
     gradient sees: look at `error`.
     """
+    check_differentiable(model)
     source = _Source.of(model, inputs)
     with torch.enable_grad():
         whole = source.tensor(model, inputs)
@@ -160,8 +162,10 @@ def _hidden(x: Tensor, by: int | float, patch: int | None) -> Iterable[Tensor]:
         for at in range(x.shape[1]):
             yield x.index_fill(1, torch.tensor([at], device=x.device), int(by))
         return
-    if patch is None:
-        raise ConfigError("name the edge of a patch in pixels to hide of an image")
+    if patch is None or patch < 1:
+        raise ConfigError(
+            f"patch is {patch}; name the edge, in pixels, of what to hide of an image"
+        )
     for top in range(0, x.shape[2], patch):
         for left in range(0, x.shape[3], patch):
             found = x.clone()
@@ -240,10 +244,20 @@ def _first_answer(part: nn.Module, change: Callable[[Tensor], Tensor]) -> Genera
         hook.remove()
 
 
-def learned_embedding(model: TaskModel) -> AbstractContextManager[None]:
-    """Within it gradients reach whatever follows the first embedding."""
-    part = next(p for p in model.modules() if isinstance(p, TokenEmbedding | nn.Conv2d))
-    return _first_answer(part, lambda x: x.detach().requires_grad_())
+@contextmanager
+def learned_embeddings(model: TaskModel) -> Generator[None]:
+    """Within it gradients reach whatever follows an embedding, though no parameter may learn."""
+
+    def see(_: nn.Module, __: object, answer: Tensor) -> Tensor:
+        return answer.detach().requires_grad_()
+
+    parts = [part for part in model.modules() if isinstance(part, TokenEmbedding | nn.Conv2d)]
+    hooks = [part.register_forward_hook(see) for part in parts]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _fixed(logits: Tensor, inputs: Inputs) -> Target:

@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from polyhead.errors import ConfigError
 from polyhead.explain.look import Look, Named, check_runs, counted
-from polyhead.explain.places import KINDS, chosen, kind_of
+from polyhead.explain.places import chosen, kind_of, kinds_of
 from polyhead.explain.reduce import Kept, Reduce, Reduction, check_fit, reduction
 from polyhead.explain.room import require_room
 
@@ -44,10 +43,12 @@ def capture(
 
     A layer that serves several depths, as ALBERT's, has a name for each: `...attention`,
     `...attention@1` and so on. Layers not named stay on the fused path; answers are the same to
-    rounding. Raises ConfigError where nothing has such a name, or what is kept would not fit.
+    rounding. In steps over a rolling cache the keys are its slots, in the order of the ring. The
+    model is seen by one thread at a time: forwards of others are seen, too. Raises ConfigError
+    where nothing has such a name, what is kept would not fit, or blocks are recomputed.
     """
     several = not isinstance(what, str)
-    seen: Seen = {one: {} for one in what} if several else {}
+    seen: Seen = {one: {} for one in kinds_of(what)} if several else {}
 
     def note(one: str, name: str, kept: Kept) -> None:
         (seen[one] if several else seen)[name] = kept
@@ -67,13 +68,13 @@ def capture_steps(
 
     A step ends where a place comes to run again; the arguments are those of `capture`.
     """
-    several = not isinstance(what, str)
+    several, kinds = not isinstance(what, str), kinds_of(what)
     steps: list[Seen] = []
     now: set[tuple[str, str]] = set()
 
     def note(one: str, name: str, kept: Kept) -> None:
         if not steps or (one, name) in now:
-            steps.append({each: {} for each in what} if several else {})
+            steps.append({each: {} for each in kinds} if several else {})
             now.clear()
         now.add((one, name))
         (steps[-1][one] if several else steps[-1])[name] = kept
@@ -92,9 +93,7 @@ def _captured(
     note: Note,
 ) -> Generator[None]:
     how = reduction(reduce)
-    kinds = [what] if isinstance(what, str) else list(what)
-    if not kinds:
-        raise ConfigError(f"what is empty; choose of {', '.join(KINDS)}")
+    kinds = kinds_of(what)
     for one in kinds:
         check_fit(one, reduce)
     owners = {one: list(chosen(model, where, one)) for one in kinds}

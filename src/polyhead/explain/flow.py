@@ -10,9 +10,16 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 from polyhead.explain.answers import stack_of
-from polyhead.explain.attribution import learned_embedding
+from polyhead.explain.attribution import learned_embeddings
 from polyhead.explain.capture import capture
-from polyhead.explain.inputs import Inputs, Target, call, logit, mask_of_answers
+from polyhead.explain.inputs import (
+    Inputs,
+    Target,
+    call,
+    check_differentiable,
+    logit,
+    mask_of_answers,
+)
 from polyhead.models.model import TaskModel
 
 Weights = Mapping[str, Tensor] | Iterable[Tensor]
@@ -31,8 +38,7 @@ def rollout(weights: Weights, residual: float = 0.5) -> Tensor:
         mixed = mixed + residual * torch.eye(mixed.shape[-1], device=mixed.device)
         mixed = mixed / mixed.sum(-1, keepdim=True)
         found = mixed if found is None else mixed @ found
-    if found is None:
-        raise ConfigError("rollout of no layer at all; capture the weights of a stack first")
+    assert found is not None
     return found
 
 
@@ -77,13 +83,14 @@ def gradient_attention(
     through below (Chefer et al. 2021, equations 5 and 6). target: None is the likeliest answer.
     where: the layers of one stack, as of `capture`.
     """
+    check_differentiable(model)
     target = target or logit(attention_mask=mask_of_answers(inputs))
     with torch.enable_grad(), capture(model, where, graph=True) as seen:
         # The weights must be part of a graph though no parameter may learn.
-        with learned_embedding(model):
+        with learned_embeddings(model):
             value = target(call(model, inputs)).sum()
-        _check_one_stack(seen)
-        gradients = torch.autograd.grad(value, list(seen.values()))
+        _layers(seen)
+        gradients = torch.autograd.grad(value, list(seen.values()), materialize_grads=True)
     found: Tensor | None = None
     for weights, gradient in zip(seen.values(), gradients, strict=True):
         shares = (weights * gradient).float().clamp(min=0).mean(1).detach()
@@ -108,6 +115,8 @@ def _layers(weights: Weights) -> list[Tensor]:
     if isinstance(weights, Mapping):
         _check_one_stack(weights)
     found = list(weights.values() if isinstance(weights, Mapping) else weights)
+    if not found:
+        raise ConfigError("there are weights of no layer at all; capture those of a stack first")
     sizes = {tuple(layer.shape[2:]) for layer in found}
     if len(sizes) > 1 or any(q != k for q, k in sizes):
         raise ConfigError(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 from polyhead.explain.capture import capture
-from polyhead.explain.inputs import call
 from polyhead.models.model import TaskModel
 from polyhead.models.swin import Swin, SwinStage
+from polyhead.nn.mode import evaluating
 from polyhead.nn.patches import Grid, PatchEmbedding
 from polyhead.nn.windows import Windows
 
@@ -22,16 +22,19 @@ def image_maps(
 ) -> dict[str, Tensor]:
     """What each head looks at, by layer: `[B, H, h, w]`, a share of the weight for each patch.
 
+    Of CLIP and LLaVA they are those of the tower that reads images.
     query: the patch (row, column) that looks; None: the class token, or where there is none (Swin)
     all patches together, in the mean. Of Swin's layers a query sees its window alone; patches
     outside it are zero, and what falls on a window's padding is missing. A patch is one of the
     layer's own grid. ConfigError for a model that reads no image, and a patch off the grid.
     """
-    patches = next((p for p in model.modules() if isinstance(p, PatchEmbedding)), None)
+    named = ((n, p) for n, p in model.named_modules() if isinstance(p, PatchEmbedding))
+    patches_at, patches = next(named, ("", None))
     if patches is None:
         raise ConfigError(f"{model.config.model_type} reads no images; capture its weights instead")
-    with capture(model, where) as seen:
-        call(model, pixel_values)
+    tower = patches_at.rpartition(".")[0]
+    with capture(model, where if where != "*" else f"{tower}.*") as seen, evaluating(model):
+        model.get_submodule(tower)(pixel_values)
     grid = patches.grid(pixel_values)
     if isinstance(model.backbone, Swin):
         return {name: _of_windows(model, name, w, grid, query) for name, w in seen.items()}

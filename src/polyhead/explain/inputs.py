@@ -24,6 +24,18 @@ def call(model: TaskModel, inputs: Inputs) -> Tensor:
         return model(inputs) if isinstance(inputs, Tensor) else model(**inputs)
 
 
+def check_answers(of: Tensor, count: int) -> None:
+    """ConfigError for an id or a class that there is not."""
+    if bool(((of < 0) | (of >= count)).any()):
+        raise ConfigError(f"of is {of.tolist()}, and the model has {count} answers; count from 0")
+
+
+def check_differentiable(model: TaskModel) -> None:
+    """ConfigError for a model whose kernels have no gradients."""
+    if model.inference_only:
+        raise ConfigError("a packed model has no gradients; ask the one that it was packed from")
+
+
 def token_ids(inputs: Inputs) -> Tensor:
     """The ids `[B, T]` of the texts, a decoder's of an encoder-decoder's too where it is asked."""
     if isinstance(inputs, Tensor):
@@ -75,6 +87,7 @@ def logit(
             keep = every if attention_mask is None else attention_mask.bool().expand(every.shape)
             logits = logits[torch.arange(len(logits)), counted_place(keep, at)]
         chosen = logits.detach().argmax(-1) if of is None else torch.as_tensor(of).to(logits.device)
+        check_answers(chosen, logits.shape[-1])
         return logits.gather(-1, chosen.expand(len(logits))[:, None])[:, 0]
 
     return target

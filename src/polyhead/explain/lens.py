@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from polyhead.errors import ConfigError
 from polyhead.explain.answers import Answers, final_norm, stack_of
 from polyhead.explain.capture import capture
-from polyhead.explain.inputs import Inputs, call, counted_place, counted_tokens, token_ids
+from polyhead.explain.inputs import (
+    Inputs,
+    call,
+    check_answers,
+    counted_place,
+    counted_tokens,
+    token_ids,
+)
 from polyhead.explain.places import blocks
 from polyhead.explain.reduce import Top
 from polyhead.models.model import TaskModel
@@ -85,6 +92,8 @@ def direct_logit_attribution(
     stream as they are (pre-norm: GPT-2, LLaMA, experts); others raise ConfigError.
     """
     names = _straight_blocks(model)
+    if model.inference_only:
+        raise ConfigError("a packed model's weights are laid out; ask the one it was packed from")
     whats = ("heads", "ffn_out", "residual", "residual_in")
     with capture(model, "*", whats) as seen:
         every = call(model, inputs)
@@ -96,6 +105,7 @@ def direct_logit_attribution(
     logits = of_token(every)
     first, last = of_token(seen["residual_in"][names[0]]), of_token(seen["residual"][names[-1]])
     chosen = logits.argmax(-1) if of is None else torch.as_tensor(of, device=logits.device)
+    check_answers(chosen, logits.shape[-1])
     chosen = chosen.expand(len(token_ids(inputs)))
     direction, bias = _direction(model, last, chosen)
     heads: list[Tensor] = []

@@ -5,6 +5,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from polyhead.errors import ConfigError
@@ -49,6 +50,11 @@ class Named:
 
     def __call__(self) -> str | None:
         """The name of the run that is on; None where it is not wanted."""
+        if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
+            raise ConfigError(
+                f"{self.place} is recomputed on the way back, where its runs cannot be told apart; "
+                "capture and replace without recomputing"
+            )
         count = self.runs[self.what, self.place]
         self.runs[self.what, self.place] += 1
         self.most = max(self.most, count + 1)

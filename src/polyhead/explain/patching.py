@@ -53,6 +53,11 @@ def patching_grid(
     with torch.no_grad():
         with capture(model, where, what) as seen:
             best = float(target(call(model, clean)).mean())
+        widths = {state.shape[1] for state in seen.values()}
+        if len(widths) > 1:
+            raise ConfigError(
+                f"the {what} of {where!r} are of {sorted(widths)} columns; name one stack"
+            )
         worst = float(target(call(model, corrupted)).mean())
         if abs(best - worst) < 1e-9:
             raise ConfigError(f"the target is {best:.4g} in both runs; there is nothing to explain")

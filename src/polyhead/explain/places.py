@@ -5,7 +5,7 @@ V vocabulary.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -149,11 +149,23 @@ def kind_of(what: str) -> Kind:
     return KINDS[what]
 
 
+def kinds_of(what: str | Sequence[str]) -> list[str]:
+    """Names of `KINDS`; ConfigError for none, and for what is no name of one."""
+    kinds = [what] if isinstance(what, str) else list(what or ())
+    if not kinds:
+        raise ConfigError(f"what is empty; choose of {', '.join(KINDS)}")
+    for one in kinds:
+        kind_of(one)
+    return kinds
+
+
 def chosen(model: nn.Module, where: str, what: str) -> dict[str, nn.Module]:
     """Those who have `what`, by name, of a part of a name or a pattern of names.
 
     A run that `where` names after an @ is left to the caller. ConfigError where there is none.
     """
+    if not isinstance(where, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"where is {where!r}; give one name or pattern, such as 'layers.3'")
     kind = kind_of(what)
     all_owners, place = kind.owners(model), where.partition("@")[0]
     found = {name: part for name, part in all_owners.items() if is_named(name, place)}

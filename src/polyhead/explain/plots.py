@@ -27,6 +27,12 @@ _LINE = "#3d7dca"
 _LABELS = 64  # more are not all written
 _WIDE = 18  # letters of a token that are written
 
+_SCRIPTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Hiragino Sans",
+    "Microsoft YaHei", "Malgun Gothic", "Noto Sans Thai", "Noto Sans Devanagari", "Nirmala UI",
+    "Leelawadee UI", "Arial Unicode MS", "Noto Emoji", "Unifont",
+)  # fmt: skip  # for letters that matplotlib's own font lacks, where they are installed
+
 P = ParamSpec("P")
 
 
@@ -36,11 +42,13 @@ def _styled(draw: "Callable[P, Figure]") -> "Callable[P, Figure]":
     @wraps(draw)
     def drawn(*args: P.args, **named: P.kwargs) -> "Figure":
         try:
-            from matplotlib import rc_context, style
+            from matplotlib import font_manager, rc_context, style
         except ImportError:
             raise ConfigError("pictures want matplotlib: pip install polyhead[explain]") from None
         is_dark = bool(named.get("dark", False))
-        own = {"image.cmap": _DARK if is_dark else _LIGHT}
+        there = set(font_manager.get_font_names())
+        fonts = ["DejaVu Sans", *(name for name in _SCRIPTS if name in there)]
+        own = {"image.cmap": _DARK if is_dark else _LIGHT, "font.family": fonts}
         with rc_context(), style.context(["dark_background" if is_dark else "default", own]):
             return draw(*args, **named)
 
@@ -62,6 +70,7 @@ def heatmap(
     keys: None is as queries. signed: values about zero, such as attributions.
     """
     keys = queries if keys is None else keys
+    _has(weights, 2)
     _check(weights, (len(queries), len(keys)))
     rows, columns = (max(3.0, min(10.0, 0.21 * len(tokens))) for tokens in (queries, keys))
     longest = [0.075 * min(_WIDE, max(map(len, _shown(tokens)))) for tokens in (queries, keys)]
@@ -82,6 +91,7 @@ def head_grid(
     weights: Tensor, tokens: Sequence[str], title: str = "", *, dark: bool = False
 ) -> "Figure":
     """Every head of a layer, `[H, Q, K]`, side by side; the first tokens are named on the edges."""
+    _has(weights, 3)
     _check(weights[0], (weights.shape[1], len(tokens)))
     columns = min(4, math.ceil(len(weights) ** 0.5))
     rows = math.ceil(len(weights) / columns)
@@ -106,7 +116,7 @@ def layer_heads(
     table: Tensor, title: str = "", *, signed: bool = False, dark: bool = False
 ) -> "Figure":
     """A number for each head of each layer, `[L, H]`; cells that are no head stay empty."""
-    layers, heads = table.shape
+    layers, heads = _has(table, 2).shape
     figure = _figure(max(4.0, 0.42 * heads + 1.8), max(3.0, 0.26 * layers + 1.2))
     axes = figure.add_subplot()
     picture = _draw(axes, table, "signed" if signed else "linear")
@@ -136,6 +146,9 @@ def lens_table(
     decode: an id to its text. row: of the batch. Colours are the probability.
     """
     layers = list(tops.values())[::-1]
+    if not layers or not 0 <= row < len(layers[0].values):
+        count = len(layers[0].values) if layers else 0
+        raise ConfigError(f"row {row} of {count} in {len(layers)} layers; count from 0")
     values = torch.stack([top.values[row, :, 0].exp() for top in layers])
     _check(values, (len(layers), len(tokens)))
     shown = min(len(tokens), 24)
@@ -159,7 +172,7 @@ def lens_table(
 @_styled
 def by_layer(table: Tensor, name: str, title: str = "", *, dark: bool = False) -> "Figure":
     """A number of every head `[L, H]` as a dot over its layer, and the mean of each as a line."""
-    figure = _figure(max(5.0, 0.22 * len(table) + 2), 3.4)
+    figure = _figure(max(5.0, 0.22 * len(_has(table, 2)) + 2), 3.4)
     axes = figure.add_subplot()
     layers = torch.arange(len(table))[:, None].expand_as(table)
     axes.scatter(
@@ -179,10 +192,10 @@ def over_images(
     image: Tensor, maps: Tensor, titles: Sequence[str] = (), *, dark: bool = False
 ) -> "Figure":
     """Maps `[n, h, w]` over an image `[C, height, width]` of any range: beside it, one each."""
-    shown = image.float().cpu()
+    shown = _has(image, 3).float().cpu()
     shown = (shown - shown.min()) / (shown.max() - shown.min()).clamp_min(1e-9)
     shown = shown.mean(0) if shown.shape[0] != 3 else shown.permute(1, 2, 0)
-    columns = min(5, len(maps) + 1)
+    columns = min(5, len(_has(maps, 3)) + 1)
     rows = math.ceil((len(maps) + 1) / columns)
     figure = _figure(2.2 * columns, 2.4 * rows)
     every = figure.subplots(rows, columns, squeeze=False).flat
@@ -216,7 +229,7 @@ def projection(
     vectors: Tensor, labels: Sequence[str], title: str = "", *, dark: bool = False
 ) -> "Figure":
     """Vectors `[n, E]` on the two directions in which they differ most, each with its label."""
-    _check(vectors[:, :1], (len(labels), 1))
+    _check(_has(vectors, 2)[:, :1], (len(labels), 1))
     centred = vectors.float().cpu() - vectors.float().cpu().mean(0)
     left, sizes, _ = torch.linalg.svd(centred, full_matrices=False)
     at = torch.cat([left[:, :2] * sizes[:2], torch.zeros(len(labels), 1)], 1)[:, :2]
@@ -303,6 +316,16 @@ def _shown(tokens: Sequence[str], longest: int = 18) -> list[str]:
     marks = str.maketrans({" ": "·", "\n": "⏎", "\t": "→", "\r": "␍"})
     found = [token.translate(marks) for token in tokens]
     return [token if len(token) <= longest else token[: longest - 1] + "…" for token in found]
+
+
+def _has(values: Tensor, dims: int) -> Tensor:
+    """These, if they are of so many dimensions and there is something to draw."""
+    if values.dim() != dims or not values.numel():
+        raise ConfigError(
+            f"values {list(values.shape)} cannot be drawn; this picture is of {dims} dimensions, "
+            "none of them empty"
+        )
+    return values
 
 
 def _check(values: Tensor, shape: tuple[int, int]) -> None:

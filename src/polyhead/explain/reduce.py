@@ -108,12 +108,12 @@ NAMED: dict[str, Reduction] = {
 
 def reduction(asked: str | Reduce | None) -> Reduce | None:
     """One by its name: mean (of the heads), entropy, received (by each key), or top-5 and so on."""
-    if not isinstance(asked, str):
+    if asked is None or callable(asked):
         return asked
     if asked in NAMED:
         return NAMED[asked]
-    count = asked.removeprefix("top-")
-    if asked.startswith("top-") and count.isdigit():
+    count = str(asked).removeprefix("top-")
+    if str(asked).startswith("top-") and count.isdecimal():
         return top(int(count))
     raise ConfigError(
         f"reduce is {asked!r}; use {', '.join(NAMED)}, top-5 or another number, or a function"

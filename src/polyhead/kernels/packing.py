@@ -14,6 +14,7 @@ from polyhead.errors import ConfigError
 from polyhead.kernels import attend, norm, rotate
 from polyhead.kernels.joined import Joined, is_watched
 from polyhead.kernels.products import ENDINGS, LaidOut
+from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import ACTIVATIONS, Activation, FeedForward, GatedFeedForward
 from polyhead.nn.head import LanguageHead
@@ -68,6 +69,8 @@ def pack(model: M) -> M:
             part.joined = Joined.of((part.q, part.k, part.v))
         if type(part) is FeedForward and type(part.down) is LaidOutLinear:
             part.__class__ = LaidOutFeedForward
+    if isinstance(packed, TaskModel):
+        packed.inference_only = True
     return packed
 
 

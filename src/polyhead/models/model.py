@@ -57,6 +57,7 @@ class TaskModel(nn.Module):
         """What `load` was asked for: a name, or a path from the root."""
         self.drawn: tuple[str, ...] = ()
         """Parts that the checkpoint lacked."""
+        self.inference_only = False  # packed: its kernels have no gradients
 
     def forward(self, *inputs: Tensor, head: str | None = None, **named: Any) -> Tensor:
         """The backbone's arguments; logits, or hidden states without a head.
@@ -185,10 +186,8 @@ class TaskModel(nn.Module):
         if bare:
             own = {name: tensor for name, tensor in own.items() if not name.startswith("head.")}
         theirs = to_theirs(checkpoint_rules(self.config, self.head_kind), own)
-        if bare:
-            prefix = self.config.row(self.config.model_type).prefix
-            return {name.removeprefix(prefix): value for name, value in theirs.items()}
-        return theirs
+        prefix = self.config.row(self.config.model_type).prefix if bare else ""
+        return {name.removeprefix(prefix): value for name, value in theirs.items()}
 
     def stored(
         self, state: Mapping[str, Tensor] | None = None
