@@ -82,12 +82,21 @@ class Intake:
             prompt=ids, config=config, number=next(self._numbers), limit=limit, ends=ends,
             seeds=list(seeds or row_seeds([config] * copies, [ids] * copies, True)),
             priority=priority, client=client, source=list(source), pixels=pixels,
+            images=[] if pixels is None else self._images(ids, len(pixels)),
             compiled=self.sampler.prepare(config), salt=_salt(pixels), on_text=on_text,
             search=search and search(ends, limit),
         )  # fmt: skip
         text = Text(request, 0, self.tokenizer)
         request.texts = [text, text.accompanied(away)] if away else [text]
         return request
+
+    def _images(self, ids: Sequence[int], count: int) -> list[tuple[int, int]]:
+        image_id = getattr(self.model.config, "image_token_id")  # noqa: B009
+        at = [place for place, i in enumerate(ids) if i == image_id]
+        size = len(at) // count
+        if not size or size * count != len(at):
+            raise DataError(f"the prompt has {len(at)} image tokens for {count} images")
+        return [(at[n * size], at[(n + 1) * size - 1] + 1) for n in range(count)]
 
     def _check_source(self, source: Sequence[int]) -> None:
         sources = self.memory.sources

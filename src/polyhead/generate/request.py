@@ -157,6 +157,8 @@ class Request:
     client: str = ""
     source: list[int] = field(default_factory=list[int])
     pixels: Tensor | None = None
+    images: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    """Where in the prompt each image begins and ends."""
     salt: bytes = b""
     on_text: Callable[[str], None] | None = None
     search: Search | None = None

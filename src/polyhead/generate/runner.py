@@ -163,7 +163,7 @@ class Runner:
         caches.open(rows, [text.held for text in texts], counts)
         if self.has_source:
             return self._translate(texts, rows, ids, keep)
-        shown = [cast(Tensor, text.request.pixels).to(device) for text in texts if _shows(text)]
+        shown = [_unread(text).to(device) for text in texts if _shows(text)]
         extra = {"pixel_values": torch.cat(shown)} if shown else {}
         return self.model.backbone(ids, attention_mask=keep, caches=caches, **extra)
 
@@ -217,7 +217,13 @@ def _wanted(
 
 def _shows(text: Text) -> bool:
     """Whether a text's images are still to be read."""
-    return text.request.pixels is not None and text.held < len(text.request.prompt)
+    return any(begin >= text.held for begin, _ in text.request.images)
+
+
+def _unread(text: Text) -> Tensor:
+    """Pixels of the images that are still to be read: others were found with the prompt's start."""
+    begun = sum(begin < text.held for begin, _ in text.request.images)
+    return cast(Tensor, text.request.pixels)[begun:]
 
 
 def _place(piece: Piece) -> tuple[bool, int]:

@@ -191,9 +191,18 @@ class Scheduler:
         text.row = self.memory.open()
         self.memory.open_source(text.row, len(text.request.source), first.row)
         if self.memory.finds_prefixes and not text.request.needs_states:
-            text.held = self.memory.adopt(text.row, self.keys(text), len(text.ids) - 1)
+            text.held = self.memory.adopt(text.row, self.keys(text), self._adoptable(text))
         if not text.written and not text.is_companion:
             text.request.found = text.held
+
+    def _adoptable(self, text: Text) -> int:
+        """Tokens that may be found: all but the last, and no image in part."""
+        most, is_split = len(text.ids) - 1, True
+        while is_split:
+            found = self.memory.known(self.keys(text), most)
+            split = [begin for begin, end in text.request.images if begin < found < end]
+            most, is_split = min([most, *split]), bool(split)
+        return most
 
     def _fits(self, request: Request) -> bool:
         rows = request.rows_wanted

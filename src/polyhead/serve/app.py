@@ -100,6 +100,7 @@ def _texts(app: FastAPI, backend: Backend) -> None:
         """The next message of a conversation."""
         given = {
             "messages": [message.said() for message in body.messages],
+            "images": [image for message in body.messages for image in message.images()],
             "settings": body.settings(),
         }
         return await write(ChatShape(), body, given, body.logprobs, request)

@@ -1,13 +1,32 @@
 """What clients send, in OpenAI's words, with a limit on every field."""
 
+import base64
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MAX_TEXT = 1_000_000  # characters
+MAX_IMAGE = 20_000_000  # bytes
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**24)]], Field(min_length=1, max_length=2**20)]
+
+
+def _decoded(uri: object) -> bytes:
+    """The bytes of a data URI. Nothing is fetched from anywhere."""
+    head, comma, data = str(uri).partition(",")
+    if not (isinstance(uri, str) and head.startswith("data:image/") and head.endswith(";base64")):
+        raise ValueError("an image is sent as a data URI: data:image/png;base64,...")
+    try:
+        return base64.b64decode(data, validate=True) if comma else b""
+    except ValueError:
+        raise ValueError("the image's base64 is broken") from None
+
+
+Image = Annotated[
+    bytes, BeforeValidator(_decoded, json_schema_input_type=str),
+    Field(min_length=1, max_length=MAX_IMAGE),
+]  # fmt: skip
 
 
 class Body(BaseModel):
@@ -23,11 +42,28 @@ class TextPart(Body):
     text: Text
 
 
+class ImageUrl(Body):
+    """Where an image is: in the URL itself. detail: every image is read in the model's own size."""
+
+    url: Image
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class ImagePart(Body):
+    """An image among the parts of a message."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+
+
 class Message(Body):
     """One of a conversation. What developers say is the system's."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(max_length=256)] | None = None
+    content: Text | Annotated[list[Part], Field(max_length=256)] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
 
     @model_validator(mode="after")
@@ -38,11 +74,23 @@ class Message(Body):
 
     def said(self) -> dict[str, Any]:
         """As templates read it."""
-        text = self.content
-        if isinstance(text, list):
-            text = "".join(part.text for part in text)
+        told = self.content
+        if isinstance(told, list):
+            parts = [_part(part) for part in told]
+            is_text = not self.images()
+            told = "".join(part["text"] for part in parts) if is_text else parts
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": text} | ({"name": self.name} if self.name else {})
+        return {"role": role, "content": told} | ({"name": self.name} if self.name else {})
+
+    def images(self) -> list[bytes]:
+        """The images that it shows, in their order."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+
+
+def _part(part: TextPart | ImagePart) -> dict[str, str]:
+    is_text = isinstance(part, TextPart)
+    return {"type": "text", "text": part.text} if is_text else {"type": "image"}
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096)]

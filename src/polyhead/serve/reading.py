@@ -1,9 +1,7 @@
 """A model that reads: vectors, likeness, classes, tags, fillings and answers, a job at a time."""
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from queue import SimpleQueue
 from typing import Any
 
 import torch.nn.functional as F
@@ -11,30 +9,23 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel
-from polyhead.serve.messages import Done, failure
+from polyhead.serve.line import Line, Work
 from polyhead.tasks.answer import Answerer
-from polyhead.tasks.classify import Classifier
+from polyhead.tasks.classify import Classification, Classifier
 from polyhead.tasks.embed import embed, limit
 from polyhead.tasks.fill import Filler
 from polyhead.tasks.tag import Tagger
 from polyhead.text.tokenizer import Tokenizer
 
-Say = Callable[[Any], None]
-Work = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
+class Reading(Line):
+    """An encoder and what its head can do."""
 
-class Reading:
-    """An encoder and what its head can do; jobs wait in one line, so that each has all cores.
-
-    flush: sends what was said.
-    """
+    is_not = "this model reads and does not write; name one that does"
 
     def __init__(self, model: TaskModel, tokenizer: Tokenizer, flush: Callable[[], None]) -> None:
-        self.model, self.tokenizer, self._flush = model, tokenizer, flush
-        self._jobs: SimpleQueue[tuple[int, Work, Mapping[str, Any], Say] | None] = SimpleQueue()
-        self._wanted: set[int] = set()
-        self._thread = threading.Thread(target=self._run, name="polyhead-read", daemon=True)
-        self._thread.start()
+        self.model, self.tokenizer = model, tokenizer
+        super().__init__(flush)
 
     def about(self) -> dict[str, Any]:
         """Its kind, its head, and the tokens that it reads."""
@@ -43,39 +34,13 @@ class Reading:
             "parameters": self.model.num_parameters(),
         }  # fmt: skip
 
-    def do(self, number: int, what: str, given: Mapping[str, Any], say: Say) -> None:
-        """Put one of the works below in the line. Errors: ConfigError for one that is none."""
-        works: dict[str, Work] = {
+    def works(self) -> Mapping[str, Work]:
+        """What it does, by name."""
+        return {
             "embed": self._embed, "rerank": self._rerank, "classify": self._classify,
             "tag": self._tag, "fill": self._fill, "answer": self._answer,
             "tokenize": self._tokenize, "detokenize": self._detokenize,
         }  # fmt: skip
-        if what not in works:
-            raise ConfigError("this model reads and does not write; name one that does")
-        self._wanted.add(number)
-        self._jobs.put((number, works[what], given, say))
-
-    def cancel(self, number: int) -> None:
-        """Leave it out, if its turn has not come."""
-        self._wanted.discard(number)
-
-    def close(self) -> None:
-        """End after the job at hand."""
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            number, work, given, say = job
-            if number not in self._wanted:
-                continue
-            self._wanted.discard(number)
-            try:
-                say(Done(number, work(given)))
-            # Whatever a model raises is for the one who asked.
-            except Exception as error:
-                say(failure(number, error))
-            self._flush()
 
     def _vectors(self, texts: Sequence[str], dimensions: int | None = None) -> Tensor:
         found = embed(self.model, self.tokenizer, list(texts), truncate_dim=dimensions)
@@ -83,6 +48,8 @@ class Reading:
         return found
 
     def _embed(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if given["images"]:
+            raise ConfigError("this model reads texts; send input, without images")
         vectors = self._vectors(given["texts"], given["dimensions"])
         return {"vectors": vectors.cpu().numpy(), "tokens": self._count(given["texts"])}
 
@@ -98,12 +65,10 @@ class Reading:
         return {"scores": scores, "tokens": self._count([query, *documents])}
 
     def _classify(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        if given["images"] or given["labels"]:
+            raise ConfigError("this model reads texts; send input, without images and labels")
         found = Classifier(self.model, self.tokenizer)(given["texts"], given["pairs"])
-        told = [
-            {"label": one.label, "score": one.score, "scores": dict(one.scores), "cut": one.is_cut}
-            for one in found
-        ]
-        return {"data": told, "tokens": self._count(given["texts"])}
+        return {"data": [told_of(one) for one in found], "tokens": self._count(given["texts"])}
 
     def _tag(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         found = Tagger(self.model, self.tokenizer)(given["texts"])
@@ -134,3 +99,8 @@ class Reading:
         most = limit(self.model)
         lengths = [len(row) for row in self.tokenizer.encode_batch(list(texts))]
         return sum(length if most is None else min(length, most) for length in lengths)
+
+
+def told_of(one: Classification) -> dict[str, Any]:
+    """A classification, as it is sent."""
+    return {"label": one.label, "score": one.score, "scores": dict(one.scores), "cut": one.is_cut}

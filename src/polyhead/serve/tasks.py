@@ -1,24 +1,42 @@
-"""What models are asked that read and do not write: `/v1/embeddings`, `/v1/rerank`, and tasks."""
+"""What models are asked besides text that goes on: `/v1/embeddings`, `/v1/rerank`, and tasks."""
 
 import base64
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from fastapi import FastAPI
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from polyhead.serve.backend import Backend
-from polyhead.serve.protocol import Body, Name, Text
+from polyhead.serve.protocol import Body, Image, Name, Text
 
 Texts = Annotated[list[Text], Field(min_length=1, max_length=2048)]
+Images = Annotated[list[Image], Field(min_length=1, max_length=64)]
 Few = Annotated[int, Field(ge=1, le=100)]
 
 
-class Embeddings(Body):
-    """`/v1/embeddings`."""
+class _ReadsImages(Body):
+    """Texts, or images as data URIs."""
 
     model: Name
-    input: Text | Texts
+    input: Text | Texts | None = None
+    images: Images | None = None
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.input is None and self.images is None:
+            raise ValueError("send input, or images")
+        return self
+
+    def read(self) -> dict[str, Any]:
+        """What there is to read: texts, and the bytes of images."""
+        texts = [] if self.input is None else _listed(self.input)
+        return {"texts": texts, "images": self.images or []}
+
+
+class Embeddings(_ReadsImages):
+    """`/v1/embeddings`."""
+
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, lt=2**24)
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -34,12 +52,32 @@ class Rerank(Body):
     return_documents: bool = True
 
 
-class Classify(Body):
-    """`/classify`: texts, or pairs of texts."""
+class Classify(_ReadsImages):
+    """`/classify`: texts, pairs of texts, or images, whose classes a CLIP is told as labels."""
+
+    pairs: Texts | None = None
+    labels: Annotated[list[Text], Field(min_length=2, max_length=1000)] | None = None
+    template: Annotated[str, Field(max_length=1000)] | None = None
+
+
+class Translate(Body):
+    """`/translate`: texts rewritten by an encoder-decoder. alignment: what came of what."""
 
     model: Name
-    input: Text | Texts
-    pairs: Texts | None = None
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=64)]
+    prefix: Annotated[str, Field(max_length=1000)] | None = None
+    num_beams: Annotated[int, Field(ge=1, le=16)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=4096)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
+    alignment: bool = False
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of GenerationConfig."""
+        said = {
+            "num_beams": self.num_beams, "max_new_tokens": self.max_tokens,
+            "length_penalty": self.length_penalty,
+        }  # fmt: skip
+        return {name: value for name, value in said.items() if value is not None}
 
 
 class Tag(Body):
@@ -72,7 +110,7 @@ def add(app: FastAPI, backend: Backend) -> None:
     @app.post("/v1/embeddings")
     async def embeddings(body: Embeddings) -> dict[str, Any]:
         """A vector for each text."""
-        given = {"texts": _listed(body.input), "dimensions": body.dimensions}
+        given = {**body.read(), "dimensions": body.dimensions}
         found = await backend.result(body.model, "embed", given)
         data = [
             {"object": "embedding", "index": i, "embedding": _written(row, body.encoding_format)}
@@ -101,9 +139,20 @@ def add(app: FastAPI, backend: Backend) -> None:
 
     @app.post("/classify")
     async def classify(body: Classify) -> dict[str, Any]:
-        """The classes of texts, with the probability of each."""
-        given = {"texts": _listed(body.input), "pairs": body.pairs}
+        """The classes of texts or images, with the probability of each."""
+        given = {
+            **body.read(), "pairs": body.pairs, "labels": body.labels, "template": body.template
+        }  # fmt: skip
         return await done(body.model, "classify", given)
+
+    @app.post("/translate")
+    async def translate(body: Translate) -> dict[str, Any]:
+        """What an encoder-decoder writes of each text."""
+        given = {
+            "texts": _listed(body.input), "prefix": body.prefix, "settings": body.settings(),
+            "alignment": body.alignment,
+        }  # fmt: skip
+        return await done(body.model, "translate", given)
 
     @app.post("/tag")
     async def tag(body: Tag) -> dict[str, Any]:
@@ -132,4 +181,6 @@ def _written(row: Any, form: str) -> Any:
 
 
 def _usage(found: Any) -> dict[str, int]:
-    return {"prompt_tokens": found["tokens"], "total_tokens": found["tokens"]}
+    read, written = found["tokens"], found.get("written", 0)
+    told = {"prompt_tokens": read, "total_tokens": read + written}
+    return told | ({"completion_tokens": written} if written else {})

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
 
-from polyhead.errors import ConfigError, PolyheadError
+from polyhead.errors import PolyheadError
 from polyhead.serve.messages import Cancel, Job, Plan, Ready, Refused, Service, failure
 
 
@@ -33,21 +33,34 @@ def main(pipe: Connection, plan: Plan) -> None:
 
 
 def opened(name: str, plan: Plan, say: "_Sender") -> Service:
-    """What serves the model of this name. Errors: ConfigError for a kind that nothing serves."""
+    """What serves the model of this name."""
+    from polyhead.adapt.load import tokenizer
     from polyhead.generate.engine_config import EngineConfig
+    from polyhead.images import Processor
     from polyhead.kernels import pack
+    from polyhead.serve.looking import Looking
     from polyhead.serve.opening import Opening
     from polyhead.serve.reading import Reading
+    from polyhead.serve.rewriting import Rewriting
     from polyhead.serve.writing import Writing
     from polyhead.tasks.fit import kind_of
+    from polyhead.tasks.looking import READ_IMAGES
 
-    model, tokenizer = Opening(**plan.opening).open(plan.models[name], writes=True)
-    kind = kind_of(model)
-    if kind == "decoder" and model.head_kind == "lm":
-        return Writing(name, model, tokenizer, EngineConfig(**plan.engine), say)
-    if kind in ("encoder", "decoder"):
-        return Reading(pack(model) if model.device.type == "cpu" else model, tokenizer, say.flush)
-    raise ConfigError(f"{model.config.model_type} is of the kind {kind}, which is not served yet")
+    model, path = Opening(**plan.opening).open_model(plan.models[name], writes=True)
+    kind, writes = kind_of(model), model.head_kind == "lm"
+    processor = Processor.load(path) if kind in READ_IMAGES else None
+    words = None if kind == "vision" else tokenizer(path)
+    if kind in ("decoder", "image-text") and writes:
+        assert words is not None
+        return Writing(name, model, words, EngineConfig(**plan.engine), say, processor)
+    if kind == "encoder-decoder" and writes:
+        assert words is not None
+        return Rewriting(model, words, say.flush)
+    laid_out = pack(model) if model.device.type == "cpu" else model
+    if processor is not None:
+        return Looking(laid_out, processor, words, say.flush)
+    assert words is not None
+    return Reading(laid_out, words, say.flush)
 
 
 def _answer(pipe: Connection, services: Mapping[str, Service], say: "_Sender") -> None:

@@ -11,12 +11,15 @@ from polyhead.generate.config import GenerationConfig
 from polyhead.generate.engine import Engine
 from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.front import EngineThread, Handle
-from polyhead.generate.prompts import encode_chat, encode_prompt
+from polyhead.generate.prompts import encode_prompt
 from polyhead.generate.request import Request
 from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.sampling.seeds import row_seeds
+from polyhead.images import Processor
 from polyhead.models.model import TaskModel
 from polyhead.serve.messages import Done, Piece, Sender, Stats, failure
+from polyhead.serve.prompts import Prompts
+from polyhead.tasks.fit import kind_of
 from polyhead.text.tokenizer import Tokenizer
 
 Say = Callable[[Any], None]
@@ -27,9 +30,16 @@ class Writing:
     """A decoder and its engine, served by a name; what is said goes out once a step."""
 
     def __init__(
-        self, name: str, model: TaskModel, tokenizer: Tokenizer, config: EngineConfig, say: Sender
+        self,
+        name: str,
+        model: TaskModel,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        say: Sender,
+        processor: Processor | None = None,
     ) -> None:
         self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.prompts = Prompts(model, tokenizer, processor)
         self._say, self._told = say, 0.0
         self.front = EngineThread(Engine(model, tokenizer, config), self._after_step)
         self._at_work: dict[int, list[Handle]] = {}
@@ -38,7 +48,7 @@ class Writing:
         """Its kind, and the tokens that it takes."""
         engine = self.front.engine
         return {
-            "kind": "decoder", "chats": self.tokenizer.chat_template is not None,
+            "kind": kind_of(self.model), "chats": self.tokenizer.chat_template is not None,
             "max_tokens": engine.memory.longest(0, 1), "parameters": self.model.num_parameters(),
         }  # fmt: skip
 
@@ -54,7 +64,7 @@ class Writing:
 
         given: prompts, or messages and tools; n; settings of GenerationConfig; stream.
         """
-        prompts = self._prompts(given)
+        prompts, pixels = self.prompts(given)
         config = self._config(given["settings"])
         choices = _Choices(number, len(prompts), given["n"], self.tokenizer, say)
         handles: list[Handle] = []
@@ -62,7 +72,9 @@ class Writing:
             for ids in prompts:
                 for seed in row_seeds([config] * given["n"], [ids] * given["n"], True):
                     listener = choices.listener(len(handles)) if given["stream"] else None
-                    handle = self.front.submit(ids, config, seeds=[seed], on_text=listener)
+                    handle = self.front.submit(
+                        ids, config, seeds=[seed], on_text=listener, pixels=pixels
+                    )
                     choices.requests[len(handles)].set_result(handle.request)
                     handles.append(handle)
         except Exception:
@@ -75,7 +87,7 @@ class Writing:
 
     def _tokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
         """The ids of a text or of a conversation."""
-        (ids,) = self._prompts(given)
+        (ids,), _ = self.prompts(given)
         say(
             Done(
                 number,
@@ -113,14 +125,6 @@ class Writing:
     def _end(self, number: int, choices: "_Choices", choice: int, request: Request) -> None:
         if choices.end(choice, request):
             self._at_work.pop(number, None)
-
-    def _prompts(self, given: Mapping[str, Any]) -> list[list[int]]:
-        if "messages" in given:
-            if self.tokenizer.chat_template is None:
-                raise ConfigError("this model has no chat template; use /v1/completions")
-            return [encode_chat(given["messages"], self.tokenizer, given.get("tools"))]
-        vocab_size = self.front.engine.intake.vocab_size
-        return [encode_prompt(one, self.tokenizer, vocab_size) for one in given["prompts"]]
 
     def _config(self, settings: Mapping[str, Any]) -> GenerationConfig:
         most = self.front.engine.memory.longest(0, 1)
