@@ -101,6 +101,7 @@ def _texts(app: FastAPI, backend: Backend) -> None:
         given = {
             "messages": [message.said() for message in body.messages],
             "images": [image for message in body.messages for image in message.images()],
+            **body.calling(),
             "settings": body.settings(),
         }
         return await write(ChatShape(), body, given, body.logprobs, request)

@@ -36,12 +36,13 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Piece:
-    """More of the text of one choice, and what is known of its tokens."""
+    """More of the text of one choice, what is known of its tokens, and tools that it calls."""
 
     number: int
     choice: int
     text: str
     logprobs: tuple[Mapping[str, Any], ...] = ()
+    calls: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What is asked of a model that writes, as ids: texts, conversations, and the images in them."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from polyhead.generate.prompts import encode_chat, encode_prompt
 from polyhead.images import Processor
 from polyhead.models.model import TaskModel
 from polyhead.text.tokenizer import Tokenizer
+from polyhead.text.tool_calls import ToolFormat, tool_format
 
 
 class Prompts:
@@ -38,10 +40,27 @@ class Prompts:
             raise ConfigError("this model reads no images; send text alone")
         messages = [self._message(message) for message in given["messages"]]
         ids = encode_chat(messages, self.tokenizer, given.get("tools"))
+        if musts := given.get("musts"):
+            begun = self.calls(given["tools"]).begun(musts)
+            ids += self.tokenizer.encode(begun, add_special_tokens=False)
         if not images or self.processor is None:
             return [ids], None
         pixels = self.processor(list(images)).to(self.model.device, self.model.dtype)
         return [prompt_ids(self.model, self.tokenizer, ids, with_images=True)], pixels
+
+    def calls(self, tools: Sequence[Mapping[str, Any]]) -> ToolFormat:
+        """How tools are called. Errors: ConfigError where the template says nothing of them."""
+        form = self._form
+        if form is None:
+            raise ConfigError(
+                f"the model's chat template writes no calls of tools in JSON, and {len(tools)} "
+                "tools were sent; leave them out"
+            )
+        return form
+
+    @cached_property
+    def _form(self) -> ToolFormat | None:
+        return tool_format(self.tokenizer)
 
     def _message(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         """As the template reads it: in parts, if it looks for those, or as one text."""

@@ -1,6 +1,7 @@
 """What clients send, in OpenAI's words, with a limit on every field."""
 
 import base64
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -59,28 +60,59 @@ class ImagePart(Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+class Called(Body):
+    """A function's name, and its arguments as JSON text."""
+
+    name: Annotated[str, Field(max_length=64)]
+    arguments: Text
+
+
+class ToolCall(Body):
+    """A call that a message of the assistant made."""
+
+    id: Annotated[str, Field(max_length=64)]
+    type: Literal["function"] = "function"
+    function: Called
+
+    def said(self) -> dict[str, Any]:
+        """As templates read it: the arguments as an object, where they are one."""
+        try:
+            arguments = json.loads(self.function.arguments)
+        except ValueError:
+            arguments = self.function.arguments
+        function = {"name": self.function.name, "arguments": arguments}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
 class Message(Body):
     """One of a conversation. What developers say is the system's."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[Part], Field(max_length=256)] | None = None
     name: Annotated[str, Field(max_length=64)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=64)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=64)] | None = None
+    refusal: Text | None = None
 
     @model_validator(mode="after")
     def _speaks(self) -> "Message":
-        if self.content is None:
+        if self.content is None and not (self.tool_calls and self.role == "assistant"):
             raise ValueError("content is missing; send a text")
         return self
 
     def said(self) -> dict[str, Any]:
         """As templates read it."""
-        told = self.content
+        told = self.content or ""
         if isinstance(told, list):
             parts = [_part(part) for part in told]
             is_text = not self.images()
             told = "".join(part["text"] for part in parts) if is_text else parts
         role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": told} | ({"name": self.name} if self.name else {})
+        more = {
+            "name": self.name, "tool_call_id": self.tool_call_id,
+            "tool_calls": [call.said() for call in self.tool_calls or ()],
+        }  # fmt: skip
+        return {"role": role, "content": told} | {k: v for k, v in more.items() if v}
 
     def images(self) -> list[bytes]:
         """The images that it shows, in their order."""
@@ -173,6 +205,35 @@ class JsonSchema(Body):
     strict: bool | None = None
 
 
+class Function(Body):
+    """A function that may be called; parameters: a JSON schema."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool, which is a function."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class Named(Body):
+    """The name of a function."""
+
+    name: Annotated[str, Field(max_length=64)]
+
+
+class ToolChoice(Body):
+    """The one function that must be called."""
+
+    type: Literal["function"]
+    function: Named
+
+
 class ResponseFormat(Body):
     """text, any JSON object, JSON of a schema, or text of a grammar (as `GenerationConfig`'s)."""
 
@@ -190,12 +251,39 @@ class Chat(Drawing):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(min_length=1, max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _agree(self) -> "Chat":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs to be true")
+        if self.tools is None and self.tool_choice not in (None, "none"):
+            raise ValueError("tool_choice needs tools")
+        has_form = self.response_format is not None and self.response_format.type != "text"
+        if self.must_call and has_form:
+            raise ValueError("either response_format or tool_choice says what comes; leave one out")
+        names = {tool.function.name for tool in self.tools or ()}
+        if isinstance(self.tool_choice, ToolChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, not a tool")
         return self
+
+    @property
+    def must_call(self) -> bool:
+        """Whether a call must come."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
+
+    def calling(self) -> dict[str, Any]:
+        """The tools, those of which one must be called, and whether several may be."""
+        if self.tools is None or self.tool_choice == "none":
+            return {}
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools]
+        musts = tools if self.must_call else []
+        if isinstance(self.tool_choice, ToolChoice):
+            chosen = self.tool_choice.function.name
+            musts = [tool for tool in tools if tool["function"]["name"] == chosen]
+        return {"tools": tools, "musts": musts, "calls": self.parallel_tool_calls}
 
     def settings(self) -> dict[str, Any]:
         """Fields of GenerationConfig."""

@@ -3,7 +3,7 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol
 
 from polyhead.serve.messages import Done, Piece
@@ -24,10 +24,8 @@ class Shape(Protocol):
         """What a choice begins with, as events."""
         ...
 
-    def more(
-        self, index: int, text: str, logprobs: list[Mapping[str, Any]] | None
-    ) -> dict[str, Any]:
-        """More of its text."""
+    def more(self, index: int, said: Piece, logs: bool) -> dict[str, Any]:
+        """More of its text. logs: with what is known of tokens."""
         ...
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
@@ -49,13 +47,9 @@ class CompletionShape:
     def first(self, index: int) -> None:
         """Nothing."""
 
-    def more(
-        self, index: int, text: str, logprobs: list[Mapping[str, Any]] | None
-    ) -> dict[str, Any]:
+    def more(self, index: int, said: Piece, logs: bool) -> dict[str, Any]:
         """More of its text."""
-        return self._choice(
-            index, text, None if logprobs is None else self._logprobs(logprobs), None
-        )
+        return self._choice(index, said.text, self._logprobs(said.logprobs) if logs else None, None)
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """Why it ended."""
@@ -66,7 +60,7 @@ class CompletionShape:
     ) -> dict[str, Any]:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, found: list[Mapping[str, Any]]) -> dict[str, Any]:
+    def _logprobs(self, found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         offsets, at = [], 0
         for each in found:
             offsets.append(at)
@@ -88,7 +82,11 @@ class ChatShape:
 
     def choice(self, index: int, found: Mapping[str, Any]) -> dict[str, Any]:
         """A choice of an answer."""
-        message = {"role": "assistant", "content": found["text"], "refusal": None}
+        calls = [_call(call) for call in found.get("calls", ())]
+        text = found["text"] or None if calls else found["text"]
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
         told = self._logprobs(found["logprobs"])
         return {
             "index": index,
@@ -101,11 +99,12 @@ class ChatShape:
         """Who speaks."""
         return self._delta(index, {"role": "assistant", "content": ""}, None, None)
 
-    def more(
-        self, index: int, text: str, logprobs: list[Mapping[str, Any]] | None
-    ) -> dict[str, Any]:
-        """More of its text."""
-        return self._delta(index, {"content": text}, self._logprobs(logprobs), None)
+    def more(self, index: int, said: Piece, logs: bool) -> dict[str, Any]:
+        """More of its text, and calls of tools."""
+        delta: dict[str, Any] = {"content": said.text} if said.text or not said.calls else {}
+        if said.calls:
+            delta["tool_calls"] = [{"index": call["index"], **_call(call)} for call in said.calls]
+        return self._delta(index, delta, self._logprobs(said.logprobs if logs else None), None)
 
     def last(self, index: int, reason: str) -> dict[str, Any]:
         """Why it ended."""
@@ -116,7 +115,7 @@ class ChatShape:
     ) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, found: list[Mapping[str, Any]] | None) -> dict[str, Any] | None:
+    def _logprobs(self, found: Sequence[Mapping[str, Any]] | None) -> dict[str, Any] | None:
         if found is None:
             return None
         content = [
@@ -128,6 +127,11 @@ class ChatShape:
 def _token(found: Mapping[str, Any]) -> dict[str, Any]:
     text = found["token"]
     return {"token": text, "logprob": found["logprob"], "bytes": list(text.encode())}
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = {"name": call["name"], "arguments": call["arguments"]}
+    return {"id": call["id"], "type": "function", "function": function}
 
 
 def answered(shape: Shape, model: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,16 +166,14 @@ async def events(
                 if (first := shape.first(heard.choice)) is not None:
                     yield chunk(first)
             told[heard.choice] = told.get(heard.choice, 0) + len(heard.logprobs)
-            yield chunk(
-                shape.more(heard.choice, heard.text, list(heard.logprobs) if logs else None)
-            )
+            yield chunk(shape.more(heard.choice, heard, logs))
             continue
         for index, found in enumerate(heard.result["choices"]):
             if index not in begun and (first := shape.first(index)) is not None:
                 yield chunk(first)
             rest = (found["logprobs"] or [])[told.get(index, 0) :]
             if rest:
-                yield chunk(shape.more(index, "", rest))
+                yield chunk(shape.more(index, Piece(heard.number, index, "", tuple(rest)), logs))
             yield chunk(shape.last(index, found["finish_reason"]))
         if counts:
             last = {**head, "choices": [], "usage": usage(heard.result)}

@@ -1,7 +1,6 @@
 """A model that writes: texts that go on from prompts and conversations, many side by side."""
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -13,16 +12,15 @@ from polyhead.generate.engine_config import EngineConfig
 from polyhead.generate.front import EngineThread, Handle
 from polyhead.generate.prompts import encode_prompt
 from polyhead.generate.request import Request
-from polyhead.generate.result import Generation, TokenLogprob
 from polyhead.generate.sampling.seeds import row_seeds
 from polyhead.images import Processor
 from polyhead.models.model import TaskModel
-from polyhead.serve.messages import Done, Piece, Sender, Stats, failure
+from polyhead.serve.choices import Calls, Choices, Say
+from polyhead.serve.messages import Done, Sender, Stats
 from polyhead.serve.prompts import Prompts
 from polyhead.tasks.fit import kind_of
 from polyhead.text.tokenizer import Tokenizer
 
-Say = Callable[[Any], None]
 _OFTEN_S = 0.1
 
 
@@ -64,9 +62,12 @@ class Writing:
 
         given: prompts, or messages and tools; n; settings of GenerationConfig; stream.
         """
+        settings, calls = dict(given["settings"]), self._calls(given)
+        if musts := given.get("musts"):
+            settings["json_schema"] = self.prompts.calls(musts).schema(musts)
         prompts, pixels = self.prompts(given)
-        config = self._config(given["settings"])
-        choices = _Choices(number, len(prompts), given["n"], self.tokenizer, say)
+        config = self._config(settings)
+        choices = Choices(number, len(prompts), given["n"], self.tokenizer, say, calls)
         handles: list[Handle] = []
         try:
             for ids in prompts:
@@ -84,6 +85,13 @@ class Writing:
         self._at_work[number] = handles
         for choice, handle in enumerate(handles):
             handle.then(partial(self._end, number, choices, choice))
+
+    def _calls(self, given: Mapping[str, Any]) -> Calls | None:
+        """What finds calls of tools in a text, where there are tools."""
+        tools = given.get("tools")
+        if not tools:
+            return None
+        return Calls(self.prompts.calls(tools), tools, given["musts"], given["calls"])
 
     def _tokenize(self, number: int, given: Mapping[str, Any], say: Say) -> None:
         """The ids of a text or of a conversation."""
@@ -122,7 +130,7 @@ class Writing:
         """End the engine's thread."""
         self.front.close()
 
-    def _end(self, number: int, choices: "_Choices", choice: int, request: Request) -> None:
+    def _end(self, number: int, choices: Choices, choice: int, request: Request) -> None:
         if choices.end(choice, request):
             self._at_work.pop(number, None)
 
@@ -131,72 +139,3 @@ class Writing:
         said = {name: value for name, value in settings.items() if value is not None}
         said.setdefault("max_new_tokens", most)
         return GenerationConfig.recommended(self.model.generation, **said)
-
-
-class _Choices:
-    """The texts of one job, heard in the engine's thread."""
-
-    def __init__(
-        self, number: int, num_prompts: int, n: int, tokenizer: Tokenizer, say: Say
-    ) -> None:
-        count, self.num_prompts = num_prompts * n, num_prompts
-        self.number, self.tokenizer, self.say = number, tokenizer, say
-        self.results: list[Generation | None] = [None] * count
-        self.left, self.told = count, [0] * count
-        self.requests: list[Future[Request]] = [Future() for _ in range(count)]
-        self.has_failed = False
-
-    def listener(self, choice: int) -> Callable[[str], None]:
-        """Sends each piece of a choice as it becomes certain, with the tokens since the last."""
-
-        def hear(text: str) -> None:
-            (written,) = self.requests[choice].result().texts[:1] or [None]
-            new = [] if written is None else written.logprobs[self.told[choice] :]
-            self.told[choice] += len(new)
-            self.say(Piece(self.number, choice, text, tuple(self._logprob(one) for one in new)))
-
-        return hear
-
-    def end(self, choice: int, request: Request) -> bool:
-        """Take what came of a choice; whether that was the last."""
-        self.left -= 1
-        if request.error is not None and not self.has_failed:
-            self.has_failed = True
-            self.say(failure(self.number, request.error))
-        elif request.results:
-            self.results[choice] = request.results[0]
-        if not self.left and not self.has_failed:
-            found = [self._told(result) for result in self.results if result is not None]
-            prompts = [result.prompt_tokens for result in self.results if result is not None]
-            self.say(
-                Done(
-                    self.number,
-                    {
-                        "choices": found,
-                        "prompt_tokens": prompts,
-                        "num_prompts": self.num_prompts,
-                        "found": request.found,
-                    },
-                )
-            )
-        return not self.left
-
-    def _told(self, result: Generation) -> dict[str, Any]:
-        logprobs = result.logprobs
-        return {
-            "text": str(result), "finish_reason": result.finish_reason,
-            "tokens": len(result.token_ids),
-            "logprobs": None if logprobs is None else [self._logprob(each) for each in logprobs],
-        }  # fmt: skip
-
-    def _logprob(self, found: TokenLogprob) -> dict[str, Any]:
-        return {
-            **self._token(found.token_id), "logprob": found.logprob,
-            "top": [{**self._token(i), "logprob": value} for i, value in found.top],
-        }  # fmt: skip
-
-    def _token(self, token_id: int) -> dict[str, Any]:
-        return {
-            "id": token_id,
-            "token": self.tokenizer.decode([token_id], skip_special_tokens=False),
-        }
