@@ -18,6 +18,7 @@ from polyhead.adapt.adapters import (
 from polyhead.adapt.lora import LoraConfig
 from polyhead.adapt.peft import load_adapter, save_adapter
 from polyhead.models.model import TaskModel
+from polyhead.nn.sharing import with_same_weights
 
 IDS = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
 
@@ -108,6 +109,29 @@ def test_the_model_is_saved_without_its_adapters(tmp_path: Path) -> None:
     model.save(tmp_path / "adapted")
     one, other = (tmp_path / name / "model.safetensors" for name in ("plain", "adapted"))
     assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_models_that_hold_the_same_weights_adapt_alone(keep: bool, tmp_path: Path) -> None:
+    model = made("gpt2")
+    with torch.no_grad():
+        before = answer(model)
+    other = with_same_weights(model)
+    assert all(
+        x.data_ptr() == y.data_ptr()
+        for x, y in zip(model.parameters(), other.parameters(), strict=True)
+    )
+    teacher = made("gpt2")
+    add_adapter(teacher, LoraConfig(trained=("norm",)))
+    learned(teacher)
+    save_adapter(teacher, tmp_path)
+    changed = answer(teacher)
+    load_adapter(other, tmp_path)
+    torch.testing.assert_close(answer(other), changed)
+    merge_adapters(other, keep=keep)
+    torch.testing.assert_close(answer(other), changed, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(changed, before)
+    assert torch.equal(answer(model), before)
 
 
 def test_several_are_switched_and_mixed() -> None:

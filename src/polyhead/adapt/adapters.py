@@ -106,8 +106,8 @@ def merge_adapters(model: TaskModel, keep: bool = True) -> None:
         if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
             raise ConfigError(f"{name} is kept in few bits; merge into a model loaded as floats")
         if layer.merged is None and (changed := _changed(layer)) is not None:
-            layer.merged = weight.detach().clone()
-            weight.data.copy_(changed)
+            # The storage of the old weight may be another model's, too.
+            layer.merged, weight.data = weight.detach(), changed.to(weight)
     if not keep:
         remove_adapters(model)
 
@@ -116,7 +116,7 @@ def unmerge_adapters(model: TaskModel) -> None:
     """The weights as they were before `merge_adapters`, bit for bit."""
     for _, layer in adapted_layers(model):
         if layer.merged is not None:
-            layer.weight.data.copy_(layer.merged)
+            layer.weight.data = layer.merged
             layer.merged = None
 
 

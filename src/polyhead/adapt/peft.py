@@ -130,7 +130,9 @@ def load_adapter(
     with torch.no_grad():
         own_names = {key.removeprefix("backbone."): p for key, p in model.named_parameters()}
         for key, tensor in found.items():
-            own_names[key].copy_(tensor)
+            parameter = own_names[key]
+            # Its storage may be another model's, too.
+            parameter.data = tensor.to(parameter, copy=True)
 
 
 def check_base(model: TaskModel, folder: Path, trained: Sequence[str] = ()) -> None:

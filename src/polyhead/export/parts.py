@@ -18,6 +18,7 @@ from polyhead.nn.moe import MixtureOfExperts
 from polyhead.nn.position import Position, T5Bias
 from polyhead.nn.probe import Probe
 from polyhead.nn.rotary import DynamicRotary
+from polyhead.nn.sharing import with_same_weights
 
 
 def exportable(model: TaskModel, *, fused: bool = False) -> TaskModel:
@@ -28,9 +29,7 @@ def exportable(model: TaskModel, *, fused: bool = False) -> TaskModel:
     with adapters, or whose graph depends on how long a text is.
     """
     _check(model)
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}
-    memo |= {id(buffer): buffer for buffer in model.buffers()}
-    found = copy.deepcopy(model, memo).eval()
+    found = with_same_weights(model)
     for part in list(found.modules()):
         for name, child in list(part.named_children()):
             if double := DOUBLES.get(type(child)):

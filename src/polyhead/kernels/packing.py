@@ -1,6 +1,5 @@
 """A model made ready for inference on this CPU, its answers equal but for rounding."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -18,6 +17,7 @@ from polyhead.models.model import TaskModel
 from polyhead.nn.embedding import Table
 from polyhead.nn.feedforward import ACTIVATIONS, Activation, FeedForward, GatedFeedForward
 from polyhead.nn.head import LanguageHead
+from polyhead.nn.sharing import with_same_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,9 +45,7 @@ def pack(model: M) -> M:
     not packed is shared with it; drop it, and its linear layers' weights are freed. The new one
     saves and loads weights like the old, but is not trained, moved or cast: do that before.
     """
-    memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
-    memo |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    packed = copy.deepcopy(model, memo).eval()
+    packed = with_same_weights(model)
     is_fine = not any(isinstance(part, Int4) for part in packed.modules())
     for part in list(packed.modules()):
         if isinstance(part, FeedForward | GatedFeedForward):
