@@ -178,12 +178,18 @@ def _pack_vocabulary(model: TaskModel, tables: Sequence[nn.Module], form: Form) 
         pack_layer(head, form)
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """What a model's weights take in memory, each counted once."""
-    seen: dict[int, Tensor] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        seen[tensor.data_ptr()] = tensor
-    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())
+def weight_bytes(model: nn.Module, beside: nn.Module | None = None) -> int:
+    """What a model's weights take in memory, each counted once, but for those that `beside` holds
+    as well."""
+    theirs = {} if beside is None else _by_place(beside)
+    own = [tensor for place, tensor in _by_place(model).items() if place not in theirs]
+    return sum(tensor.numel() * tensor.element_size() for tensor in own)
+
+
+def _by_place(model: nn.Module) -> dict[int, Tensor]:
+    """A model's weights by where they lie; oneDNN's own layouts do not say, and are told apart."""
+    every = [*model.parameters(), *model.buffers()]
+    return {id(tensor) if tensor.is_mkldnn else tensor.data_ptr(): tensor for tensor in every}
 
 
 def _copied(

@@ -86,6 +86,12 @@ class Memory:
         return where(self.caches.layers), where(self.cross)
 
     @property
+    def num_bytes(self) -> int:
+        """What keys and values take, held or not."""
+        layers = [x for x in (*self.caches.layers, *self.cross) if isinstance(x, PagedLayer)]
+        return sum(x.k_pages.num_bytes() + x.v_pages.num_bytes() for x in layers)
+
+    @property
     def finds_prefixes(self) -> bool:
         """Whether what is held can be found again: a state speaks of its last token alone."""
         return not self.states and self.sources is None and bool(self.kinds)

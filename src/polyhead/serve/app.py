@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
-from polyhead.serve import tasks
+from polyhead.serve import adapters, tasks
 from polyhead.serve.backend import Backend
 from polyhead.serve.config import ServeConfig
 from polyhead.serve.errors import ApiError
@@ -37,6 +37,7 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     _texts(app, backend)
     _tokens(app, backend)
     tasks.add(app, backend)
+    adapters.add(app, backend, None if config.adapters is None else Path(config.adapters))
     keys = None if config.keys is None else Keys(Path(config.keys))
     return Guard(app, keys, config.max_body)
 

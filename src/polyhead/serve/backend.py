@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from polyhead.errors import ConfigError
@@ -107,6 +108,20 @@ class Backend:
             if isinstance(told, Done):
                 return told.result
         raise lost()
+
+    async def adapt(self, name: str, base: str, folder: str) -> None:
+        """Serve a model with an adapter by a name of its own. Errors: ApiError for a name taken."""
+        if name in self.models:
+            raise ApiError(400, f"{name!r} is served already; choose another name", "lora_name")
+        await self.result(base, "adapt", {"name": name, "folder": folder})
+        adapters = {**self.plan.adapters, name: (base, folder)}
+        self.plan = replace(self.plan, adapters=adapters)
+
+    async def drop(self, name: str) -> None:
+        """Serve an adapter no longer; texts that it is at end as far as they came."""
+        await self.result(name, "drop", {})
+        adapters = {each: of for each, of in self.plan.adapters.items() if each != name}
+        self.plan = replace(self.plan, adapters=adapters)
 
     async def drain(self, grace: float) -> None:
         """Take nothing more, and wait so many seconds for what is at work."""

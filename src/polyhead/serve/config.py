@@ -26,6 +26,8 @@ class ServeConfig:
     keys: str | None = None
     """File of API keys, one a line, read again when it changes; lines may begin with a name and a
     space. Without it nobody is asked for one."""
+    adapters: str | None = None
+    """Directory whose directories are LoRA adapters, which clients may load and drop by name."""
     max_rows: int = 16
     """Texts that are written side by side."""
     cache_tokens: int | None = None

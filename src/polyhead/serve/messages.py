@@ -9,11 +9,15 @@ from polyhead.errors import PolyheadError
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker loads. models: served name to what `Opening` opens; opening, engine: fields."""
+    """What a worker loads. models: served name to what `Opening` opens; opening, engine: fields.
+
+    adapters: served name to the name of a model, and the directory of what is put on it.
+    """
 
     models: Mapping[str, str]
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
     engine: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from polyhead.errors import PolyheadError
-from polyhead.serve.messages import Cancel, Job, Plan, Ready, Refused, Service, failure
+from polyhead.errors import ConfigError, PolyheadError
+from polyhead.serve.messages import Cancel, Done, Job, Plan, Ready, Refused, failure
 
 
 def main(pipe: Connection, plan: Plan) -> None:
@@ -18,75 +18,100 @@ def main(pipe: Connection, plan: Plan) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     say = _Sender(pipe)
     try:
-        services = {name: opened(name, plan, say) for name in plan.models}
+        worker = _Worker(plan, say)
     except PolyheadError as error:
         say(Refused(str(error)))
         say.flush()
         return
-    say(Ready({name: service.about() for name, service in services.items()}))
-    say.flush()
+    worker.tell()
     try:
-        _answer(pipe, services, say)
+        worker.answer(pipe)
     finally:
-        for service in services.values():
+        worker.close()
+
+
+class _Worker:
+    """The models by name, and what serves them."""
+
+    def __init__(self, plan: Plan, say: "_Sender") -> None:
+        from polyhead.serve.opened import Opened
+
+        self._plan, self._say = plan, say
+        self._opened = {
+            name: Opened.of(source, plan.opening) for name, source in plan.models.items()
+        }
+        self._bases: dict[str, str] = {}
+        self._services = {
+            name: opened.service(name, plan.engine, say) for name, opened in self._opened.items()
+        }
+        for name, (base, folder) in plan.adapters.items():
+            self._adapt(name, base, folder)
+
+    def tell(self) -> None:
+        """What is served now."""
+        self._say(Ready({name: self._about(name) for name in self._services}))
+        self._say.flush()
+
+    def answer(self, pipe: Connection) -> None:
+        """Do what is asked, until there is nobody to ask."""
+        while True:
+            try:
+                asked = pipe.recv()
+            except (EOFError, OSError):
+                return
+            if asked is None:
+                return
+            if isinstance(asked, Cancel) and asked.model in self._services:
+                self._services[asked.model].cancel(asked.number)
+            elif isinstance(asked, Job):
+                self._do(asked)
+            self._say.flush()
+
+    def close(self) -> None:
+        """End all of them."""
+        for service in self._services.values():
             service.close()
 
-
-def opened(name: str, plan: Plan, say: "_Sender") -> Service:
-    """What serves the model of this name."""
-    from polyhead.adapt.load import tokenizer
-    from polyhead.generate.engine_config import EngineConfig
-    from polyhead.images import Processor
-    from polyhead.kernels import pack
-    from polyhead.serve.looking import Looking
-    from polyhead.serve.opening import Opening
-    from polyhead.serve.reading import Reading
-    from polyhead.serve.rewriting import Rewriting
-    from polyhead.serve.writing import Writing
-    from polyhead.tasks.fit import kind_of
-    from polyhead.tasks.looking import READ_IMAGES
-
-    model, path = Opening(**plan.opening).open_model(plan.models[name], writes=True)
-    kind, writes = kind_of(model), model.head_kind == "lm"
-    processor = Processor.load(path) if kind in READ_IMAGES else None
-    words = None if kind == "vision" else tokenizer(path)
-    if kind in ("decoder", "image-text") and writes:
-        assert words is not None
-        return Writing(name, model, words, EngineConfig(**plan.engine), say, processor)
-    if kind == "encoder-decoder" and writes:
-        assert words is not None
-        return Rewriting(model, words, say.flush)
-    laid_out = pack(model) if model.device.type == "cpu" else model
-    if processor is not None:
-        return Looking(laid_out, processor, words, say.flush)
-    assert words is not None
-    return Reading(laid_out, words, say.flush)
-
-
-def _answer(pipe: Connection, services: Mapping[str, Service], say: "_Sender") -> None:
-    while True:
+    def _do(self, job: Job) -> None:
         try:
-            asked = pipe.recv()
-        except (EOFError, OSError):
-            return
-        if asked is None:
-            return
-        if isinstance(asked, Cancel):
-            services[asked.model].cancel(asked.number)
-        elif isinstance(asked, Job):
-            _do(services[asked.model], asked, say)
-        say.flush()
+            if job.what == "adapt":
+                self._adapt(job.given["name"], job.model, job.given["folder"])
+                self._changed(job, job.given["name"])
+            elif job.what == "drop":
+                self._drop(job.model)
+                self._changed(job, job.model)
+            else:
+                self._services[job.model].do(job.number, job.what, job.given, self._say)
+        # Whatever a model raises is for the one who asked; the others go on.
+        except Exception as error:
+            told = failure(job.number, error)
+            if told.is_ours:
+                words = f"polyhead: request {job.number}: {told.message}"
+                print(words, file=sys.stderr, flush=True)
+            self._say(told)
 
+    def _adapt(self, name: str, base: str, folder: str) -> None:
+        opened = self._opened[base]
+        if base in self._bases or not opened.writes:
+            raise ConfigError(f"adapters go on models that write, and {base} is none of them")
+        own = opened.adapted(Path(folder))
+        self._services[name] = own.service(name, self._plan.engine, self._say)
+        self._opened[name], self._bases[name] = own, base
 
-def _do(service: Service, job: Job, say: "_Sender") -> None:
-    try:
-        service.do(job.number, job.what, job.given, say)
-    # Whatever a model raises is for the one who asked; the others go on.
-    except Exception as error:
-        told = failure(job.number, error)
-        if told.is_ours:
-            print(f"polyhead: request {job.number}: {told.message}", file=sys.stderr, flush=True)
-        say(told)
+    def _drop(self, name: str) -> None:
+        if name not in self._bases:
+            raise ConfigError(f"{name} is no adapter; models stay as long as the server runs")
+        del self._opened[name], self._bases[name]
+        self._services.pop(name).close()
+
+    def _changed(self, job: Job, name: str) -> None:
+        self.tell()
+        self._say(Done(job.number, {"name": name}))
+
+    def _about(self, name: str) -> dict[str, Any]:
+        held = {"weight_bytes": self._opened[name].num_bytes}
+        parent = {"parent": self._bases[name]} if name in self._bases else {}
+        return self._services[name].about() | held | parent
 
 
 class _Sender:

@@ -48,6 +48,7 @@ class Writing:
         return {
             "kind": kind_of(self.model), "chats": self.tokenizer.chat_template is not None,
             "max_tokens": engine.memory.longest(0, 1), "parameters": self.model.num_parameters(),
+            "cache_bytes": engine.memory.num_bytes,
         }  # fmt: skip
 
     def do(self, number: int, what: str, given: Mapping[str, Any], say: Say) -> None:
