@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("served") / "tiny"
     torch.manual_seed(0)
     tokenizer = ph.Tokenizer.train(["once upon a time"], kind="bytes")
-    shape: dict[str, Any] = dict(d_model=32, num_layers=2, num_heads=4, max_seq_len=2048)
+    shape: dict[str, Any] = dict(d_model=32, num_layers=2, num_heads=4, max_seq_len=32_768)
     ph.build("gpt2", vocab_size=tokenizer.vocab_size, init_std=0.3, **shape).save(path)
     tokenizer.save(path)
     (path / "chat_template.jinja").write_text(TEMPLATE)

@@ -1,7 +1,10 @@
 """What a server does when things go wrong around it."""
 
+import json
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,6 +24,8 @@ from polyhead.serve.errors import ApiError
 from polyhead.serve.messages import Plan
 
 LONG: dict[str, Any] = {"model": "tiny", "prompt": "once", "max_tokens": 1500, "temperature": 0}
+HUGE: dict[str, Any] = {**LONG, "max_tokens": 30_000, "ignore_eos": True, "stream": True}
+"""Goes on for seconds."""
 SHORT: dict[str, Any] = {**LONG, "max_tokens": 4}
 
 
@@ -59,6 +64,73 @@ def test_every_route_but_two_wants_a_key(
         else:
             assert answer.status_code == 401
             assert method == "HEAD" or answer.json()["error"]["code"] == "invalid_api_key"
+
+
+def asked(url: str, key: str) -> httpx.Response:
+    return httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {key}"})
+
+
+def test_what_a_key_may_ask(start: Start, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("ann few= requests=3\nbob wide=1 at_once=1\n")
+    server = start("--keys", str(keys))
+    told = [asked(server.url, "few=") for _ in range(5)]
+    assert [each.status_code for each in told] == [200, 200, 200, 429, 429]
+    assert told[3].json()["error"]["code"] == "rate_limit_exceeded"
+    assert 1 <= int(told[3].headers["retry-after"]) <= 20
+    bearer = {"Authorization": "Bearer wide=1"}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=HUGE, headers=bearer) as answer:
+        next(answer.iter_lines())
+        assert asked(server.url, "wide=1").status_code == 429
+    until(lambda: asked(server.url, "wide=1").status_code == 200)
+    keys.write_text("ann few= requests=none\n")
+    assert asked(server.url, "wide=1").status_code == 200  # those of before hold
+
+
+def test_pages_of_other_origins(start: Start, locked: tuple[Server, Path]) -> None:
+    origin = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    plain = httpx.options(f"{locked[0].url}/v1/models", headers=origin)
+    assert "access-control-allow-origin" not in plain.headers
+    server = start("--cors", "https://a.example", "--keys", str(locked[1]))
+    allowed = httpx.options(f"{server.url}/v1/models", headers=origin)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    other = httpx.options(f"{server.url}/v1/models", headers=origin | {"Origin": "https://b.c"})
+    assert "access-control-allow-origin" not in other.headers
+    refused = httpx.get(f"{server.url}/v1/models", headers={"Origin": "https://a.example"})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_https(start: Start, tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+            "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-out", str(cert),
+            "-keyout", str(key)]  # fmt: skip
+    if shutil.which("openssl") is None:
+        pytest.skip("makes a certificate with openssl, which is not there")
+    subprocess.run(made, check=True, capture_output=True)
+    server = start("--tls-cert", str(cert), "--tls-key", str(key))
+    assert server.url.startswith("https://127.0.0.1:")
+    trusts = ssl.create_default_context(cafile=str(cert))
+    assert httpx.get(f"{server.url}/health", verify=trusts).status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+
+
+def test_a_dry_run_says_what_is_taken(server: Server, folder: Path) -> None:
+    words = [sys.executable, "-m", "polyhead.cli.main", "serve", f"tiny={folder}", "--dry-run"]
+    told = subprocess.run([*words, "--json"], capture_output=True, text=True, check=True)
+    (plan,) = json.loads(told.stdout)["models"]
+    (held,) = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert plan["parameters"] == held["parameters"]
+    assert plan["weight_bytes"] == pytest.approx(held["weight_bytes"], rel=0.02)
+    assert plan["cache_bytes"] == pytest.approx(held["cache_bytes"], rel=0.02)
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "for 65,536 tokens" in shown
+    too_much = [*words, "--cache-tokens", str(10**10)]
+    refused = subprocess.run(too_much, capture_output=True, text=True, check=False)
+    assert (refused.returncode, "it does not fit" in refused.stdout) == (1, True)
 
 
 def test_keys_are_rotated_by_writing_the_file(locked: tuple[Server, Path]) -> None:
@@ -118,7 +190,7 @@ def test_too_large_a_request(start: Start) -> None:
 def test_one_that_goes_away_makes_room(start: Start) -> None:
     server = start("--max-rows", "1", "--max-waiting", "1")
     for stream in (True, False):
-        body = LONG | {"stream": stream, "ignore_eos": True}
+        body = HUGE | {"stream": stream}
         if stream:
             with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
                 next(answer.iter_lines())
@@ -151,8 +223,7 @@ def test_more_than_there_is_room_for(start: Start) -> None:
 
 def test_a_worker_that_is_lost_comes_back(start: Start) -> None:
     server = start()
-    body = LONG | {"stream": True, "ignore_eos": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=HUGE, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         (worker,) = server.workers()
@@ -188,6 +259,8 @@ def test_what_is_at_work_is_finished_before_the_end(start: Start) -> None:
         (["serve", "a=x", "a=y"], "two models are called a"),
         (["serve", "x", "--host", "0.0.0.0"], "name a file of --keys"),
         (["serve", "x", "--keys", "none.txt"], "cannot read the keys"),
+        (["serve", "x", "--tls-cert", "a.pem"], "belong together"),
+        (["serve", "x", "--tls-cert", "a.pem", "--tls-key", "b"], "are no certificate"),
         (["serve", "x", "--config", "none.toml"], "cannot read"),
         (["serve", "x", "--max-rows", "0"], "max_rows is 0"),
     ],
@@ -260,7 +333,7 @@ def test_what_prometheus_is_told(start: Start) -> None:
     with httpx.stream(
         "POST",
         f"{server.url}/v1/completions",
-        json=LONG | {"stream": True, "ignore_eos": True, "n": 8},
+        json=HUGE | {"n": 8},
     ) as answer:
         lines = answer.iter_lines()  # that is dropped, it hangs up
         next(lines)

@@ -18,9 +18,18 @@ PLACE = {
     "required": ["city", "days"],
     "additionalProperties": False,
 }
+ZONE = {
+    "type": "object",
+    "properties": {"zone": {"enum": ["x", "y"]}},
+    "required": ["zone"],
+    "additionalProperties": False,
+}
 TOOLS: list[Any] = [
     {"type": "function", "function": {"name": "get_weather", "parameters": PLACE}},
-    {"type": "function", "function": {"name": "time", "description": "now"}},
+    {
+        "type": "function",
+        "function": {"name": "time", "description": "now", "parameters": ZONE},
+    },
 ]
 ASKED: list[Any] = [{"role": "user", "content": "what is the weather?"}]
 WRITTEN = 'I see.\n<tool_call>\n{"name": "time", "arguments": {"zone": "x"}}\n</tool_call>\n' * 2

@@ -63,7 +63,7 @@ def run(args: Args) -> int:
     if seen.preset is not None:
         found["checkpoint"] = seen.preset.checkpoint
     if seen.path is not None:
-        found["weights_bytes_stored"] = _stored(seen.path)
+        found["weights_bytes_stored"] = stored(seen.path)
     if args.json:
         print(json.dumps({**found, "config": model.hf_config()}))
     else:
@@ -118,7 +118,7 @@ def _by_part(model: "TaskModel") -> dict[str, int]:
     return {name: size for name, size in parts.items() if size}
 
 
-def _stored(path: Path) -> int:
+def stored(path: Path) -> int:
     """Bytes of a checkpoint's weights as they are stored."""
     files = [path] if path.is_file() else path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files)

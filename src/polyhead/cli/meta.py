@@ -48,7 +48,7 @@ def outline(name: str, settings: Sequence[str] = ()) -> Outline:
         config = family_of(name).config
         made = _fresh(name, parse_fields(config, settings))
         return Outline(name, _on_meta(made, next(iter(made.row(name).heads), "none")))
-    return _of_checkpoint(name)
+    return of_checkpoint(name)
 
 
 def _fresh(model_type: str, values: dict[str, object]) -> "Config":
@@ -57,13 +57,17 @@ def _fresh(model_type: str, values: dict[str, object]) -> "Config":
     return family_of(model_type).config.fresh(model_type, **values)
 
 
-def _of_checkpoint(name: str) -> Outline:
+def of_checkpoint(name: str) -> Outline:
+    """What stands at a path or under a name; of an adapter, the model that it goes on."""
+    from polyhead.adapt.load import base_of, is_adapter
     from polyhead.compress.saved import read
     from polyhead.files.hub import resolve
     from polyhead.models.config_json import from_hf
     from polyhead.models.registry import family_of
 
     path = model_path(resolve(name))
+    if is_adapter(path):
+        return of_checkpoint(base_of(path))
     data, _ = read(path)
     if not isinstance(data.get("model_type"), str):
         raise ConfigError(f"{path} says no model_type in its config.json; it is needed")

@@ -21,12 +21,13 @@ class Args:
     """Serve models to any client that speaks OpenAI's HTTP: those that write, and those that read.
 
     Routes: /v1/models, /v1/chat/completions and /v1/completions (whole or streamed),
-    /v1/embeddings, /v1/rerank, /classify, /tag, /fill, /answer, /tokenize, /detokenize, /health,
-    /ready. Ctrl-C or SIGTERM finishes what is at work and ends.
+    /v1/embeddings, /v1/rerank, /classify, /tag, /fill, /answer, /translate, /tokenize,
+    /detokenize, /metrics, /health, /ready. Ctrl-C or SIGTERM finishes what is at work and ends.
 
     Examples:
       polyhead serve smollm2-135m minilm-l6
       polyhead serve chat=runs/chat base=smollm2-135m --port 8080 --keys keys.txt
+      polyhead serve smollm2-135m --max-rows 64 --dry-run
       POLYHEAD_PORT=8080 polyhead serve smollm2-135m --quantize int4 --max-rows 32
     """
 
@@ -36,6 +37,10 @@ class Args:
     settings: Settings = field(default_factory=ServeConfig)
     config: Path | None = None
     """A TOML file with any of these settings; flags and the environment (POLYHEAD_PORT ...) win."""
+    dry_run: bool = False
+    """Print what would be served and the memory that it takes, and end: 1 where it does not fit."""
+    json: bool = False
+    """With --dry-run: one JSON object."""
     opening: Annotated[Opening, tyro.conf.arg(name="")] = field(default_factory=Opening)
 
 
@@ -47,6 +52,10 @@ def defaults(argv: Sequence[str]) -> Args:
 def run(args: Args) -> int:
     """Listen until told to end."""
     models = named(args.models)
+    if args.dry_run:
+        from polyhead.cli.serve_plan import show
+
+        return show(models, args.settings, args.opening, args.json)
     try:
         from polyhead.serve.run import serve
     except ModuleNotFoundError as error:

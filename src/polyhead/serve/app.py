@@ -11,12 +11,14 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from polyhead.serve import adapters, tasks
 from polyhead.serve.backend import Backend
 from polyhead.serve.config import ServeConfig
 from polyhead.serve.errors import ApiError
-from polyhead.serve.guard import Guard, Keys
+from polyhead.serve.guard import Guard
+from polyhead.serve.keys import Keys
 from polyhead.serve.messages import Done, Piece
 from polyhead.serve.protocol import Chat, Completion, Detokenize, Drawing, Tokenize
 from polyhead.serve.texts import ChatShape, CompletionShape, Shape, answered, events
@@ -39,7 +41,14 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     tasks.add(app, backend)
     adapters.add(app, backend, None if config.adapters is None else Path(config.adapters))
     keys = None if config.keys is None else Keys(Path(config.keys))
-    return Guard(app, keys, config.max_body)
+    guarded = Guard(app, keys, config.max_body)
+    if not config.cors:
+        return guarded
+    # Outermost, as browsers ask first whether they may ask, without a key.
+    return CORSMiddleware(
+        guarded, config.cors, allow_methods=("GET", "POST"), allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after"),
+    )  # fmt: skip
 
 
 def _state(app: FastAPI, backend: Backend) -> None:

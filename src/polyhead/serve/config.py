@@ -24,8 +24,14 @@ class ServeConfig:
     port: int = 8000
     """Port to listen at; 0 takes a free one."""
     keys: str | None = None
-    """File of API keys, one a line, read again when it changes; lines may begin with a name and a
-    space. Without it nobody is asked for one."""
+    """File of API keys, one a line, read again when it changes: where you like with a name before
+    the key, and limits after it (requests=60 a minute, at_once=4). Without it nobody needs one."""
+    cors: tuple[str, ...] = ()
+    """Origins whose pages browsers let ask this server, such as https://a.example; * is all."""
+    tls_cert: str | None = None
+    """PEM file of a certificate and its chain; with tls_key the server speaks HTTPS."""
+    tls_key: str | None = None
+    """PEM file of its key."""
     adapters: str | None = None
     """Directory whose directories are LoRA adapters, which clients may load and drop by name."""
     max_rows: int = 16
@@ -53,6 +59,8 @@ class ServeConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be above 0 seconds")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must be from 0 to 65535")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigError("tls_cert and tls_key belong together; name both, or neither")
         if self.host not in LOOPBACK and self.keys is None:
             raise ConfigError(
                 f"host {self.host} can be reached from other machines; name a file of --keys, or "
@@ -70,6 +78,8 @@ class ServeConfig:
                     f"there is no setting {name!r}; there are {', '.join(sorted(known))}"
                 )
             values |= each
+        if isinstance(values.get("cors"), list):
+            values["cors"] = tuple(values["cors"])
         return cls(**values)
 
 
@@ -94,6 +104,8 @@ def _read(name: str, text: str, field: Any) -> Any:
     try:
         if kind is bool:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if kind is tuple:
+            return tuple(part.strip() for part in text.split(",") if part.strip())
         return kind(text)
     except (KeyError, ValueError):
         raise ConfigError(

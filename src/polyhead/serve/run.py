@@ -5,12 +5,13 @@ import contextlib
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Generator
 
 import uvicorn
 
-from polyhead.errors import ConfigError
+from polyhead.errors import ConfigError, FileError
 from polyhead.serve.app import create
 from polyhead.serve.backend import Backend
 from polyhead.serve.config import ServeConfig
@@ -30,16 +31,19 @@ def serve(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
 
 
 async def _served(config: ServeConfig, plan: Plan, told: Callable[[str], None]) -> None:
+    _check_tls(config)
     backend = Backend(plan, config.max_rows + config.max_waiting, config.timeout)
     listening = _listening(config)
     server = _Server(
         uvicorn.Config(
             create(config, backend), log_config=None, access_log=False, server_header=False,
             timeout_graceful_shutdown=round(config.grace), ws="none",
+            ssl_certfile=config.tls_cert, ssl_keyfile=config.tls_key,
         )
     )  # fmt: skip
     host, port = listening.getsockname()[:2]
-    told(f"listening at http://{f'[{host}]' if ':' in host else host}:{port}; loading")
+    scheme, shown = "https" if config.tls_cert else "http", f"[{host}]" if ":" in host else host
+    told(f"listening at {scheme}://{shown}:{port}; loading")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.end)
@@ -74,6 +78,17 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None]:
         """Signals are taken by the event loop, and are not raised again at the end."""
         yield
+
+
+def _check_tls(config: ServeConfig) -> None:
+    """Errors: FileError for a certificate or a key that cannot be read, or do not fit."""
+    if config.tls_cert is None:
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        files = f"{config.tls_cert} and {config.tls_key}"
+        raise FileError(f"{files} are no certificate with its key: {error.args[-1]}") from None
 
 
 def _listening(config: ServeConfig) -> socket.socket:
