@@ -9,7 +9,8 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,6 +22,7 @@ from polyhead.serve.guard import Guard
 from polyhead.serve.keys import Keys
 from polyhead.serve.messages import Done, Piece
 from polyhead.serve.protocol import Chat, Completion, Detokenize, Drawing, Tokenize
+from polyhead.serve.responses import Responding, Response
 from polyhead.serve.texts import ChatShape, CompletionShape, Shape, answered, events
 
 
@@ -66,9 +68,9 @@ def _state(app: FastAPI, backend: Backend) -> None:
         return JSONResponse({"status": status}, 200 if backend.is_ready else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics() -> PlainTextResponse:
         """Counts for Prometheus, by vLLM's names."""
-        return Response(backend.metrics.text(), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(backend.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -102,24 +104,35 @@ def _texts(app: FastAPI, backend: Backend) -> None:
     @app.post("/v1/completions")
     async def completions(body: Completion, request: Request) -> Any:
         """Text that goes on from prompts."""
-        given = {"prompts": body.prompts(), "settings": body.settings()}
+        given = {
+            "prompts": body.prompts(), "settings": body.settings(), "n": body.n,
+            "stream": body.stream,
+        }  # fmt: skip
         return await write(CompletionShape(), body, given, body.logprobs is not None, request)
 
     @app.post("/v1/chat/completions")
     async def chat(body: Chat, request: Request) -> Any:
         """The next message of a conversation."""
-        given = {
-            "messages": [message.said() for message in body.messages],
-            "images": [image for message in body.messages for image in message.images()],
-            **body.calling(),
-            "settings": body.settings(),
-        }
-        return await write(ChatShape(), body, given, body.logprobs, request)
+        return await write(ChatShape(), body, body.given(), body.logprobs, request)
+
+    @app.post("/v1/responses")
+    async def responses(body: Response, request: Request) -> Any:
+        """The next message of a conversation, in OpenAI's newer words."""
+        if body.store:
+            raise ApiError(400, "nothing is stored here; leave store out, or false", "store")
+        asked, told = _as_chat(body), Responding(body)
+        answers = backend.answers(asked.model, "write", asked.given())
+        if not body.stream:
+            return told.whole(await _whole(answers, request))
+        first = await anext(answers)
+        said = told.events(_from(first, answers))
+        return _streaming(
+            (f"event: {name}\ndata: {data}\n\n" async for name, data in said), answers
+        )
 
     async def write(
         shape: Shape, body: Drawing, given: dict[str, Any], logs: bool, request: Request
     ) -> Any:
-        given |= {"n": body.n, "stream": body.stream}
         answers = backend.answers(body.model, "write", given)
         if not body.stream:
             # Polled for, as an answer that nobody waits for keeps others waiting.
@@ -128,7 +141,22 @@ def _texts(app: FastAPI, backend: Backend) -> None:
         first = await anext(answers)
         counts = body.stream_options is not None and body.stream_options.include_usage
         said = events(shape, body.model, _from(first, answers), counts, logs)
-        return StreamingResponse(_sent(said, answers), media_type="text/event-stream")
+        return _streaming((f"data: {data}\n\n" async for data in said), answers)
+
+
+def _as_chat(body: Response) -> Chat:
+    """Errors: ApiError for what the older route's fields would not take."""
+    try:
+        return body.chat()
+    except ValidationError as error:
+        first = _telling(error.errors())
+        raise ApiError(400, f"input: {first['msg']}", "input", str(first["type"])) from None
+
+
+def _streaming(
+    said: AsyncGenerator[str], answers: AsyncGenerator[Piece | Done]
+) -> StreamingResponse:
+    return StreamingResponse(_sent(said, answers), media_type="text/event-stream")
 
 
 async def _whole(answers: AsyncGenerator[Piece | Done], request: Request) -> Any:
@@ -163,8 +191,8 @@ async def _sent(
     """Events as they go over the wire; an error after the first is the last of them."""
     async with aclosing(answers), aclosing(said):
         try:
-            async for data in said:
-                yield f"data: {data}\n\n"
+            async for event in said:
+                yield event
         except ApiError as error:
             yield f"data: {JSONResponse(error.body()).body.decode()}\n\n"
 

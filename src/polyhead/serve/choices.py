@@ -71,13 +71,14 @@ class Choices:
         tokenizer: Tokenizer,
         say: Say,
         calls: Calls | None = None,
+        bytes_of: Callable[[int], bytes | None] = lambda _: None,
     ) -> None:
         count, self.num_prompts = num_prompts * n, num_prompts
         self.number, self.tokenizer, self.say = number, tokenizer, say
         self.results: list[Generation | None] = [None] * count
         self.left, self.told = count, [0] * count
         self.requests: list[Future[Request]] = [Future() for _ in range(count)]
-        self.has_failed = False
+        self.has_failed, self.bytes_of = False, bytes_of
         self.heard: set[int] = set()  # whose texts are told as they come
         self.readers = [None if calls is None else calls.reader() for _ in range(count)]
 
@@ -148,7 +149,10 @@ class Choices:
         }  # fmt: skip
 
     def _token(self, token_id: int) -> dict[str, Any]:
+        text = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        # A token may be part of a letter, of which its bytes alone tell.
         return {
             "id": token_id,
-            "token": self.tokenizer.decode([token_id], skip_special_tokens=False),
+            "token": text,
+            "bytes": list(self.bytes_of(token_id) or text.encode()),
         }

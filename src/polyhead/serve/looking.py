@@ -10,6 +10,7 @@ from polyhead.errors import ConfigError
 from polyhead.images import Processor
 from polyhead.models.model import TaskModel
 from polyhead.nn.mode import evaluating
+from polyhead.serve.explaining import explained
 from polyhead.serve.line import Line, Work
 from polyhead.serve.reading import told_of
 from polyhead.tasks.classify import (
@@ -46,9 +47,8 @@ class Looking(Line):
 
     def works(self) -> Mapping[str, Work]:
         """What it does, by name."""
-        if self.tokenizer is None:
-            return {"classify": self._classify}
-        return {"classify": self._classify, "embed": self._embed}
+        both = {"classify": self._classify, "explain": self._explain}
+        return both if self.tokenizer is None else {**both, "embed": self._embed}
 
     def _classify(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         images = _images(given)
@@ -61,6 +61,9 @@ class Looking(Line):
             labels, template = given["labels"] or (), given["template"]
             found = zero(images, labels, **({"template": template} if template else {}))
         return {"data": [told_of(one) for one in found], "tokens": 0}
+
+    def _explain(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return explained(self.model, self.tokenizer, self.processor, given)
 
     def _embed(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         """A vector for each text, and after them one for each image, in one space."""

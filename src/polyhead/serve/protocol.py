@@ -274,6 +274,15 @@ class Chat(Drawing):
         """Whether a call must come."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
 
+    def given(self) -> dict[str, Any]:
+        """What the worker reads."""
+        messages = self.messages
+        return {
+            "messages": [message.said() for message in messages],
+            "images": [image for message in messages for image in message.images()],
+            "n": self.n, "stream": self.stream, "settings": self.settings(), **self.calling(),
+        }  # fmt: skip
+
     def calling(self) -> dict[str, Any]:
         """The tools, those of which one must be called, and whether several may be."""
         if self.tools is None or self.tool_choice == "none":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polyhead.errors import ConfigError
 from polyhead.models.model import TaskModel
+from polyhead.serve.explaining import explained
 from polyhead.serve.line import Line, Work
 from polyhead.tasks.answer import Answerer
 from polyhead.tasks.classify import Classification, Classifier
@@ -39,7 +40,7 @@ class Reading(Line):
         return {
             "embed": self._embed, "rerank": self._rerank, "classify": self._classify,
             "tag": self._tag, "fill": self._fill, "answer": self._answer,
-            "tokenize": self._tokenize, "detokenize": self._detokenize,
+            "explain": self._explain, "tokenize": self._tokenize, "detokenize": self._detokenize,
         }  # fmt: skip
 
     def _vectors(self, texts: Sequence[str], dimensions: int | None = None) -> Tensor:
@@ -85,6 +86,9 @@ class Reading(Line):
         found = Answerer(self.model, self.tokenizer)(*asked, top_k=given["top_k"])
         told = [{"answers": [asdict(one) for one in answers]} for answers in found]
         return {"data": told, "tokens": self._count([*given["questions"], given["context"]])}
+
+    def _explain(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return explained(self.model, self.tokenizer, None, given)
 
     def _tokenize(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         if "messages" in given:

@@ -10,6 +10,7 @@ from polyhead.explain.alignment import alignment, hard_alignment
 from polyhead.generate.config import GenerationConfig
 from polyhead.generate.prompts import check_ids
 from polyhead.models.model import TaskModel
+from polyhead.serve.explaining import explained
 from polyhead.serve.line import Line, Work
 from polyhead.tasks.translate import Rewriting as Rewritten
 from polyhead.tasks.translate import Translator
@@ -38,7 +39,7 @@ class Rewriting(Line):
         """What it does, by name."""
         return {
             "translate": self._translate, "write": self._write,
-            "tokenize": self._tokenize, "detokenize": self._detokenize,
+            "explain": self._explain, "tokenize": self._tokenize, "detokenize": self._detokenize,
         }  # fmt: skip
 
     @property
@@ -114,6 +115,9 @@ class Rewriting(Line):
                 f"the prompt has {len(ids)} tokens and the model takes {self._longest}"
             )
         return ids
+
+    def _explain(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        return explained(self.model, self.tokenizer, None, given)
 
     def _tokenize(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
         if "messages" in given:

@@ -5,6 +5,7 @@ import uuid
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 from pydantic import Field, model_validator
 
 from polyhead.serve.backend import Backend
@@ -104,6 +105,24 @@ class Answer(Body):
     top_k: Few = 1
 
 
+class Explain(Body):
+    """`/explain`: what every head looks at. layers: a part of their names, or a pattern."""
+
+    model: Name
+    text: Annotated[str, Field(max_length=100_000)] | None = None
+    second: Annotated[str, Field(max_length=100_000)] | None = None
+    image: Image | None = None
+    layers: Annotated[str, Field(min_length=1, max_length=256)] = "*"
+    max_tokens: Annotated[int, Field(ge=2, le=1024)] = 256
+    format: Literal["json", "html"] = "json"
+
+    def given(self) -> dict[str, Any]:
+        """What the worker reads."""
+        return self.model_dump(exclude={"format", "model"}) | {
+            "title": self.model, "html": self.format == "html"
+        }  # fmt: skip
+
+
 def add(app: FastAPI, backend: Backend) -> None:
     """The routes."""
 
@@ -153,6 +172,14 @@ def add(app: FastAPI, backend: Backend) -> None:
             "alignment": body.alignment,
         }  # fmt: skip
         return await done(body.model, "translate", given)
+
+    @app.post("/explain")
+    async def explain(body: Explain) -> Any:
+        """What every head looks at, which are worth a look, and what each layer would answer."""
+        found = await backend.result(body.model, "explain", body.given())
+        if body.format == "html":
+            return HTMLResponse(found["html"])
+        return {"model": body.model, **found}
 
     @app.post("/tag")
     async def tag(body: Tag) -> dict[str, Any]:

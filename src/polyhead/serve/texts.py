@@ -126,7 +126,7 @@ class ChatShape:
 
 def _token(found: Mapping[str, Any]) -> dict[str, Any]:
     text = found["token"]
-    return {"token": text, "logprob": found["logprob"], "bytes": list(text.encode())}
+    return {"token": text, "logprob": found["logprob"], "bytes": found["bytes"]}
 
 
 def _call(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A model that writes: texts that go on from prompts and conversations, many side by side."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cached_property, partial
 from time import monotonic
 from typing import Any
 
@@ -13,9 +13,11 @@ from polyhead.generate.front import EngineThread, Handle
 from polyhead.generate.prompts import encode_prompt
 from polyhead.generate.request import Request
 from polyhead.generate.sampling.seeds import row_seeds
+from polyhead.generate.sampling.vocabulary import token_bytes
 from polyhead.images import Processor
 from polyhead.models.model import TaskModel
 from polyhead.serve.choices import Calls, Choices, Say
+from polyhead.serve.explaining import Explaining
 from polyhead.serve.messages import Done, Sender, Stats
 from polyhead.serve.prompts import Prompts
 from polyhead.tasks.fit import kind_of
@@ -53,6 +55,9 @@ class Writing:
 
     def do(self, number: int, what: str, given: Mapping[str, Any], say: Say) -> None:
         """One of the works below. Errors: ConfigError for one that is none."""
+        if what == "explain":
+            self._aside.do(number, what, given, say)
+            return
         works = {"write": self._write, "tokenize": self._tokenize, "detokenize": self._detokenize}
         if what not in works:
             raise ConfigError("this model writes and does not read; name one that does")
@@ -68,7 +73,9 @@ class Writing:
             settings["json_schema"] = self.prompts.calls(musts).schema(musts)
         prompts, pixels = self.prompts(given)
         config = self._config(settings)
-        choices = Choices(number, len(prompts), given["n"], self.tokenizer, say, calls)
+        choices = Choices(
+            number, len(prompts), given["n"], self.tokenizer, say, calls, self._bytes_of
+        )
         handles: list[Handle] = []
         try:
             for ids in prompts:
@@ -122,6 +129,10 @@ class Writing:
             self._say(Stats(self.name, len(lines.running), len(lines.waiting), engine.memory.used))
         self._say.flush()
 
+    @cached_property
+    def _aside(self) -> Explaining:
+        return Explaining(self.model, self.tokenizer, self.prompts.processor, self._say.flush)
+
     def cancel(self, number: int) -> None:
         """End its texts as far as they came."""
         for handle in self._at_work.pop(number, ()):
@@ -130,6 +141,19 @@ class Writing:
     def close(self) -> None:
         """End the engine's thread."""
         self.front.close()
+        if "_aside" in self.__dict__:
+            self._aside.close()
+
+    def _bytes_of(self, token_id: int) -> bytes | None:
+        """What a token writes; None where the tokenizer's tokens do not say it one by one."""
+        return self._bytes[token_id] if token_id < len(self._bytes) else None
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        try:
+            return token_bytes(self.tokenizer)
+        except ConfigError:
+            return []
 
     def _end(self, number: int, choices: Choices, choice: int, request: Request) -> None:
         if choices.end(choice, request):
