@@ -77,6 +77,7 @@ _HOMES = {
     "unmerge_adapters": "adapt.adapters",
     "use_adapters": "adapt.adapters",
     "without_adapters": "adapt.adapters",
+    "write_probes": "models.probes",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

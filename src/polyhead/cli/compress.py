@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from polyhead.cli.common import read_text, working
-from polyhead.cli.placing import carry_over, check_places, ends, size_of, tokenizer_metadata
+from polyhead.cli.placing import check_places, ends, prove, size_of, tokenizer_metadata
 from polyhead.cli.texts import print_table, progress
 from polyhead.errors import ConfigError, PolyheadError
 from polyhead.serve.opening import Dtype, device_named, model_path
@@ -279,7 +279,7 @@ def _write(model: "TaskModel", source: Path, args: Args, is_gguf: bool) -> None:
 
     if not is_gguf:
         model.save(args.out, force=args.force)
-        carry_over(source, args.out, model.config.max_tokens)
+        prove(source, args.out, model)
         return
     config = {**ends(model.generation), **model.hf_config()}
     words: Any = (

@@ -10,9 +10,9 @@ import tyro
 
 from polyhead.cli.common import note, working
 from polyhead.cli.placing import (
-    carry_over,
     check_places,
     ends,
+    prove,
     random_inputs,
     size_of,
     tokenizer_metadata,
@@ -133,7 +133,7 @@ def _to_hf(source: Path, args: Args) -> None:
         model.save(args.dest, force=args.force, floats=True)
     else:
         model.save(args.dest, force=args.force)
-    carry_over(source, args.dest, model.config.max_tokens)
+    prove(source, args.dest, model)
 
 
 def _load(path: Path, **named: Any) -> "TaskModel":

@@ -64,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(out: Path, steps: int | None = None) -> dict[str, float]:
     """The whole demo; bits per byte on the held-out text by model."""
+    from polyhead.models.probes import write_probes
     from polyhead.text.directory import state_length
 
     began = time.monotonic()
@@ -85,6 +86,7 @@ def run(out: Path, steps: int | None = None) -> dict[str, float]:
     model.save(out, force=True)
     tokenizer.save(out, force=True)
     state_length(out, model.config.max_tokens)
+    write_probes(model, tokenizer, out)
     text = _write(model, tokenizer)
     print(f"\n{text}\n")
     _print_table(bits)

@@ -10,6 +10,9 @@ from polyhead.errors import FileError, PolyheadError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from polyhead.models.model import TaskModel
+    from polyhead.text.tokenizer import Tokenizer
+
 # Globs of what a converted model writes, or removes when it was another model's.
 _WRITTEN = (
     "config.json",
@@ -41,8 +44,18 @@ def check_places(source: Path, dest: Path, *, is_gguf: bool, force: bool) -> Non
         raise FileError(f"{there} is there already; use --force, or name another place")
 
 
-def carry_over(source: Path, dest: Path, max_tokens: int | None) -> None:
-    """Copy a model's tokenizer and image settings beside another, which reads so many tokens."""
+def prove(source: Path, dest: Path, model: "TaskModel") -> None:
+    """`carry_over`, and beside it what the model in memory answers, for whoever loads it."""
+    from polyhead.models.probes import write_probes
+
+    words = carry_over(source, dest, model.config.max_tokens)
+    if words is not None or getattr(model.config, "kind", "") == "vision":
+        write_probes(model, words, dest)
+
+
+def carry_over(source: Path, dest: Path, max_tokens: int | None) -> "Tokenizer | None":
+    """Copy a model's tokenizer and image settings beside another, which reads so many tokens; the
+    tokenizer, if there is one."""
     from polyhead.images.processor import Processor
     from polyhead.models.load import tokenizer
     from polyhead.text.directory import state_length
@@ -53,9 +66,10 @@ def carry_over(source: Path, dest: Path, max_tokens: int | None) -> None:
         words = tokenizer(source)
     except PolyheadError as error:
         note(f"no tokenizer travels: {error}")
-        return
+        return None
     words.save(dest, force=True)
     state_length(dest, max_tokens)
+    return words
 
 
 def tokenizer_metadata(source: Path, vocab_size: int | None) -> Mapping[str, Any]:

@@ -65,7 +65,7 @@ def run(args: Args) -> int:
     from polyhead.serve.messages import Plan
 
     engine = {"max_rows": args.settings.max_rows, "cache_tokens": args.settings.cache_tokens}
-    serve(args.settings, Plan(models, vars(args.opening), engine), note)
+    serve(args.settings, Plan(models, vars(args.opening), engine, args.settings.probes), note)
     return 0
 
 

@@ -47,6 +47,8 @@ class ServeConfig:
     """Seconds that running requests are given when the server is told to stop."""
     max_body: int = 8_000_000
     """Bytes of a request."""
+    probes: bool = True
+    """Refuse a model that answers otherwise than when it was saved, by the probes beside it."""
     log_text: bool = False
     """Write prompts and answers into the log."""
 

@@ -11,12 +11,14 @@ from polyhead.errors import PolyheadError
 class Plan:
     """What a worker loads. models: served name to what `Opening` opens; opening, engine: fields.
 
-    adapters: served name to the name of a model, and the directory of what is put on it.
+    adapters: served name to the name of a model, and the directory of what is put on it. probes:
+    whether models must answer as they did when they were saved.
     """
 
     models: Mapping[str, str]
     opening: Mapping[str, Any] = field(default_factory=dict[str, Any])
     engine: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    probes: bool = True
     adapters: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
 
 

@@ -38,7 +38,8 @@ class _Worker:
 
         self._plan, self._say = plan, say
         self._opened = {
-            name: Opened.of(source, plan.opening) for name, source in plan.models.items()
+            name: Opened.of(source, plan.opening, plan.probes)
+            for name, source in plan.models.items()
         }
         self._bases: dict[str, str] = {}
         self._services = {
@@ -94,7 +95,7 @@ class _Worker:
         opened = self._opened[base]
         if base in self._bases or not opened.writes:
             raise ConfigError(f"adapters go on models that write, and {base} is none of them")
-        own = opened.adapted(Path(folder))
+        own = opened.adapted(Path(folder), self._plan.probes)
         self._services[name] = own.service(name, self._plan.engine, self._say)
         self._opened[name], self._bases[name] = own, base
 

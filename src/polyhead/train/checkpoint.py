@@ -33,7 +33,9 @@ from polyhead.adapt.peft import check_base, save_adapter
 from polyhead.errors import ConfigError, FileError
 from polyhead.files.safetensors_write import write_checkpoint
 from polyhead.models.model import TaskModel
+from polyhead.models.probes import write_probes
 from polyhead.text.directory import state_length
+from polyhead.text.tokenizer import Tokenizer
 from polyhead.train import random_state
 from polyhead.train.config import FREE_ON_RESUME, TrainConfig
 from polyhead.train.distributed import Parallel
@@ -89,7 +91,7 @@ def save(
     temp = folder / name
     try:
         ranks.first(lambda: _begin(temp))
-        _write(temp, model, optimizer, parallel, ranks)
+        _write(temp, model, tokenizer, optimizer, parallel, ranks)
         ranks.first(lambda: _describe(temp, model, tokenizer, progress, ranks))
         names = sorted(set().union(*ranks.together(lambda: files_below(temp))))
         mine = names[ranks.rank :: ranks.world]
@@ -117,7 +119,12 @@ def _begin(temp: Path) -> None:
 
 
 def _write(
-    temp: Path, model: TaskModel, optimizer: Masters, parallel: Parallel | None, ranks: Ranks
+    temp: Path,
+    model: TaskModel,
+    tokenizer: Any,
+    optimizer: Masters,
+    parallel: Parallel | None,
+    ranks: Ranks,
 ) -> None:
     """The model, what the optimizer knows, and the random numbers."""
     trainer, tensors = temp / _TRAINER, _tensors(model, optimizer)
@@ -130,6 +137,8 @@ def _write(
             return
     with optimizer.averaged(), nullcontext() if parallel is None else parallel.whole():
         ranks.first(lambda: _save_model(temp, model))
+        if parallel is None and isinstance(tokenizer, Tokenizer):
+            write_probes(model, tokenizer, temp, hashed=False)
     if not in_parts:  # after the model, which may write down what follows from other weights
         ranks.first(lambda: write_checkpoint(trainer, tensors))
 
