@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from tests.serve.conftest import Server, Start
+from tests.serve.conftest import Server, Start, until
 from tests.tasks.test_images import clip, pictures, vision
 from tests.tasks.test_translate import make as make_pair
 from tests.tasks.tiny import make
@@ -65,6 +65,41 @@ def test_they_say_what_chats_say(
     assert found.usage.total_tokens == found.usage.input_tokens + found.usage.output_tokens
 
 
+def test_an_answer_goes_on_while_nobody_listens(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = dict(model="tiny", input="once", temperature=0, max_output_tokens=400)
+    wanted = client.responses.create(**asked).output_text
+    first, number, seen = "", -1, ""
+    for event in client.responses.create(**asked, background=True, stream=True):
+        number = event.sequence_number
+        if event.type == "response.created":
+            first = event.response.id
+        if event.type == "response.output_text.delta":
+            seen += event.delta
+            break  # and hang up
+    for event in client.responses.retrieve(first, stream=True, starting_after=number):
+        assert event.sequence_number == number + 1
+        number += 1
+        if event.type == "response.output_text.delta":
+            seen += event.delta
+    assert seen == wanted
+    again = client.responses.retrieve(first)
+    assert (again.output_text, again.status) in [(wanted, "incomplete"), (wanted, "completed")]
+    assert client.responses.cancel(first).status == again.status
+    with pytest.raises(openai.NotFoundError, match="there is no answer"):
+        client.responses.retrieve("resp_none")
+
+
+def test_an_answer_in_the_background_is_ended(server: Server, client: openai.OpenAI) -> None:
+    begun = client.responses.create(
+        model="tiny", input="once", max_output_tokens=30_000, temperature=0, background=True
+    )
+    assert begun.status == "in_progress"
+    until(lambda: client.responses.retrieve(begun.id).output_text)
+    assert client.responses.cancel(begun.id).status == "cancelled"
+    held = 'vllm:num_requests_running{model_name="tiny"} 0.0'
+    until(lambda: held in httpx.get(f"{server.url}/metrics").text)
+
+
 def test_json_of_a_schema(client: openai.OpenAI) -> None:
     pytest.importorskip("llguidance")
     schema = {
@@ -83,7 +118,7 @@ def test_json_of_a_schema(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"store": True}, "nothing is stored"),
+        ({"store": True}, "only background answers are stored"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "input"),

@@ -1,28 +1,26 @@
 """The routes, over a backend."""
 
-import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from pydantic import ValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from polyhead.serve import adapters, tasks
+from polyhead.serve import adapters, responding, tasks
 from polyhead.serve.backend import Backend
+from polyhead.serve.background import Background
 from polyhead.serve.config import ServeConfig
-from polyhead.serve.errors import ApiError
+from polyhead.serve.errors import ApiError, telling
 from polyhead.serve.guard import Guard
 from polyhead.serve.keys import Keys
-from polyhead.serve.messages import Done, Piece
 from polyhead.serve.protocol import Chat, Completion, Detokenize, Drawing, Tokenize
-from polyhead.serve.responses import Responding, Response
+from polyhead.serve.streams import begun, streaming, whole
 from polyhead.serve.texts import ChatShape, CompletionShape, Shape, answered, events
 
 
@@ -33,14 +31,17 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await backend.drain(config.grace)
+        await background.close()
         await backend.close()
 
+    background = Background()
     app = FastAPI(title="Polyhead", lifespan=lifespan, docs_url=None, redoc_url=None)
     _errors(app)
     _state(app, backend)
     _texts(app, backend)
     _tokens(app, backend)
     tasks.add(app, backend)
+    responding.add(app, backend, background)
     adapters.add(app, backend, None if config.adapters is None else Path(config.adapters))
     keys = None if config.keys is None else Keys(Path(config.keys))
     guarded = Guard(app, keys, config.max_body)
@@ -115,91 +116,15 @@ def _texts(app: FastAPI, backend: Backend) -> None:
         """The next message of a conversation."""
         return await write(ChatShape(), body, body.given(), body.logprobs, request)
 
-    @app.post("/v1/responses")
-    async def responses(body: Response, request: Request) -> Any:
-        """The next message of a conversation, in OpenAI's newer words."""
-        if body.store:
-            raise ApiError(400, "nothing is stored here; leave store out, or false", "store")
-        asked, told = _as_chat(body), Responding(body)
-        answers = backend.answers(asked.model, "write", asked.given())
-        if not body.stream:
-            return told.whole(await _whole(answers, request))
-        first = await anext(answers)
-        said = told.events(_from(first, answers))
-        return _streaming(
-            (f"event: {name}\ndata: {data}\n\n" async for name, data in said), answers
-        )
-
     async def write(
         shape: Shape, body: Drawing, given: dict[str, Any], logs: bool, request: Request
     ) -> Any:
         answers = backend.answers(body.model, "write", given)
         if not body.stream:
-            # Polled for, as an answer that nobody waits for keeps others waiting.
-            return answered(shape, body.model, await _whole(answers, request))
-        # What is wrong with a request is known before anything is said of it.
-        first = await anext(answers)
+            return answered(shape, body.model, await whole(answers, request))
         counts = body.stream_options is not None and body.stream_options.include_usage
-        said = events(shape, body.model, _from(first, answers), counts, logs)
-        return _streaming((f"data: {data}\n\n" async for data in said), answers)
-
-
-def _as_chat(body: Response) -> Chat:
-    """Errors: ApiError for what the older route's fields would not take."""
-    try:
-        return body.chat()
-    except ValidationError as error:
-        first = _telling(error.errors())
-        raise ApiError(400, f"input: {first['msg']}", "input", str(first["type"])) from None
-
-
-def _streaming(
-    said: AsyncGenerator[str], answers: AsyncGenerator[Piece | Done]
-) -> StreamingResponse:
-    return StreamingResponse(_sent(said, answers), media_type="text/event-stream")
-
-
-async def _whole(answers: AsyncGenerator[Piece | Done], request: Request) -> Any:
-    """The result, unless whoever asked goes away; then the job is cancelled."""
-
-    async def last() -> Any:
-        async with aclosing(answers):
-            return [told async for told in answers][-1].result  # pyright: ignore
-
-    work = asyncio.ensure_future(last())
-    try:
-        while not work.done():
-            await asyncio.wait([work], timeout=0.25)
-            if not work.done() and await request.is_disconnected():
-                raise ApiError(408, "whoever asked has gone")
-        return work.result()
-    finally:
-        work.cancel()
-
-
-async def _from(
-    first: Piece | Done, rest: AsyncGenerator[Piece | Done]
-) -> AsyncGenerator[Piece | Done]:
-    yield first
-    async for told in rest:
-        yield told
-
-
-async def _sent(
-    said: AsyncGenerator[str], answers: AsyncGenerator[Piece | Done]
-) -> AsyncGenerator[str]:
-    """Events as they go over the wire; an error after the first is the last of them."""
-    async with aclosing(answers), aclosing(said):
-        try:
-            async for event in said:
-                yield event
-        except ApiError as error:
-            yield f"data: {JSONResponse(error.body()).body.decode()}\n\n"
-
-
-def _telling(errors: Sequence[Any]) -> Any:
-    """The first that says more than that a field is of another kind, or the first."""
-    return next((one for one in errors if not str(one["type"]).endswith("_type")), errors[0])
+        said = events(shape, body.model, await begun(answers), counts, logs)
+        return streaming((f"data: {data}\n\n" async for data in said), answers)
 
 
 def _errors(app: FastAPI) -> None:
@@ -212,7 +137,7 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = _telling(error.errors())
+        first = telling(error.errors())
         # Where a field may be of several kinds, the name of a kind stands among those of fields.
         place = [
             str(part) for part in first["loc"] if str(part).isidentifier() or part in range(2**20)

@@ -1,7 +1,8 @@
 """What goes wrong, in OpenAI's shape. Nothing of a stack, a path or an address gets into it."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 TYPES = {401: "authentication_error", 408: "timeout_error", 429: "rate_limit_error"}
@@ -31,6 +32,16 @@ class ApiError(Exception):
         usual = "invalid_request_error" if self.status < 500 else "server_error"
         said = {"message": self.message, "type": TYPES.get(self.status, usual)}
         return {"error": {**said, "param": self.param, "code": self.code}}
+
+    def event(self, number: int) -> str:
+        """The data of an event that ends an answer of `/v1/responses`."""
+        said = {"type": "error", "sequence_number": number, "message": self.message}
+        return json.dumps({**said, "param": self.param, "code": self.code})
+
+
+def telling(errors: Sequence[Any]) -> Any:
+    """The first that says more than that a field is of another kind, or the first."""
+    return next((one for one in errors if not str(one["type"]).endswith("_type")), errors[0])
 
 
 def cleaned(message: str) -> str:

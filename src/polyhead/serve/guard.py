@@ -49,6 +49,7 @@ class Guard:
             if key is not None:
                 self.allowance.enter(key)
             entered = key
+            scope["state"]["owner"] = None if key is None else key.name
             await self.app(scope, self._limited(receive, headers), answer)
         except ApiError as error:
             await refuse(error, answer)

@@ -274,13 +274,14 @@ class Chat(Drawing):
         """Whether a call must come."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, ToolChoice)
 
-    def given(self) -> dict[str, Any]:
-        """What the worker reads."""
+    def given(self, stream: bool | None = None) -> dict[str, Any]:
+        """What the worker reads. stream: None is as asked."""
         messages = self.messages
         return {
             "messages": [message.said() for message in messages],
             "images": [image for message in messages for image in message.images()],
-            "n": self.n, "stream": self.stream, "settings": self.settings(), **self.calling(),
+            "n": self.n, "stream": self.stream if stream is None else stream,
+            "settings": self.settings(), **self.calling(),
         }  # fmt: skip
 
     def calling(self) -> dict[str, Any]:

@@ -73,7 +73,8 @@ class TextOptions(Body):
 
 
 class Response(Body):
-    """`/v1/responses`. Nothing is stored: each request brings the whole conversation."""
+    """`/v1/responses`. Each request brings the whole conversation. background: it goes on while
+    nobody listens, and can be heard for some minutes."""
 
     model: Name
     input: Text | Annotated[list[Turn], Field(min_length=1, max_length=4096)]
@@ -84,6 +85,7 @@ class Response(Body):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     text: TextOptions = Field(default_factory=TextOptions)
     stream: bool = False
+    background: bool = False
     store: bool | None = None
     metadata: Annotated[dict[str, Text], Field(max_length=16)] | None = None
     user: Annotated[str, Field(max_length=512)] | None = None
@@ -121,7 +123,7 @@ class Responding:
         (found,) = result["choices"]
         is_cut = found["finish_reason"] == "length"
         counts = usage(result)
-        return self._shell("incomplete" if is_cut else "completed") | {
+        return self.shell("incomplete" if is_cut else "completed") | {
             "output": [self._message(found["text"], "incomplete" if is_cut else "completed")],
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "usage": {
@@ -137,7 +139,7 @@ class Responding:
         self, answers: AsyncGenerator[Piece | Done]
     ) -> AsyncGenerator[tuple[str, str]]:
         """Names and data of the events, in OpenAI's order."""
-        shell, part = self._shell("in_progress"), {"type": "output_text", "annotations": []}
+        shell, part = self.shell(), {"type": "output_text", "annotations": []}
         place = {"item_id": self.item, "output_index": 0, "content_index": 0}
         yield self._event("response.created", response=shell)
         yield self._event("response.in_progress", response=shell)
@@ -171,7 +173,8 @@ class Responding:
             "content": content,
         }  # fmt: skip
 
-    def _shell(self, status: str) -> dict[str, Any]:
+    def shell(self, status: str = "in_progress") -> dict[str, Any]:
+        """The answer, without what is not there yet."""
         asked = self.asked
         return {
             "id": self.id, "object": "response", "created_at": self.began, "status": status,
@@ -179,7 +182,8 @@ class Responding:
             "instructions": asked.instructions, "max_output_tokens": asked.max_output_tokens,
             "temperature": asked.temperature, "top_p": asked.top_p,
             "metadata": asked.metadata or {},
-            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "store": False,
+            "parallel_tool_calls": True, "tool_choice": "auto", "tools": [],
+            "store": asked.background, "background": asked.background,
             "previous_response_id": None, "text": asked.text.model_dump(by_alias=True),
             "truncation": "disabled", "user": asked.user, "usage": None,
         }  # fmt: skip
