@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from polyhead.serve import adapters, responding, tasks
+from polyhead.serve import adapters, page, responding, tasks
 from polyhead.serve.backend import Backend
 from polyhead.serve.background import Background
 from polyhead.serve.config import ServeConfig
@@ -41,6 +41,7 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     _texts(app, backend)
     _tokens(app, backend)
     tasks.add(app, backend)
+    page.add(app)
     responding.add(app, backend, background)
     adapters.add(app, backend, None if config.adapters is None else Path(config.adapters))
     keys = None if config.keys is None else Keys(Path(config.keys))

@@ -1,5 +1,6 @@
 """What stands before every route: request ids, keys, limits of size, and a line in the log."""
 
+import base64
 import json
 import logging
 import re
@@ -15,6 +16,8 @@ from polyhead.serve.keys import Allowance, Key, Keys
 
 OPEN = frozenset({"/health", "/ready"})
 """What is answered without a key."""
+_OURS = frozenset({"none", "same-origin"})
+"""Whose requests a browser's password counts for: other sites' pages send it along, too."""
 _ID = re.compile(r"[\w.:-]{1,128}")
 _LOG = logging.getLogger("polyhead.serve")
 
@@ -67,12 +70,19 @@ class Guard:
     def _key(self, path: str, headers: Mapping[bytes, str]) -> Key | None:
         if self.keys is None or path in OPEN:
             return None
-        kind, _, key = headers.get(b"authorization", "").partition(" ")
-        owner = self.keys.owner(key.strip()) if kind.lower() == "bearer" else None
+        kind, _, given = headers.get(b"authorization", "").partition(" ")
+        owner = None
+        if kind.lower() == "bearer":
+            owner = self.keys.owner(given.strip())
+        elif kind.lower() == "basic" and headers.get(b"sec-fetch-site", "none") in _OURS:
+            owner = self.keys.owner(_password(given))
         if owner is None:
+            # A browser that opens the page asks for a name and a password, which is the key.
+            opens = "text/html" in headers.get(b"accept", "")
             raise ApiError(
                 401, "this server wants a key: send it as Authorization: Bearer KEY",
-                code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": 'Basic realm="polyhead"' if opens else "Bearer"},
             )  # fmt: skip
         return owner
 
@@ -93,6 +103,14 @@ class Guard:
             return message
 
         return limited
+
+
+def _password(given: str) -> str:
+    """Of `name:password` in base64; nothing where it is none."""
+    try:
+        return base64.b64decode(given, validate=True).decode("utf-8").partition(":")[2]
+    except ValueError:
+        return ""
 
 
 async def refuse(error: ApiError, send: Any) -> None:
