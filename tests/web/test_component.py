@@ -123,7 +123,7 @@ def test_heads_are_chosen_by_mouse_and_keyboard(opened: Any) -> None:
     page.keyboard.press("]")
     page.keyboard.press("{")
     assert shown(page)["heads"] == [[0, 2]]
-    page.locator(".picker svg text[role=button]").nth(1).click()
+    page.locator(".picker svg text[role=rowheader]").nth(1).click()
     assert shown(page)["heads"] == [[1, 0], [1, 1], [1, 2], [1, 3]]
     page.get_by_label("shaded by").select_option("second")
     assert "0.50" in page.locator("[data-key=head-0-0]").get_attribute("aria-label")

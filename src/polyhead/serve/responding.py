@@ -25,7 +25,9 @@ def add(app: FastAPI, backend: Backend, background: Background) -> None:
         asked, told = _as_chat(body), Responding(body)
         answers = backend.answers(asked.model, "write", asked.given(stream=True))
         if body.background:
-            said = told.events(await begun(answers))
+            # Its name is told at once, so that whoever leaves before the first word finds it again.
+            backend.check(asked.model)
+            said = told.events(answers)
             kept = background.keep(told.id, _closing(said, answers), _owner(request))
             return streaming(as_events(kept.follow())) if body.stream else told.shell()
         if body.stream:

@@ -34,7 +34,7 @@ function grid(store: Store, values: (number | null)[][]): SVGSVGElement {
   const most = Math.max(1e-9, ...values.flat().map((value) => value ?? 0));
   const [width, height] = [MARGIN + stack.heads * CELL, 16 + stack.layers.length * CELL];
   const last = state.heads.at(-1) ?? [0, 0];
-  const cells = stack.layers.flatMap((name, layer) =>
+  const cells = stack.layers.map((name, layer) =>
     Array.from({ length: stack.heads }, (_, head) => {
       const at: Head = [layer, head];
       const number = state.heads.findIndex((one) => sameHead(one, at));
@@ -46,7 +46,7 @@ function grid(store: Store, values: (number | null)[][]): SVGSVGElement {
           x: MARGIN + head * CELL + 1, y: 16 + layer * CELL + 1, width: CELL - 2, height: CELL - 2, rx: 2,
           class: number >= 0 ? "cell chosen" : "cell", role: "gridcell",
           "fill-opacity": (0.06 + 0.94 * Math.max(0, value ?? 0) / most).toFixed(3),
-          "aria-selected": number >= 0, "aria-label": `${name}, head ${head}${said}`,
+          "aria-selected": String(number >= 0), "aria-label": `${name}, head ${head}${said}`,
           tabindex: sameHead(at, last) ? 0 : -1, "data-key": `head-${layer}-${head}`,
           click: (event: MouseEvent) => choose(store, at, event.shiftKey || event.ctrlKey || event.metaKey),
           keydown: (event: KeyboardEvent) => move(store, at, event),
@@ -59,7 +59,7 @@ function grid(store: Store, values: (number | null)[][]): SVGSVGElement {
     s(
       "text",
       {
-        x: MARGIN - 5, y: 16 + (layer + 0.5) * CELL, class: "label end", role: "button", tabindex: -1,
+        x: MARGIN - 5, y: 16 + (layer + 0.5) * CELL, class: "label end", role: "rowheader", tabindex: -1,
         click: () => store.set({ heads: allOf(store, layer) }),
       },
       s("title", {}, `all heads of ${name}`), String(stack.numbers[layer]),
@@ -70,8 +70,12 @@ function grid(store: Store, values: (number | null)[][]): SVGSVGElement {
   );
   return s(
     "svg",
-    { width, height, viewBox: `0 0 ${width} ${height}`, role: "grid", "aria-label": "heads by layer" },
-    ...heads, ...layers, ...cells,
+    {
+      width, height, viewBox: `0 0 ${width} ${height}`, role: "grid", "aria-label": "heads by layer",
+      "aria-multiselectable": "true",
+    },
+    s("g", { "aria-hidden": "true" }, ...heads),
+    ...cells.map((row, layer) => s("g", { role: "row" }, ...[layers[layer] ?? []].flat(), ...row)),
   );
 }
 

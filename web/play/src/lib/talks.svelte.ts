@@ -11,7 +11,8 @@ export interface Settings {
 }
 
 const NUMBERS = ["temperature", "top_p", "max_output_tokens", "seed"] as const;
-const OFTEN_MS = 250;
+const OFTEN_MS = 400;
+const DRAWN_MS = 50;
 
 /** The conversations of this browser, and the answers that are on their way. */
 class Talks {
@@ -21,6 +22,8 @@ class Talks {
   );
   full = $state(false);
   #listening = new Map<string, AbortController>();
+  #heard = new Map<string, { text: string; seen: number }>();
+  #drawing = 0;
   #later = 0;
 
   begin(model: string): Talk {
@@ -30,6 +33,7 @@ class Talks {
 
   keep(): void {
     clearTimeout(this.#later);
+    this.#later = 0;
     this.full = !remember("talks", this.all) || !remember("settings", this.settings);
   }
 
@@ -92,8 +96,10 @@ class Talks {
       for await (const { data } of events(path, body ? asked(body, control.signal) : { signal: control.signal })) {
         this.#take(message, JSON.parse(data) as Told);
       }
+      this.#show(message);
       delete message.running;
     } finally {
+      this.#show(message);
       this.#listening.delete(message.id);
       this.keep();
     }
@@ -102,18 +108,29 @@ class Talks {
   #take(message: Message, told: Told): void {
     if (!message.running) return;
     if (told.error) throw new ApiError(told.error.message, 0);
-    if (told.sequence_number !== undefined) message.running.seen = told.sequence_number;
-    if (told.type === "response.created") message.running.response = told.response?.id ?? "";
-    if (told.type === "response.output_text.delta") message.text += told.delta ?? "";
-    if (told.type === "response.incomplete") message.note = "cut at the most tokens";
     if (told.type === "error") throw new ApiError(told.message ?? "The answer failed.", 0);
-    if (told.type === "response.created") this.keep();
-    else this.#soon();
+    if (told.type === "response.incomplete") message.note = "cut at the most tokens";
+    if (told.type === "response.created") {
+      message.running.response = told.response?.id ?? "";
+      this.keep();
+    }
+    const heard = this.#heard.get(message.id) ?? { text: "", seen: -1 };
+    this.#heard.set(message.id, { text: heard.text + (told.delta ?? ""), seen: told.sequence_number ?? heard.seen });
+    // A fast model says more in a second than a page can be drawn.
+    this.#drawing ||= window.setTimeout(() => this.#show(), DRAWN_MS);
   }
 
-  #soon(): void {
-    clearTimeout(this.#later);
-    this.#later = window.setTimeout(() => this.keep(), OFTEN_MS);
+  /** Show what was heard since, of one message or of all. */
+  #show(only?: Message): void {
+    if (!only) this.#drawing = 0;
+    for (const message of only ? [only] : this.all.flatMap((talk) => Object.values(talk.messages))) {
+      const heard = this.#heard.get(message.id);
+      if (!heard) continue;
+      this.#heard.delete(message.id);
+      message.text += heard.text;
+      if (message.running) message.running.seen = heard.seen;
+    }
+    this.#later ||= window.setTimeout(() => this.keep(), OFTEN_MS);
   }
 
   #failed(message: Message, error: unknown): void {
