@@ -536,3 +536,19 @@ def test_clients_that_are_gone_are_forgotten() -> None:
 def test_a_model_without_a_stack_of_layers_has_no_first_ones() -> None:
     with pytest.raises(ConfigError, match="lstm is not one stack of layers"):
         first_layers(made("lstm"), 1)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_equal_requests_are_answered_alike_from_the_first_on(method: str) -> None:
+    sizes = dict(vocab_size=256, d_model=64, num_layers=3, num_heads=4, d_ff=128, init_std=0.3)
+    model = ph.quantize(ph.build("llama", seed=0, **sizes), method)
+    config = ph.GenerationConfig(temperature=0, max_new_tokens=8, logprobs=0, ignore_eos=True)
+    engine = Engine(model, None, EngineConfig(max_rows=4))
+    engine.prepare()
+    told: list[list[float]] = []
+    for _ in range(5):
+        request = engine.add([5, 9, 7, 3], config)
+        while engine.has_work:
+            engine.step()
+        told.append([each.logprob for each in request.outcome()[0].logprobs or ()])
+    assert told == [told[0]] * 5

@@ -86,6 +86,12 @@ class Engine:
             raise ConfigError("the model was cast or moved since: make another engine of it")
         self._seen, self._looks = seen, self._looks + 1
 
+    def prepare(self) -> None:
+        """Get ready for steps before the first request comes, so that none waits for that, and
+        equal ones are answered alike."""
+        with torch.inference_mode():
+            self.runner.prepare()
+
     def is_of(self, model: TaskModel) -> bool:
         """Whether it is this model's, as that is now."""
         return model is self.model and (model.dtype, model.device) == self._kind

@@ -62,6 +62,11 @@ class Runner:
             self._recorded = _steps(model, memory)
         self._step = torch.compile(self._next, dynamic=False) if compile else self._next
 
+    def prepare(self) -> None:
+        """Do now what would otherwise be done when steps come for the third time."""
+        if isinstance(self._recorded, DecodeSteps):
+            self._recorded.prepare()
+
     def read(self, pieces: Sequence[Piece]) -> list[tuple[Piece, Tensor]]:
         """The hidden states `[wanted, E]` at the end of each piece that wants some."""
         found: list[tuple[Piece, Tensor]] = []

@@ -70,6 +70,7 @@ class DecodeSteps:
         self.backbone, self.head = backbone, head
         self.layers, self.cross, self.longest = layers, cross, longest
         self._tried: Counter[_Size] = Counter()
+        self._tries = TRIES
         self._seen: Seen | None = None
         self.check()
 
@@ -87,6 +88,13 @@ class DecodeSteps:
         self._hooks += [part._forward_pre_hooks for part in parts]
         self._hooks_until = -1
         self._probes = [part.probes for part in parts if isinstance(part, MultiHeadAttention)]
+
+    def prepare(self) -> None:
+        """Record steps of few tokens now, others when first asked for: where activations are
+        rounded, a recorded step and the model's own differ in more than the last bit."""
+        self._tries = 0
+        for count in range(1, 1 if self.reason else FEW + 1):
+            self._step(count, with_head=not self.head_reason)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is recorded reads and writes where these lie, and a copy lies elsewhere.
@@ -161,7 +169,9 @@ class DecodeSteps:
     def _step(self, count: int, with_head: bool = False) -> "_Recorded | None":
         """The step for so many tokens, if it can be and is worth it."""
         size = count, with_head
-        if size not in self._steps and (count > FEW or self._is_usual(size)):
+        self._tried[size] += 1
+        is_usual = count > FEW or self._tried[size] > self._tries
+        if size not in self._steps and is_usual:
             try:
                 self._steps[size] = _Recorded(self, *size)
             except Exception as error:  # whatever it is, the model's own forward is right
@@ -171,10 +181,6 @@ class DecodeSteps:
                 else:
                     self.reason = reason
         return self._steps.get(size)
-
-    def _is_usual(self, size: "_Size") -> bool:
-        self._tried[size] += 1
-        return self._tried[size] > TRIES
 
 
 def _sizes(count: int) -> list[int]:

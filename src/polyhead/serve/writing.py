@@ -41,7 +41,9 @@ class Writing:
         self.name, self.model, self.tokenizer = name, model, tokenizer
         self.prompts = Prompts(model, tokenizer, processor)
         self._say, self._told = say, 0.0
-        self.front = EngineThread(Engine(model, tokenizer, config), self._after_step)
+        engine = Engine(model, tokenizer, config)
+        engine.prepare()
+        self.front = EngineThread(engine, self._after_step)
         self._at_work: dict[int, list[Handle]] = {}
 
     def about(self) -> dict[str, Any]:
