@@ -1,7 +1,7 @@
 """The routes, over a backend."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,21 @@ from polyhead.serve.keys import Keys
 from polyhead.serve.protocol import Chat, Completion, Detokenize, Drawing, Tokenize
 from polyhead.serve.streams import begun, streaming, whole
 from polyhead.serve.texts import ChatShape, CompletionShape, Shape, answered, events
+from polyhead.serve.upstream import Upstreams, WayOn, read_upstreams
 
 
 def create(config: ServeConfig, backend: Backend) -> Any:
     """The application; it ends the backend, which is started beside it."""
 
+    upstreams = None
+    if config.upstreams is not None:
+        upstreams = Upstreams(read_upstreams(Path(config.upstreams)), config.timeout)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        if upstreams is not None:
+            await upstreams.close()
         await backend.drain(config.grace)
         await background.close()
         await backend.close()
@@ -37,7 +44,7 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     background = Background()
     app = FastAPI(title="Polyhead", lifespan=lifespan, docs_url=None, redoc_url=None)
     _errors(app)
-    _state(app, backend)
+    _state(app, backend, [] if upstreams is None else upstreams.cards())
     _texts(app, backend)
     _tokens(app, backend)
     tasks.add(app, backend)
@@ -45,7 +52,8 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     responding.add(app, backend, background)
     adapters.add(app, backend, None if config.adapters is None else Path(config.adapters))
     keys = None if config.keys is None else Keys(Path(config.keys))
-    guarded = Guard(app, keys, config.max_body)
+    inner = app if upstreams is None else WayOn(app, upstreams)
+    guarded = Guard(inner, keys, config.max_body)
     if not config.cors:
         return guarded
     # Outermost, as browsers ask first whether they may ask, without a key.
@@ -55,7 +63,7 @@ def create(config: ServeConfig, backend: Backend) -> Any:
     )  # fmt: skip
 
 
-def _state(app: FastAPI, backend: Backend) -> None:
+def _state(app: FastAPI, backend: Backend, others: Sequence[dict[str, Any]]) -> None:
     began = int(time.time())
 
     @app.get("/health")
@@ -77,7 +85,7 @@ def _state(app: FastAPI, backend: Backend) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         """What is served."""
-        return {"object": "list", "data": [_card(name) for name in backend.models]}
+        return {"object": "list", "data": [*(_card(name) for name in backend.models), *others]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:

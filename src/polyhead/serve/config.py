@@ -34,6 +34,9 @@ class ServeConfig:
     """PEM file of its key."""
     adapters: str | None = None
     """Directory whose directories are LoRA adapters, which clients may load and drop by name."""
+    upstreams: str | None = None
+    """TOML file of models that other servers hold ([[upstream]] name, url, model, key_env), to
+    which requests for them go on."""
     max_rows: int = 16
     """Texts that are written side by side."""
     cache_tokens: int | None = None

@@ -4,9 +4,10 @@ export interface Model {
   readonly kind: string;
   readonly head?: string;
   readonly chats?: boolean;
-  readonly max_tokens: number | null;
-  readonly parameters: number;
-  readonly weight_bytes: number;
+  readonly max_tokens?: number | null;
+  /** Not told of models that another server holds. */
+  readonly parameters?: number;
+  readonly weight_bytes?: number;
   readonly cache_bytes?: number;
   readonly parent?: string;
 }
