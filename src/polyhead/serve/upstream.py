@@ -38,7 +38,7 @@ class Upstream:
 
 
 def read_upstreams(path: Path) -> dict[str, Upstream]:
-    """The `[[upstream]]`s of a TOML file, by their names here.
+    """The upstreams of a TOML file, by their names here.
 
     Errors: FileError for what cannot be read, says what there is not, or names a key that is not
     in the environment.
